@@ -1,0 +1,1 @@
+"""Subject-driven data augmentation: the steps that the study's notebooks share."""
