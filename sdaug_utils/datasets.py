@@ -1,16 +1,19 @@
 """Real images: splits, nested subsets, trimaps."""
 
-import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sdaug_utils.errors import InputError
+from sdaug_utils.store import array_digest, verify_checksums
 
 MINIATURE_DATA = Path(__file__).parents[1] / "miniature" / "data"
+SPLITS = ("train", "validation", "test")
 FASHION_CLASSES = (
     "t-shirt",
     "trouser",
@@ -24,14 +27,124 @@ FASHION_CLASSES = (
     "ankle boot",
 )
 DIGIT_CLASSES = tuple(
-    f"digit {word}"
-    for word in "zero one two three four five six seven eight nine".split()
+    f"digit {word}" for word in "zero one two three four five six seven eight nine".split()
 )
 DIGITS_SEED = 2023
+FIRST_SUBSET_SEED = 41  # the thesis's own shuffle; draw d uses 41 + d
 
 
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images, loaded when asked for.
+
+    ``load(i)`` returns image i as 8-bit RGB of shape (height, width, 3); ``labels`` has shape (n,).
+    """
+
+    load: Callable[[int], np.ndarray]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
+        """The images at ``indices``, all by default."""
+        return [self.load(int(i)) for i in (range(len(self)) if indices is None else indices)]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set with the splits ``train``, ``validation`` and ``test``."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+
+
+def load(
+    name: str,
+    classes: Sequence[str] | None = None,
+    max_images_per_class: dict[str, int] | None = None,
+) -> Dataset:
+    """A data set by name, all of it or some classes and the first images of each.
+
+    Raises:
+        InputError: unknown data set or class; a file is missing or corrupt.
+    """
+    if name != "fashion-mnist":
+        raise InputError(f"data set '{name}' is unknown: choose from fashion-mnist")
+    whole = _fashion_mnist(MINIATURE_DATA)
+    chosen = tuple(classes or whole.class_names)
+    for class_name in chosen:
+        if class_name not in whole.class_names:
+            raise InputError(
+                f"class '{class_name}' is unknown: choose from {', '.join(whole.class_names)}"
+            )
+    limits = max_images_per_class or {}
+    splits = {
+        split: _restrict(whole.splits[split], [whole.class_names.index(c) for c in chosen], limit)
+        for split, limit in ((split, limits.get(split)) for split in SPLITS)
+    }
+    return Dataset(name, chosen, splits)
+
+
+def _restrict(split: Split, classes: Sequence[int], limit: int | None) -> Split:
+    kept = [np.flatnonzero(split.labels == label)[:limit] for label in classes]
+    indices = np.concatenate(kept)
+    labels = np.repeat(np.arange(len(classes)), [len(rows) for rows in kept])
+    return Split(lambda i: split.load(indices[i]), labels)
+
+
+def _fashion_mnist(folder: Path) -> Dataset:
+    """The study's images of Fashion-MNIST (Xiao et al., 2017), 32x32, from their PNG sheets."""
+    verify_checksums(folder)
+    splits = {}
+    for name in SPLITS:
+        sheet = np.asarray(Image.open(folder / f"{name}.png"))
+        per_class = sheet.shape[1] // 28
+        tiles = sheet.reshape(10, 28, per_class, 28).swapaxes(1, 2).reshape(-1, 28, 28)
+        images = np.stack([pad_to_rgb(tile) for tile in tiles])
+        splits[name] = Split(images.__getitem__, np.repeat(np.arange(10), per_class))
+    return Dataset("fashion-mnist", FASHION_CLASSES, splits)
+
+
+def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
+    """Indices of p % of the images of each class, nested: 5 % is inside 10 % and so on.
+
+    Per class: shuffle with seed 41 + draw, take the first floor(p n); draw 0 is the thesis's.
+
+    Returns:
+        (k,) indices ordered by class, in shuffled order within the class.
+
+    Raises:
+        InputError: a class would get no image.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        order = np.random.default_rng((FIRST_SUBSET_SEED + draw, label)).permutation(
+            np.flatnonzero(labels == label)
+        )
+        count = math.floor(len(order) * percent / 100 + 1e-9)
+        if count == 0:
+            raise InputError(
+                f"real_percents: {percent:g} % of {len(order)} images leaves class {label} empty: "
+                f"choose at least {100 / len(order):g}"
+            )
+        chosen.append(order[:count])
+    return np.concatenate(chosen)
+
+
+def personalisation_inputs(labels: np.ndarray, num_images: int, draw: int) -> list[np.ndarray]:
+    """For each class the first images of its shuffled subset: inside the subset of every percent.
+
+    At 5 % of 100 images these are the whole subset, as in the thesis.
+    """
+    order = subset(labels, 100, draw)
+    return [order[labels[order] == label][:num_images] for label in np.unique(labels)]
+
+
+@cache
 def digits_halves() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The digits inside scikit-learn (UCI, Alpaydin and Kaynak 1998), split in two per class.
+    """The digits inside scikit-learn (Alpaydin and Kaynak, 1998), split in two per class.
 
     Returns:
         The foundation model's half and the study's half, each as 8-bit RGB images of shape
@@ -53,8 +166,7 @@ def digits_halves() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np
 
 def _digit_to_rgb(image: np.ndarray) -> np.ndarray:
     grey = Image.fromarray(np.round(image * 255 / 16).astype(np.uint8))
-    enlarged = np.asarray(grey.resize((24, 24), Image.Resampling.BICUBIC))
-    return pad_to_rgb(enlarged)
+    return pad_to_rgb(np.asarray(grey.resize((24, 24), Image.Resampling.BICUBIC)))
 
 
 def pad_to_rgb(grey: np.ndarray, size: int = 32) -> np.ndarray:
@@ -63,3 +175,8 @@ def pad_to_rgb(grey: np.ndarray, size: int = 32) -> np.ndarray:
     padded = np.zeros((size, size), np.uint8)
     padded[top : top + grey.shape[0], left : left + grey.shape[1]] = grey
     return np.repeat(padded[..., None], 3, axis=2)
+
+
+def digests(images: Sequence[np.ndarray]) -> list[str]:
+    """A hash of each image's pixels."""
+    return [array_digest(image) for image in images]

@@ -1,0 +1,89 @@
+"""A text-to-image pipeline by name: the shipped miniature, a local folder or a hub id."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+
+from sdaug_utils.errors import InputError
+from sdaug_utils.params import Settings
+from sdaug_utils.store import verify_checksums
+
+MINIATURE_WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
+SCHEDULERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
+
+def device_of(settings: Settings) -> torch.device:
+    """``auto`` is CUDA, else Apple's MPS, else the CPU."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """``auto`` is half precision on a GPU and single precision on the CPU."""
+    if settings.precision != "auto":
+        return getattr(torch, settings.precision)
+    return torch.float32 if device_of(settings).type == "cpu" else torch.float16
+
+
+def locate(foundation: str) -> str:
+    """What ``from_pretrained`` is to load: a folder, or the hub id itself."""
+    return str(MINIATURE_WEIGHTS) if foundation == "miniature" else foundation
+
+
+@cache
+def revision(foundation: str) -> str:
+    """What identifies the weights, for the store's keys: a digest of the folder's files.
+
+    Raises:
+        InputError: a weight file of the miniature is missing or corrupt; no such folder.
+    """
+    folder = Path(locate(foundation))
+    if foundation == "miniature":
+        checksums = verify_checksums(folder)
+    elif (folder / "model_index.json").exists():
+        checksums = {
+            path.relative_to(folder).as_posix(): _sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    else:
+        raise InputError(
+            f"foundation: '{foundation}' is neither 'miniature' nor a folder with model_index.json"
+        )
+    listing = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()[:20]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_pipeline(settings: Settings) -> StableDiffusionPipeline:
+    """The text-to-image pipeline of a profile, in evaluation mode on its device.
+
+    Raises:
+        InputError: as :func:`revision`.
+    """
+    revision(settings.foundation)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        locate(settings.foundation),
+        torch_dtype=dtype_of(settings),
+        use_safetensors=True,
+        requires_safety_checker=False,
+    ).to(device_of(settings))
+    if settings.sampling.scheduler != "default":
+        scheduler = SCHEDULERS[settings.sampling.scheduler]
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

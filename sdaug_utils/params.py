@@ -1,0 +1,208 @@
+"""What may be set: profiles and the parameters of each notebook; unknown keys are refused.
+
+``params/<profile>.yaml`` has a section ``common`` (:class:`Settings`: data, models, training) and
+one per notebook that overrides the values in its ``parameters`` cell.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdaug_utils.errors import InputError
+
+PARAMS_FOLDER = Path(__file__).parents[1] / "params"
+
+Technique = Literal["stable-diffusion-prompt", "dreambooth", "textual-inversion"]
+Augmentation = Literal["none", "custom", "autoaugment", "randaugment"]
+Protocol = Literal["published", "controlled"]
+Percent = Annotated[float, Field(gt=0, le=100)]
+
+
+class Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sampling(Parameters):
+    """How images are drawn from the text-to-image model (thesis, section 4.2.3)."""
+
+    prompt: str = Field(pattern=r"\{\}")
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=1)
+    scheduler: Literal["default", "dpmsolver++", "unipc"]
+    resolution: int = Field(ge=8)
+    batch_size: int = Field(ge=1)
+    max_attempts: int = Field(ge=1)
+
+
+class DreamBooth(Parameters):
+    """Fine-tuning of the U-Net (Ruiz et al., 2023; thesis, table 4.2)."""
+
+    instance_prompt: str
+    class_prompt: str
+    prior_loss_weight: float = Field(ge=0)
+    num_class_images: int = Field(ge=0)
+    num_input_images: int = Field(ge=1, le=5)
+    train_batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    max_train_steps: int = Field(ge=1)
+
+
+class TextualInversion(Parameters):
+    """Learning one embedding (Gal et al., 2023; thesis, table 4.3)."""
+
+    placeholder_token: str
+    initializer_token: str
+    learnable_property: Literal["object"]
+    num_input_images: int = Field(ge=1, le=5)
+    train_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    max_train_steps: int = Field(ge=1)
+
+
+class Controlled(Parameters):
+    """Training with the confounds removed: equal updates, best validation weights."""
+
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    max_train_steps: int = Field(ge=1)
+    validation_steps: int = Field(ge=1)
+    num_views: int = Field(ge=1)
+
+
+class Published(Parameters):
+    """Training as in the thesis's code, quirks included."""
+
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    max_epochs: int = Field(ge=1)
+    patience: int = Field(ge=1)
+
+
+class Classifier(Parameters):
+    """A frozen backbone with a new linear head (thesis, section 4.2.2)."""
+
+    backbone: Literal["efficientnet-lite0"]
+    image_size: int = Field(ge=32)
+    controlled: Controlled
+    published: Published
+
+
+class Settings(Parameters):
+    """Section ``common`` of a profile: what all notebooks share."""
+
+    dataset: Literal["fashion-mnist"]
+    classes: list[str] | None = Field(min_length=2)
+    max_images_per_class: dict[Literal["train", "validation", "test"], int] | None
+    foundation: str
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "float32", "float16", "bfloat16"]
+    sampling: Sampling
+    dreambooth: DreamBooth
+    textual_inversion: TextualInversion
+    classifier: Classifier
+
+
+class TrainingPercentage(Parameters):
+    """Experiment 03 (thesis, section 4.3.3)."""
+
+    profile: str
+    protocol: Protocol
+    real_percents: list[Percent] = Field(min_length=1)
+    augmentations: list[Augmentation]
+    techniques: list[Technique]
+    synthetic_per_class: int = Field(ge=1)
+    num_draws: int = Field(ge=1)
+    num_seeds: int = Field(ge=1)
+    protocols_at_percent: Percent
+    curve_steps: list[Annotated[int, Field(ge=1)]]
+
+
+EXPERIMENTS: dict[str, type[Parameters]] = {"03-training-percentage": TrainingPercentage}
+
+
+def profiles() -> list[str]:
+    """Names of the profiles that have a file."""
+    return sorted(path.stem for path in PARAMS_FOLDER.glob("*.yaml"))
+
+
+def read_profile(profile: str) -> dict[str, Any]:
+    """The sections of ``params/<profile>.yaml``, unchecked but for their names.
+
+    Raises:
+        InputError: no such profile, no YAML, or a section that is no notebook's.
+    """
+    path = PARAMS_FOLDER / f"{profile}.yaml"
+    if not path.exists():
+        raise InputError(f"profile '{profile}' is unknown: choose from {', '.join(profiles())}")
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    valid = ["common", *EXPERIMENTS]
+    for name in sections:
+        if name not in valid:
+            raise InputError(f"{path}: section '{name}' is unknown: choose from {valid}")
+    return sections
+
+
+def load_settings(profile: str) -> Settings:
+    """The checked section ``common`` of a profile.
+
+    Raises:
+        InputError: unknown profile; unknown, missing or ill-typed key.
+    """
+    path = PARAMS_FOLDER / f"{profile}.yaml"
+    return _checked(Settings, read_profile(profile)["common"], str(path))
+
+
+def overrides(profile: str, notebook: str) -> dict[str, Any]:
+    """What a profile sets in a notebook's ``parameters`` cell."""
+    return read_profile(profile).get(notebook) or {}
+
+
+def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
+    """Check the values of a notebook's ``parameters`` cell against its model in ``EXPERIMENTS``.
+
+    Raises:
+        InputError: unknown, missing or ill-typed parameter.
+    """
+    return _checked(EXPERIMENTS[notebook], values, f"notebooks/{notebook}.ipynb")
+
+
+def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
+    """Collect and check the parameters that a notebook has set, given its ``globals()``.
+
+    Every plain value counts as a parameter, so one that no code reads is an error, too.
+    """
+    values = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in ("In", "Out")
+        and isinstance(value, str | int | float | list | dict | None)
+    }
+    return check_notebook(notebook, values)
+
+
+Model = TypeVar("Model", bound=Parameters)
+
+
+def _checked(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = f"unknown; valid keys are {', '.join(_siblings(model, first['loc']))}"
+        raise InputError(f"{where}: {key}: {message}") from error
+
+
+def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location[:-1]:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
