@@ -1,0 +1,228 @@
+"""DreamBooth and textual inversion: teach the foundation model a subject from a few images."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm.auto import trange
+
+from sdaug_utils.errors import InputError
+from sdaug_utils.params import DreamBooth, TextualInversion
+
+CODE_VERSION = 1
+EMBEDDING_FILE = "learned_embeds.safetensors"
+TEMPLATES = (
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a close-up photo of a {}",
+    "a realistic picture of a {}",
+    "a {}",
+)
+
+
+@torch.no_grad()
+def encode_images(
+    pipeline: StableDiffusionPipeline, images: Sequence[np.ndarray], resolution: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of 8-bit RGB images, resized to a square."""
+    squares = [
+        Image.fromarray(image).resize((resolution, resolution), Image.Resampling.BILINEAR)
+        for image in images
+    ]
+    pixels = torch.stack([pil_to_tensor(square) for square in squares]).float() / 127.5 - 1
+    distribution = pipeline.vae.encode(pixels.to(pipeline.device, pipeline.dtype)).latent_dist
+    return distribution.mean.float(), distribution.std.float()
+
+
+class NoisyLatents:
+    """Draws training examples for the U-Net from a few encoded images, from a seed of its own."""
+
+    def __init__(
+        self, latents: tuple[Tensor, Tensor], scheduler: DDPMScheduler, scale: float, seed: int
+    ) -> None:
+        self.mean, self.std = latents
+        self.scheduler, self.scale = scheduler, scale
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and the target of the model's prediction."""
+
+        def normal() -> Tensor:
+            shape = (batch_size, *self.mean.shape[1:])
+            return torch.randn(shape, generator=self.generator).to(self.mean.device)
+
+        rows = torch.randint(len(self.mean), (batch_size,), generator=self.generator)
+        rows = rows.to(self.mean.device)
+        latents = self.scale * (self.mean[rows] + self.std[rows] * normal())
+        noise = normal()
+        timesteps = torch.randint(
+            self.scheduler.config.num_train_timesteps, (batch_size,), generator=self.generator
+        ).to(self.mean.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, timesteps, noise
+
+
+def _token_ids(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+    tokens = pipeline.tokenizer(
+        list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids.to(pipeline.device)
+
+
+def dreambooth(
+    pipeline: StableDiffusionPipeline,
+    images: Sequence[np.ndarray],
+    class_images: Sequence[np.ndarray],
+    settings: DreamBooth,
+    resolution: int,
+    seed: int,
+    folder: Path,
+) -> None:
+    """Fine-tune the U-Net on images of a subject (Ruiz et al., 2023) and save it in ``folder``.
+
+    Args:
+        pipeline: left as it was.
+        images: 8-bit RGB arrays (height, width, 3) of the subject.
+        class_images: what the model made of ``class_prompt``, for prior preservation; may be
+            empty when ``prior_loss_weight`` is 0.
+        resolution: side of the square training images, in pixels.
+    """
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scale = pipeline.vae.config.scaling_factor
+    prior = settings.prior_loss_weight > 0
+    instances = NoisyLatents(encode_images(pipeline, images, resolution), scheduler, scale, seed)
+    if prior:
+        encoded = encode_images(pipeline, class_images, resolution)
+        class_examples = NoisyLatents(encoded, scheduler, scale, seed + 1)
+    with torch.no_grad():
+        prompts = [settings.instance_prompt, settings.class_prompt]
+        embeddings = pipeline.text_encoder(_token_ids(pipeline, prompts))[0]
+
+    unet = copy.deepcopy(pipeline.unet).float().train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
+    size = settings.train_batch_size
+    for _ in range(settings.max_train_steps):
+        noisy, timesteps, target = instances(size)
+        condition = embeddings[:1].expand(size, -1, -1)
+        if prior:
+            examples = zip((noisy, timesteps, target), class_examples(size), strict=True)
+            noisy, timesteps, target = (torch.cat(pair) for pair in examples)
+            condition = embeddings.repeat_interleave(size, dim=0)
+        prediction = unet(noisy, timesteps, condition.float()).sample
+        loss = F.mse_loss(prediction[:size], target[:size])
+        if prior:
+            prior_loss = F.mse_loss(prediction[size:], target[size:])
+            loss = loss + settings.prior_loss_weight * prior_loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    unet.eval().half().save_pretrained(folder / "unet")
+
+
+def textual_inversion(
+    pipeline: StableDiffusionPipeline,
+    subjects: Sequence[Sequence[np.ndarray]],
+    settings: TextualInversion,
+    resolution: int,
+    seeds: Sequence[int],
+    folders: Sequence[Path],
+    progress: str | bool = False,
+) -> None:
+    """Learn an embedding for each of several subjects (Gal et al., 2023), all in one batch.
+
+    Subjects share the forward passes and nothing else: each has its own token, examples and
+    seed, so what is learnt of one does not depend on the others. Each folder gets a file that
+    ``pipeline.load_textual_inversion`` reads.
+
+    Args:
+        pipeline: left as it was.
+        subjects: for each subject its 8-bit RGB images (height, width, 3).
+        resolution: side of the square training images, in pixels.
+        progress: the label of a progress bar over the steps, if one is wanted.
+
+    Raises:
+        InputError: ``initializer_token`` is not one token of the model's vocabulary.
+    """
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scale = pipeline.vae.config.scaling_factor
+    examples = [
+        NoisyLatents(encode_images(pipeline, images, resolution), scheduler, scale, seed)
+        for images, seed in zip(subjects, seeds, strict=True)
+    ]
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    text_encoder = copy.deepcopy(pipeline.text_encoder).float()
+    initial = tokenizer.encode(settings.initializer_token, add_special_tokens=False)
+    if len(initial) != 1:
+        raise InputError(
+            f"textual_inversion.initializer_token: '{settings.initializer_token}' is not a single "
+            "token of the text encoder's vocabulary; choose one that is, such as a common noun"
+        )
+    placeholders = [f"<subject-{number}>" for number in range(len(subjects))]
+    tokenizer.add_tokens(placeholders)
+    first = len(tokenizer) - len(placeholders)
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    text_encoder.requires_grad_(False)
+    table = text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[first:] = table[initial[0]]
+    table.requires_grad_(True)
+    original = table.detach()[:first].clone()
+
+    unet = copy.deepcopy(pipeline.unet).float().requires_grad_(False)
+    size, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+    optimizer = torch.optim.AdamW([table], lr=settings.learning_rate, weight_decay=1e-2)
+    templates = [np.random.default_rng(seed) for seed in seeds]
+    for _ in trange(settings.max_train_steps, desc=str(progress), disable=not progress):
+        for _ in range(accumulation):
+            batches = [example(size) for example in examples]
+            noisy, timesteps, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            prompts = [
+                template.format(placeholder)
+                for placeholder, rng in zip(placeholders, templates, strict=True)
+                for template in rng.choice(TEMPLATES, size)
+            ]
+            tokens = tokenizer(
+                prompts, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids.to(pipeline.device)
+            prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
+            loss = F.mse_loss(prediction, target) * len(subjects) / accumulation
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            table[:first] = original
+    for number, folder in enumerate(folders):
+        embedding = table.detach()[first + number].clone().cpu()
+        save_file({settings.placeholder_token: embedding}, folder / EMBEDDING_FILE)
+
+
+def apply(pipeline: StableDiffusionPipeline, folder: Path) -> StableDiffusionPipeline:
+    """A pipeline with what :func:`dreambooth` or :func:`textual_inversion` left in ``folder``.
+
+    It shares with ``pipeline``, which stays as it was, all parts that personalisation left alone.
+    """
+    parts = dict(pipeline.components)
+    if (folder / "unet").exists():
+        parts["unet"] = UNet2DConditionModel.from_pretrained(
+            folder / "unet", torch_dtype=pipeline.dtype, use_safetensors=True
+        ).to(pipeline.device)
+        personalised = type(pipeline)(**parts, requires_safety_checker=False)
+    else:
+        for name in ("tokenizer", "text_encoder"):
+            parts[name] = copy.deepcopy(parts[name])
+        personalised = type(pipeline)(**parts, requires_safety_checker=False)
+        personalised.load_textual_inversion(folder, weight_name=EMBEDDING_FILE)
+    personalised.set_progress_bar_config(disable=True)
+    return personalised
