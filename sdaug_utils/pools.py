@@ -214,13 +214,7 @@ def technique_pools(
     """
     settings, store = study.settings, study.store
     personalisations = personalisation_specs(study, technique, draw)
-    specs = []
-    for class_name, personalisation in zip(study.data.class_names, personalisations, strict=True):
-        placeholder = settings.textual_inversion.placeholder_token
-        subject = class_name if personalisation is None else placeholder
-        prompt = settings.sampling.prompt.format(subject)
-        specs.append(pool_spec(settings, technique, class_name, prompt, draw, personalisation))
-
+    specs = technique_specs(study, technique, draw)
     pipeline = cache(lambda: load_pipeline(settings))
     incomplete = [
         label
@@ -251,6 +245,18 @@ def technique_pools(
             )
             for label, spec in enumerate(specs)
         ]
+
+
+def technique_specs(study: Study, technique: Technique, draw: int) -> list[dict[str, Any]]:
+    """The pool specification of each class for one technique and draw."""
+    settings, specs = study.settings, []
+    personalisations = personalisation_specs(study, technique, draw)
+    for class_name, personalisation in zip(study.data.class_names, personalisations, strict=True):
+        placeholder = settings.textual_inversion.placeholder_token
+        subject = class_name if personalisation is None else placeholder
+        prompt = settings.sampling.prompt.format(subject)
+        specs.append(pool_spec(settings, technique, class_name, prompt, draw, personalisation))
+    return specs
 
 
 def personalisation_specs(
