@@ -4,6 +4,8 @@
 one per notebook that overrides the values in its ``parameters`` cell.
 """
 
+import ast
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -161,6 +163,24 @@ def load_settings(profile: str) -> Settings:
 def overrides(profile: str, notebook: str) -> dict[str, Any]:
     """What a profile sets in a notebook's ``parameters`` cell."""
     return read_profile(profile).get(notebook) or {}
+
+
+def parameters_cell(path: Path) -> dict[str, Any]:
+    """The values that a notebook's cell tagged ``parameters`` assigns, without running it.
+
+    Raises:
+        InputError: there is no such cell, or it holds more than plain assignments.
+    """
+    for cell in json.loads(path.read_text())["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            try:
+                return {
+                    statement.targets[0].id: ast.literal_eval(statement.value)
+                    for statement in ast.parse("".join(cell["source"])).body
+                }
+            except (AttributeError, SyntaxError, ValueError) as error:
+                raise InputError(f"{path}: parameters cell: only 'name = value': {error}") from error
+    raise InputError(f"{path}: no cell is tagged 'parameters'")
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:

@@ -252,11 +252,16 @@ def technique_specs(study: Study, technique: Technique, draw: int) -> list[dict[
     settings, specs = study.settings, []
     personalisations = personalisation_specs(study, technique, draw)
     for class_name, personalisation in zip(study.data.class_names, personalisations, strict=True):
-        placeholder = settings.textual_inversion.placeholder_token
-        subject = class_name if personalisation is None else placeholder
+        subject = class_name if personalisation is None else _placeholder(settings, technique)
         prompt = settings.sampling.prompt.format(subject)
         specs.append(pool_spec(settings, technique, class_name, prompt, draw, personalisation))
     return specs
+
+
+def _placeholder(settings: Settings, technique: Technique) -> str:
+    if technique == "dreambooth":
+        return settings.dreambooth.instance_prompt
+    return settings.textual_inversion.placeholder_token
 
 
 def personalisation_specs(

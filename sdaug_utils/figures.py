@@ -1,0 +1,132 @@
+"""One style for every figure; sample sheets; curves; published beside reproduced."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+DEFAULT_FOLDER = Path(__file__).parents[1] / "figures"
+ARMS = {
+    "baseline": ("Baseline", "black", "o"),
+    "custom": ("Custom", "#8c8c8c", "s"),
+    "autoaugment": ("AutoAugment", "#a1795a", "D"),
+    "randaugment": ("RandAugment", "#c7a42e", "^"),
+    "dreambooth": ("DreamBooth", "#c44e52", "v"),
+    "textual-inversion": ("Textual inversion", "#3a6fb0", "P"),
+    "stable-diffusion-prompt": ("Stable Diffusion prompt", "#3f9b57", "X"),
+}
+"""Label, colour and marker of each arm, the same in every figure."""
+
+
+def folder(profile: str) -> Path:
+    """Where a profile's figures go; the environment's ``SDAUG_FIGURES`` moves them elsewhere."""
+    return Path(os.environ.get("SDAUG_FIGURES") or DEFAULT_FOLDER) / profile
+
+
+def set_style() -> None:
+    """The study's look: call once per notebook."""
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
+    plt.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "savefig.dpi": 160,
+            "pdf.fonttype": 42,
+        }
+    )
+
+
+def save(figure: Figure, data: pd.DataFrame, profile: str, name: str) -> list[Path]:
+    """Write a figure as .png and .pdf and the numbers behind it as .csv; return the paths."""
+    target = folder(profile)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = [target / f"{name}.{ending}" for ending in ("png", "pdf", "csv")]
+    figure.savefig(paths[0])
+    figure.savefig(paths[1], metadata={"CreationDate": None})
+    data.to_csv(paths[2], index=False, float_format="%.4f", lineterminator="\n")
+    return paths
+
+
+def curves(
+    axes: Axes,
+    data: pd.DataFrame,
+    x: str,
+    y: str,
+    low: str | None = None,
+    high: str | None = None,
+) -> None:
+    """A line per arm over a logarithmic x axis, with intervals where there are columns for them.
+
+    Points of one x are set a little apart, so that their intervals can be told from each other.
+    """
+    names = [name for name in ARMS if name in set(data["arm"])]
+    for position, name in enumerate(names):
+        label, colour, marker = ARMS[name]
+        rows = data[data["arm"] == name].sort_values(x)
+        shift = 1 + 0.025 * (position - (len(names) - 1) / 2)
+        axes.plot(
+            rows[x] * shift, rows[y], color=colour, marker=marker, markersize=5, label=label, lw=1.4
+        )
+        if low and high:
+            axes.vlines(rows[x] * shift, rows[low], rows[high], color=colour, lw=1.2, alpha=0.7)
+    ticks = sorted(set(data[x]))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def sheet(rows: Mapping[str, Sequence[np.ndarray]], title: str = "") -> Figure:
+    """A sheet of images, a labelled row each, pixels shown as they are.
+
+    Args:
+        rows: label to 8-bit RGB arrays; rows may differ in length.
+    """
+    num_columns = max(len(images) for images in rows.values())
+    figure, grid = plt.subplots(
+        len(rows),
+        num_columns,
+        figsize=(0.62 * num_columns + 1.6, 0.64 * len(rows) + 0.3 * bool(title)),
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, (label, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=False):
+            axes.imshow(image, interpolation="nearest", aspect="equal")
+        line[0].set_axis_on()
+        line[0].set(xticks=[], yticks=[])
+        line[0].spines[:].set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def save_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, scale: int = 2) -> None:
+    """Write a sheet of equally large images as a plain mosaic, each enlarged ``scale`` times."""
+    height, width = next(iter(rows.values()))[0].shape[:2]
+    num_columns = max(len(images) for images in rows.values())
+    gap = 2
+    mosaic = np.full(
+        (len(rows) * (height + gap) - gap, num_columns * (width + gap) - gap, 3), 255, np.uint8
+    )
+    for row, images in enumerate(rows.values()):
+        for column, image in enumerate(images):
+            top, left = row * (height + gap), column * (width + gap)
+            mosaic[top : top + height, left : left + width] = image
+    picture = Image.fromarray(mosaic)
+    size = (picture.width * scale, picture.height * scale)
+    picture.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)
