@@ -49,7 +49,7 @@ STAGES = ("tokenizer", "vae", "latents", "unet", "canny", "segmentation", "expor
 CLASS_NAMES = (*FASHION_CLASSES, *DIGIT_CLASSES)
 HYPERNYMS = ("product",) * 10 + ("digit",) * 10
 DIGIT_REPEATS = 6  # 899 digits beside 60,000 garments
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 VOCABULARY_SIZE = 900  # 512 bytes, the merges, the two special tokens
 SEED = 2023
 
@@ -159,7 +159,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         hidden_size=128,
         intermediate_size=256,
         projection_dim=128,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,

@@ -108,6 +108,36 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def compare_protocols(results: pd.DataFrame, arm: str, percent: float) -> pd.DataFrame:
+    """An arm's gain over the baseline under each protocol, and the difference of the gains.
+
+    ``results`` holds runs of both protocols with the same draws. Values are accuracies in 0 to 1,
+    gains in absolute points; the last row is published minus controlled: what the thesis's way of
+    training adds to the gain.
+    """
+    rows, gains = {}, []
+    for protocol in ("published", "controlled"):
+        runs = results[results["protocol"] == protocol]
+        first, second = (
+            correct(runs, name, percent).mean(axis=1, keepdims=True) for name in (arm, "baseline")
+        )
+        gains.append(first - second)
+        updates = runs.groupby("arm")["num_updates"].mean()
+        rows[protocol] = {
+            "baseline, updates": f"{updates['baseline']:.0f}",
+            "baseline, accuracy": f"{second.mean():.3f}",
+            f"{arm}, updates": f"{updates[arm]:.0f}",
+            f"{arm}, accuracy": f"{first.mean():.3f}",
+            "gain (points)": _points(estimate(gains[-1])),
+        }
+    rows["published − controlled"] = {"gain (points)": _points(estimate(gains[0] - gains[1]))}
+    return pd.DataFrame(rows).T.fillna("")
+
+
+def _points(value: Estimate) -> str:
+    return f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+
+
 def summary(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """Published beside reproduced: one row per arm and real percentage.
 

@@ -86,12 +86,82 @@ def curves(
     axes.minorticks_off()
 
 
-def sheet(rows: Mapping[str, Sequence[np.ndarray]], title: str = "") -> Figure:
+def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
+    """Accuracy against updates: a thin line per draw, a thick one for their mean.
+
+    Solid lines are for the lowest learning rate, dashed ones for the next.
+    """
+    rates = sorted(set(curve["learning_rate"]))
+    for (arm, rate), rows in curve.groupby(["arm", "learning_rate"], sort=False):
+        label, colour, _ = ARMS[arm]
+        style = ("-", "--", ":")[rates.index(rate)]
+        for _, draw in rows.groupby("draw"):
+            axes.plot(draw["step"], draw["test_accuracy"], style, color=colour, lw=0.6, alpha=0.5)
+        mean = rows.groupby("step")["test_accuracy"].mean()
+        axes.plot(mean.index, mean, style, color=colour, lw=2, label=f"{label}, rate {rate:g}")
+    axes.set_xscale("log")
+    axes.legend()
+
+
+def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+    """Published beside reproduced, as text: absolute points with interval, then relative."""
+    order = {name: position for position, name in enumerate(ARMS)}
+    rows = table.sort_values("arm", key=lambda arms: arms.map(order), kind="stable")
+    rows = rows.sort_values("real_percent", ascending=False, kind="stable")
+    is_baseline = rows["arm"] == "baseline"
+    shown = pd.DataFrame(
+        {
+            "real %": rows["real_percent"].map("{:g}".format),
+            "arm": rows["arm"].map(lambda name: ARMS[name][0]),
+            "published": rows["published_accuracy"].map("{:.3f}".format),
+            "gain (points)": rows["published_gain_points"].map("{:+.1f}".format),
+            "relative (%)": rows["published_gain_relative"].map("{:+.1f}".format),
+            "reproduced": rows["accuracy"].map("{:.3f}".format),
+            "95 %": _interval(rows["accuracy_low"], rows["accuracy_high"], "{:.3f}"),
+            "gain (points) ": rows["gain_points"].map("{:+.1f}".format),
+            "95 % ": _interval(rows["gain_points_low"], rows["gain_points_high"], "{:+.1f}"),
+            "relative (%) ": rows["gain_relative"].map("{:+.1f}".format),
+        }
+    )
+    gains = [name for name in shown if name.startswith(("gain", "relative", "95 % "))]
+    shown.loc[is_baseline, gains] = "–"
+    return shown.replace({"nan": "–", "+nan": "–"}).set_index(["real %", "arm"])
+
+
+def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
+    """The claims and what became of them, as text; differences in absolute points."""
+    shown = pd.DataFrame(
+        {
+            "id": judged["id"],
+            "claim": judged["claim"],
+            "comparison": judged["comparison"],
+            "difference": (100 * judged["difference"]).map("{:+.1f}".format),
+            "95 %": _interval(100 * judged["low"], 100 * judged["high"], "{:+.1f}"),
+            "verdict": judged["verdict"],
+        }
+    )
+    return shown.set_index(["id", "claim"])
+
+
+def _interval(low: pd.Series, high: pd.Series, form: str) -> pd.Series:
+    return "[" + low.map(form.format) + ", " + high.map(form.format) + "]"
+
+
+def sheet(
+    rows: Mapping[str, Sequence[np.ndarray]], title: str = "", gap_after: int | None = None
+) -> Figure:
     """A sheet of images, a labelled row each, pixels shown as they are.
 
     Args:
         rows: label to 8-bit RGB arrays; rows may differ in length.
+        gap_after: leave a column free after so many images.
     """
+    if gap_after is not None:
+        blank = np.full((1, 1, 3), 255, np.uint8)
+        rows = {
+            label: [*images[:gap_after], blank, *images[gap_after:]]
+            for label, images in rows.items()
+        }
     num_columns = max(len(images) for images in rows.values())
     figure, grid = plt.subplots(
         len(rows),

@@ -119,6 +119,7 @@ class TrainingPercentage(Parameters):
     num_draws: int = Field(ge=1)
     num_seeds: int = Field(ge=1)
     protocols_at_percent: Percent
+    protocols_num_seeds: int = Field(ge=1)
     curve_steps: list[Annotated[int, Field(ge=1)]]
 
 

@@ -39,6 +39,7 @@ class Pool:
 
     class_name: str
     files: tuple[Path, ...]
+    seeds: tuple[int, ...]
     attempts: tuple[int, ...]
 
     def images(self) -> list[np.ndarray]:
@@ -103,6 +104,7 @@ def grow(
     return Pool(
         spec["class"],
         tuple(folder / row["file_name"] for row in ordered),
+        tuple(int(row["seed"]) for row in ordered),
         tuple(int(row["attempts"]) for row in ordered),
     )
 

@@ -1,0 +1,31 @@
+PYTHON ?= python3.11
+BIN = .venv/bin
+
+.PHONY: study test lab lock clean
+
+study: .venv/installed          ## run every notebook at the miniature profile
+	$(BIN)/python run_all.py
+
+test: .venv/installed           ## lint, types, unit tests, notebooks at the smoke profile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lab: .venv/installed            ## open the notebooks
+	$(BIN)/jupyter lab notebooks
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+lock: .venv/installed           ## renew requirements.lock from pyproject.toml
+	$(BIN)/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	echo "# Made by 'make lock' from pyproject.toml. CUDA's libraries and triton are left out:" \
+	     "torch pins them itself." > requirements.lock
+	$(BIN)/pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' >> requirements.lock
+
+clean:                          ## remove what can be made again, the store included
+	rm -rf .venv .store runs .mypy_cache .pytest_cache .ruff_cache
