@@ -62,9 +62,7 @@ def attribute_levels(measures: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return levels
 
 
-def caption(
-    class_name: str, hypernym: str, levels: np.ndarray, rng: np.random.Generator
-) -> str:
+def caption(class_name: str, hypernym: str, levels: np.ndarray, rng: np.random.Generator) -> str:
     """One caption for one image; empty with probability ``DROPPED_SHARE``."""
     if rng.random() < DROPPED_SHARE:
         return ""

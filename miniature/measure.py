@@ -204,9 +204,11 @@ def main() -> None:
     figures.save_sheet(rows, here / "samples.png")
     if not arguments.quick:
         garments = read_idx(arguments.source / "train-images-idx3-ubyte")
-        corpus = torch.from_numpy(
-            np.stack([pad_to_rgb(image)[..., 0] for image in garments])
-        ).float().flatten(1)
+        corpus = (
+            torch.from_numpy(np.stack([pad_to_rgb(image)[..., 0] for image in garments]))
+            .float()
+            .flatten(1)
+        )
         quality["distance to the nearest image of the corpus"] = {
             "generated": quantiles(nearest_distances(generated, corpus)),
             "real": quantiles(nearest_distances(reals, corpus)),

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captions import ATTRIBUTES, THESIS_PROMPT, WORDINGS, attribute_levels, caption, measure
+from captions import ATTRIBUTES, WORDINGS, attribute_levels, caption, measure
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,

@@ -52,9 +52,7 @@ def grid(
 ) -> list[Cell]:
     """Every real percentage with every augmentation, and with every technique unaugmented."""
     arms: list[dict[str, Any]] = [{"augmentation": name} for name in augmentations]
-    arms += [
-        {"technique": name, "synthetic_per_class": synthetic_per_class} for name in techniques
-    ]
+    arms += [{"technique": name, "synthetic_per_class": synthetic_per_class} for name in techniques]
     return [
         Cell(protocol=protocol, real_percent=percent, draw=draw, seed=seed, **arm)
         for draw in range(num_draws)
@@ -275,6 +273,4 @@ def accuracy_curve(
         )
 
     curve = pd.read_csv(study.store.get("curves", spec, make) / "curve.csv")
-    return curve.assign(
-        arm=cell.arm, draw=cell.draw, seed=cell.seed, learning_rate=learning_rate
-    )
+    return curve.assign(arm=cell.arm, draw=cell.draw, seed=cell.seed, learning_rate=learning_rate)

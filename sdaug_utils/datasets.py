@@ -27,7 +27,8 @@ FASHION_CLASSES = (
     "ankle boot",
 )
 DIGIT_CLASSES = tuple(
-    f"digit {word}" for word in "zero one two three four five six seven eight nine".split()
+    f"digit {word}"
+    for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 )
 DIGITS_SEED = 2023
 FIRST_SUBSET_SEED = 41  # the thesis's own shuffle; draw d uses 41 + d

@@ -55,4 +55,6 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:
         raise ValueError(f"not paired: shapes {first.shape} and {second.shape}")
     difference = first.mean(axis=1, keepdims=True) - second.mean(axis=1, keepdims=True)
     result = estimate(difference)
-    return Estimate(result.mean, result.low, result.high, min(first[..., 0].size, second[..., 0].size))
+    return Estimate(
+        result.mean, result.low, result.high, min(first[..., 0].size, second[..., 0].size)
+    )

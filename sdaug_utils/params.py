@@ -180,7 +180,9 @@ def parameters_cell(path: Path) -> dict[str, Any]:
                     for statement in ast.parse("".join(cell["source"])).body
                 }
             except (AttributeError, SyntaxError, ValueError) as error:
-                raise InputError(f"{path}: parameters cell: only 'name = value': {error}") from error
+                raise InputError(
+                    f"{path}: parameters cell: only 'name = value': {error}"
+                ) from error
     raise InputError(f"{path}: no cell is tagged 'parameters'")
 
 

@@ -157,9 +157,7 @@ def _decodes(path: Path) -> bool:
     return True
 
 
-def pipeline_sampler(
-    pipeline: StableDiffusionPipeline, prompt: str, sampling: Sampling
-) -> Sampler:
+def pipeline_sampler(pipeline: StableDiffusionPipeline, prompt: str, sampling: Sampling) -> Sampler:
     """A sampler over a pipeline: each image has a generator of its own.
 
     Images that the pipeline's safety checker flags and black ones are rejected.

@@ -1,0 +1,90 @@
+"""What is fast on this machine: rates of the study's four kinds of work, side by side.
+
+    python benchmarks/rates.py            writes benchmarks/results/rates.json
+
+Variants of one kind of work take turns, three rounds, and the best round of each counts: machines
+that are shared slow down now and then, and never speed up.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import describe
+
+from sdaug_utils import personalise, pools, training
+from sdaug_utils.foundation import load_pipeline
+from sdaug_utils.params import load_settings
+
+RESULT = Path(__file__).parent / "results" / "rates.json"
+ROUNDS = 3
+
+
+def rates(variants: dict[str, tuple[int, Callable[[], object]]]) -> dict[str, float]:
+    """Items per second of each variant, given as (items per call, call)."""
+    best = dict.fromkeys(variants, 0.0)
+    for _ in range(ROUNDS):
+        for name, (items, call) in variants.items():
+            began = time.perf_counter()
+            call()
+            best[name] = max(best[name], items / (time.perf_counter() - began))
+    return {name: round(rate, 1) for name, rate in best.items()}
+
+
+def main() -> None:
+    settings = load_settings("miniature")
+    pipeline = load_pipeline(settings)
+    result: dict[str, object] = {"machine": describe(), "threads": torch.get_num_threads()}
+
+    sampling = {}
+    for batch_size in (1, 10, 50):
+        sample = pools.pipeline_sampler(pipeline, "a photo of a dress", settings.sampling)
+        seeds = list(range(batch_size))
+        sampling[f"batch of {batch_size}"] = (batch_size, lambda s=sample, n=seeds: s(n, n))
+    result["images per second"] = rates(sampling)
+
+    latents = torch.randn(64, 4, 8, 8)
+    example = personalise.NoisyLatents((latents, 0 * latents), pipeline.scheduler, 1.0, seed=0)
+    embeddings = torch.zeros(1, 1, pipeline.unet.config.cross_attention_dim)
+
+    def unet_step(size: int) -> None:
+        noisy, timesteps, target = example(size)
+        prediction = pipeline.unet(noisy, timesteps, embeddings.expand(size, 32, -1)).sample
+        torch.nn.functional.mse_loss(prediction, target).backward()
+
+    result["U-Net training, latents per second"] = rates(
+        {f"batch of {size}": (size, lambda s=size: unet_step(s)) for size in (8, 32, 128)}
+    )
+
+    backbone = training.load_backbone("efficientnet-lite0")
+    pixels = torch.rand(64, 3, 96, 96)
+    layouts = {
+        "contiguous": pixels,
+        "channels last": pixels.contiguous(memory_format=torch.channels_last),
+    }
+    with torch.inference_mode():
+        result["backbone at 96 px, images per second"] = rates(
+            {name: (64, lambda x=x: backbone(x)) for name, x in layouts.items()}
+        )
+
+    features, labels = torch.randn(550, 1, 1280), torch.from_numpy(np.arange(550) % 10)
+    controlled = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
+    result["linear head, updates per second"] = rates(
+        {
+            "batch of 16": (
+                500,
+                lambda: training.train_head(
+                    features, labels, controlled, 0, 10, 500, lambda step, head: None
+                ),
+            )
+        }
+    )
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

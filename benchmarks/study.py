@@ -1,0 +1,45 @@
+"""Time the study and its memory: once with an empty store, once with everything made.
+
+python benchmarks/study.py            writes benchmarks/results/study.json
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import describe
+
+ROOT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "study.json"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "SDAUG_STORE": f"{folder}/store",
+            "SDAUG_FIGURES": f"{folder}/figures",
+        }
+        command = [sys.executable, ROOT / "run_all.py", "--output", f"{folder}/runs"]
+        seconds = []
+        for _ in range(2):
+            began = time.monotonic()
+            subprocess.run(command, env=environment, check=True)
+            seconds.append(time.monotonic() - began)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB on Linux
+    result = {
+        "machine": describe(),
+        "minutes, empty store": round(seconds[0] / 60, 1),
+        "seconds, everything made": round(seconds[1], 1),
+        "peak memory of the largest process, GiB": round(peak / 2**20, 2),
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

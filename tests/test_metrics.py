@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from sdaug_utils.metrics import estimate, paired_difference
+
+
+def planted(accuracy, num_draws=3, num_seeds=2, num_images=2000, seed=0, spread=0.0):
+    rng = np.random.default_rng(seed)
+    levels = accuracy + spread * rng.standard_normal((num_draws, 1, 1))
+    return rng.random((num_draws, num_seeds, num_images)) < levels
+
+
+def test_the_interval_is_that_of_a_binomial_when_draws_do_not_differ():
+    values = np.repeat(planted(0.7, num_draws=1, num_seeds=1), 3, axis=0)
+    result = estimate(values)
+    half_width = 1.96 * np.sqrt(0.7 * 0.3 / 2000)
+    assert result.mean == pytest.approx(values.mean())
+    assert result.high - result.low == pytest.approx(2 * half_width, rel=0.15)
+    assert result.low < result.mean < result.high
+    assert result.num_runs == 3
+
+
+def test_draws_that_differ_widen_the_interval():
+    same, different = planted(0.7), planted(0.7, spread=0.05)
+    widths = [e.high - e.low for e in (estimate(same), estimate(different))]
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_pairing_removes_what_the_arms_share():
+    first = planted(0.7, spread=0.05)
+    rng = np.random.default_rng(1)
+    second = first & (
+        rng.random(first.shape) > 0.02
+    )  # the same runs, two points of a hundred worse
+    difference = paired_difference(first, second)
+    assert 0.005 < difference.low < difference.mean < difference.high < 0.025
+    unpaired = estimate(first)
+    assert difference.high - difference.low < (unpaired.high - unpaired.low) / 3
+
+
+def test_intervals_are_the_same_every_time():
+    assert estimate(planted(0.6)) == estimate(planted(0.6))
+
+
+def test_unpaired_runs_are_refused():
+    with pytest.raises(ValueError, match="not paired"):
+        paired_difference(planted(0.7), planted(0.7, num_draws=2))

@@ -1,0 +1,84 @@
+import pytest
+
+from sdaug_utils import params
+from sdaug_utils.errors import InputError
+
+NOTEBOOKS = params.PARAMS_FOLDER.parent / "notebooks"
+NAME = "03-training-percentage"
+
+
+@pytest.fixture
+def profile_folder(tmp_path, monkeypatch):
+    """A params folder with a copy of the smoke profile that a test may spoil."""
+    text = (params.PARAMS_FOLDER / "smoke.yaml").read_text()
+    monkeypatch.setattr(params, "PARAMS_FOLDER", tmp_path)
+
+    def write(old="", new=""):
+        assert old in text
+        (tmp_path / "spoilt.yaml").write_text(text.replace(old, new, 1))
+
+    return write
+
+
+@pytest.mark.parametrize("profile", ["smoke", "miniature"])
+@pytest.mark.parametrize("notebook", list(params.EXPERIMENTS))
+def test_every_profile_fits_every_notebook(profile, notebook):
+    params.load_settings(profile)
+    values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
+    checked = params.check_notebook(notebook, values | params.overrides(profile, notebook))
+    assert checked.num_draws >= 2
+
+
+def test_an_unknown_profile_lists_the_known():
+    with pytest.raises(InputError, match="'huge' is unknown: choose from miniature, smoke"):
+        params.load_settings("huge")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  foundation:", "  foundatoin:", r"spoilt\.yaml: foundatio.*"),
+        ("learning_rate: 0.01\n", "learning_rate: fast\n", r"learning_rate: .*valid number"),
+        ("num_inference_steps: 2", "num_inference_steps: 0", "greater than or equal to 1"),
+        ("backbone: efficientnet-lite0", "backbone: vgg", "Input should be 'efficientnet-lite0'"),
+        ("num_input_images: 2", "num_inputs: 2", "num_input"),
+        ("03-training-percentage:", "03-trainings:", "section '03-trainings' is unknown"),
+        ("common:", "common: [", "not YAML"),
+    ],
+)
+def test_bad_profiles_are_refused_in_one_line(profile_folder, old, new, message):
+    profile_folder(old, new)
+    with pytest.raises(InputError, match=message) as caught:
+        params.load_settings("spoilt")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_lists_the_valid_ones():
+    values = params.parameters_cell(NOTEBOOKS / f"{NAME}.ipynb")
+    with pytest.raises(InputError, match="real_percent: unknown; valid keys are profile, protocol"):
+        params.check_notebook(NAME, values | {"real_percent": 5})
+    with pytest.raises(InputError, match="Input should be 'stable-diffusion-prompt'"):
+        params.check_notebook(NAME, values | {"techniques": ["deep-dream"]})
+    with pytest.raises(InputError, match="less than or equal to 100"):
+        params.check_notebook(NAME, values | {"real_percents": [120]})
+
+
+def test_a_notebook_collects_its_own_parameters():
+    values = params.parameters_cell(NOTEBOOKS / f"{NAME}.ipynb")
+    namespace = {**values, "_": 1, "In": [""], "Out": {}, "pd": params, "exit": print}
+    assert params.from_notebook(NAME, namespace).model_dump() == values
+    with pytest.raises(InputError, match="num_drawz: unknown"):
+        params.from_notebook(NAME, {**namespace, "num_drawz": 3})
+
+
+def test_a_parameters_cell_holds_assignments_only(tmp_path):
+    notebook = tmp_path / "notebook.ipynb"
+    cell = '{"cells": [{"metadata": {"tags": ["parameters"]}, "source": ["%s"]}]}'
+    notebook.write_text(cell % "a = [1, 2]\\n" + "\n")
+    assert params.parameters_cell(notebook) == {"a": [1, 2]}
+    notebook.write_text(cell % "a = open('x')")
+    with pytest.raises(InputError, match="parameters cell"):
+        params.parameters_cell(notebook)
+    notebook.write_text('{"cells": []}')
+    with pytest.raises(InputError, match="no cell is tagged"):
+        params.parameters_cell(notebook)

@@ -1,0 +1,147 @@
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdaug_utils import datasets, pools
+from sdaug_utils.foundation import load_pipeline
+
+SPEC = {"class": "bag", "prompt": "a bag", "technique": "test"}
+
+
+class FakeSampler:
+    """Noise from each seed; may reject some, and may be killed after some."""
+
+    def __init__(self, rejects=lambda seed: False, killed_after=None):
+        self.asked: list[tuple[int, int]] = []
+        self.rejects, self.killed_after = rejects, killed_after
+
+    def __call__(self, indices, seeds):
+        if self.killed_after is not None and len(self.asked) >= self.killed_after:
+            raise KeyboardInterrupt
+        self.asked += zip(indices, seeds, strict=True)
+        return [None if self.rejects(seed) else self.image(seed) for seed in seeds]
+
+    @staticmethod
+    def image(seed):
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8))
+
+
+def grow(store, count, sampler=None, batch_size=3, max_attempts=5):
+    return pools.grow(store, SPEC, count, lambda: sampler, batch_size, max_attempts)
+
+
+def content(pool):
+    return [file.read_bytes() for file in pool.files]
+
+
+def test_a_larger_pool_begins_with_the_smaller_one(store):
+    small = content(grow(store, 4, FakeSampler()))
+    sampler = FakeSampler()
+    large = grow(store, 10, sampler)
+    assert content(large)[:4] == small
+    assert [index for index, _ in sampler.asked] == [4, 5, 6, 7, 8, 9]
+    assert content(grow(store, 4)) == small  # nothing to make: no sampler is asked for
+    assert len(content(grow(store, 10))) == 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_batch_size_does_not_change_seeds(store, batch_size):
+    pool = grow(store, 7, FakeSampler(), batch_size)
+    assert pool.seeds == tuple(pools.image_seed(SPEC, index, 0) for index in range(7))
+
+
+def test_seeds_are_distinct_and_follow_the_specification():
+    seeds = {pools.image_seed(SPEC, index, attempt) for index in range(50) for attempt in range(3)}
+    assert len(seeds) == 150
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert pools.image_seed({**SPEC, "class": "dress"}, 0, 0) not in seeds
+
+
+def test_an_interrupted_pool_goes_on_and_ends_with_the_same_bytes(store, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        grow(store, 10, FakeSampler(killed_after=6))
+    sampler = FakeSampler()
+    resumed = grow(store, 10, sampler)
+    assert [index for index, _ in sampler.asked] == [6, 7, 8, 9]
+    whole = grow(type(store)(tmp_path / "other"), 10, FakeSampler())
+    assert content(resumed) == content(whole)
+    metadata = [pool.files[0].parent / "metadata.csv" for pool in (resumed, whole)]
+    assert metadata[0].read_bytes() == metadata[1].read_bytes()
+
+
+def test_damaged_and_lost_images_are_made_again(store):
+    pool = grow(store, 6, FakeSampler())
+    before = content(pool)
+    pool.files[1].write_bytes(before[1][:-30])
+    pool.files[2].write_bytes(b"")
+    pool.files[4].unlink()
+    sampler = FakeSampler()
+    assert content(grow(store, 6, sampler)) == before
+    assert [index for index, _ in sampler.asked] == [1, 2, 4]
+
+
+def test_rejected_images_are_replaced_with_the_next_attempts_seed(store):
+    bad = {pools.image_seed(SPEC, 1, 0), pools.image_seed(SPEC, 1, 1), pools.image_seed(SPEC, 3, 0)}
+    pool = grow(store, 5, FakeSampler(rejects=bad.__contains__))
+    assert pool.attempts == (1, 3, 1, 2, 1)
+    assert pool.seeds[1] == pools.image_seed(SPEC, 1, 2)
+    with pytest.raises(RuntimeError, match="image 5 was rejected 5 times"):
+        grow(store, 6, FakeSampler(rejects=lambda seed: True))
+
+
+def test_a_pool_is_an_image_folder_with_metadata(store):
+    pool = grow(store, 3, FakeSampler())
+    with (pool.files[0].parent / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == ("file_name", "class", "prompt", "seed", "attempts")
+    assert [row["file_name"] for row in rows] == [file.name for file in pool.files]
+    assert {(row["class"], row["prompt"]) for row in rows} == {("bag", "a bag")}
+
+
+def test_black_and_flagged_images_are_rejected(world):
+    class Pipeline:
+        def __call__(self, prompt, num_images_per_prompt, **_):
+            images = [Image.new("RGB", (8, 8), (level,) * 3) for level in (0, 90, 90)]
+            return SimpleNamespace(images=images, nsfw_content_detected=[False, True, False])
+
+    sample = pools.pipeline_sampler(Pipeline(), "a bag", world.settings.sampling)
+    assert [image is None for image in sample([0, 1, 2], [5, 6, 7])] == [True, True, False]
+
+
+def test_the_real_pipeline_makes_the_same_images_in_any_batch(world):
+    sampling = world.settings.sampling
+    sample = pools.pipeline_sampler(load_pipeline(world.settings), "a photo of a bag", sampling)
+    together = sample(range(4), [11, 12, 13, 14])
+    alone = [sample([0], [seed])[0] for seed in (11, 12, 13, 14)]
+    for first, second in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 2
+    assert np.abs(np.asarray(alone[0], int) - np.asarray(alone[1], int)).mean() > 1
+
+
+@pytest.mark.parametrize(
+    "technique", ["stable-diffusion-prompt", "dreambooth", "textual-inversion"]
+)
+def test_every_technique_fills_a_pool_per_class(world, technique):
+    made = pools.technique_pools(world, technique, 0, 2, progress=False)
+    assert [pool.class_name for pool in made] == list(world.data.class_names)
+    assert all(image.shape == (32, 32, 3) for pool in made for image in pool.images())
+    before = [content(pool) for pool in made]
+    grown = pools.technique_pools(world, technique, 0, 3, progress=False)
+    assert [content(pool)[:2] for pool in grown] == before
+    other_draw = pools.technique_specs(world, technique, 1)
+    assert other_draw != pools.technique_specs(world, technique, 0)
+
+
+@pytest.mark.parametrize("technique", ["dreambooth", "textual-inversion"])
+def test_personalisation_sees_nothing_outside_the_draws_subset(world, technique):
+    train = world.data.splits["train"]
+    for draw in (0, 1):
+        subset = datasets.subset(train.labels, 10, draw)
+        allowed = set(datasets.digests(train.images(subset)))
+        specs = pools.personalisation_specs(world, technique, draw)
+        seen = {digest for spec in specs for digest in spec["inputs"]}
+        assert seen <= allowed
+        assert len(seen) == 4

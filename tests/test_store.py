@@ -1,0 +1,88 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from sdaug_utils.errors import InputError
+from sdaug_utils.store import Store, VectorCache, array_digest, digest, verify_checksums
+
+
+def test_an_artefact_is_made_once(store):
+    calls = []
+
+    def make(folder):
+        calls.append(folder)
+        (folder / "value").write_text("42")
+
+    first = store.get("kind", {"a": 1, "b": [2]}, make)
+    again = store.get("kind", {"b": [2], "a": 1}, make)
+    assert first == again
+    assert len(calls) == 1
+    assert (first / "value").read_text() == "42"
+    assert store.get("kind", {"a": 2, "b": [2]}, make) != first
+
+
+def test_many_askers_one_maker(store):
+    calls = []
+
+    def ask(_):
+        return store.get("kind", {"a": 1}, lambda folder: calls.append(folder))
+
+    with ThreadPoolExecutor(8) as executor:
+        assert len(set(executor.map(ask, range(16)))) == 1
+    assert len(calls) == 1
+
+
+def test_a_failure_leaves_no_artefact_and_the_next_try_starts_clean(store):
+    def fail(folder):
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get("kind", {"a": 1}, fail)
+    assert not store.folder("kind", {"a": 1}).exists()
+    folder = store.get("kind", {"a": 1}, lambda folder: (folder / "whole").touch())
+    assert {path.name for path in folder.iterdir()} == {"spec.json", "whole"}
+
+
+def test_get_all_makes_only_what_is_missing(store):
+    specs = [{"n": n} for n in range(4)]
+    store.get("kind", specs[2], lambda folder: None)
+    asked = []
+    store.get_all("kind", specs, lambda missing, folders: asked.extend(missing))
+    assert asked == [0, 1, 3]
+    assert all(store.folder("kind", spec).exists() for spec in specs)
+
+
+def test_digest_sees_every_value():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 1.5})
+    image = np.zeros((4, 4, 3), np.uint8)
+    assert array_digest(image) == array_digest(image.copy())
+    assert array_digest(image) != array_digest(image.reshape(8, 2, 3))
+    image[0, 0, 0] = 1
+    assert array_digest(image) != array_digest(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_vector_cache_keeps_the_first(tmp_path):
+    cache = VectorCache(tmp_path / "folder" / "vectors.sqlite")
+    cache.write([("a", np.arange(3)), ("b", np.ones(3))])
+    cache.write([("a", np.zeros(3))])
+    found = VectorCache(cache.path).read(["a", "b", "c"])
+    assert set(found) == {"a", "b"}
+    np.testing.assert_array_equal(found["a"], [0, 1, 2])
+
+
+def test_an_unwritable_folder_is_an_input_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        Store(tmp_path / "file" / "store")
+
+
+def test_checksums_tell_missing_from_corrupt(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  data.png\n")
+    with pytest.raises(InputError, match=r"data\.png: missing"):
+        verify_checksums(tmp_path)
+    (tmp_path / "data.png").write_bytes(b"not it")
+    with pytest.raises(InputError, match=r"data\.png: corrupt"):
+        verify_checksums(tmp_path)

@@ -1,0 +1,157 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sdaug_utils import augment, training
+from sdaug_utils.params import Controlled, Published
+from sdaug_utils.store import VectorCache
+
+CONTROLLED = Controlled(
+    learning_rate=0.1, batch_size=8, max_train_steps=200, validation_steps=50, num_views=2
+)
+PUBLISHED = Published(learning_rate=1e-3, batch_size=4, max_epochs=3, patience=2)
+
+
+def blobs(num_images, seed):
+    """Two classes that a linear head separates."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = np.arange(num_images) % 2
+    features = torch.randn(num_images, 1, 4, generator=generator)
+    features[:, 0, 0] += torch.from_numpy(6.0 * labels - 3)
+    return features, labels
+
+
+def test_a_separable_problem_is_solved_and_the_best_weights_are_kept():
+    features, labels = blobs(64, 0)
+    validation, validation_labels = blobs(40, 1)
+    test, test_labels = blobs(100, 2)
+    outcome = training.train_controlled(
+        features, labels, (validation[:, 0], validation_labels), test[:, 0], CONTROLLED, 0, 2
+    )
+    assert (outcome.predictions == test_labels).mean() > 0.97
+    assert outcome.validation_accuracy > 0.97
+    assert outcome.num_updates == 200
+    assert outcome.selected_step == 50  # nothing better came after the first look
+
+
+def test_seeds_decide_the_head_and_the_order():
+    assert torch.equal(training.new_head(4, 2, 1).weight, training.new_head(4, 2, 1).weight)
+    assert not torch.equal(training.new_head(4, 2, 1).weight, training.new_head(4, 2, 2).weight)
+    order = training.batches(10, 4, 5, seed=3)
+    assert order.shape == (5, 4)
+    assert sorted(order.flatten()[:10].tolist()) == list(range(10))  # an epoch sees each once
+    assert torch.equal(order, training.batches(10, 4, 5, seed=3))
+
+
+def test_features_are_computed_once(world, monkeypatch):
+    images = world.data.splits["train"].images(range(4))
+    first = training.image_features(world, images, "custom", num_views=2)
+    assert first.shape == (4, 2, 1280)
+    assert not torch.equal(first[:, 0], first[:, 1])
+    monkeypatch.setattr(training, "load_backbone", lambda name: None)
+    again = training.image_features(world, images[::-1], "custom", num_views=2)
+    assert torch.equal(again, first.flip(0))
+    assert VectorCache(world.store.root / "features.sqlite").read(["unknown"]) == {}
+
+
+def test_features_do_not_depend_on_what_else_is_computed(world):
+    images = world.data.splits["train"].images(range(3))
+    alone = training.image_features(world, images[2:])
+    together = training.image_features(world, images)
+    assert torch.allclose(together[2:], alone, atol=1e-5)
+
+
+def test_the_backbone_knows_imagenet():
+    """Weights from another package: an exact load must give useful features, not noise."""
+    backbone = training.load_backbone("efficientnet-lite0")
+    assert not backbone.training
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = backbone(training.normalise(noise, backbone))
+    assert features.shape == (2, 1280)
+    assert features.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["none", "custom", "autoaugment", "randaugment"])
+def test_views_are_seeded_and_of_the_size_asked_for(world, name):
+    image = world.data.splits["train"].load(0)
+    transform = augment.build(name, 48)
+    state = torch.random.get_rng_state()
+    views = [augment.view(image, transform, seed) for seed in (1, 1, *range(2, 12))]
+    assert views[0].shape == (48, 48, 3)
+    np.testing.assert_array_equal(views[0], views[1])
+    assert any((view != views[0]).any() for view in views) == (name != "none")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_published_training_equals_a_plain_loop(world):
+    """BatchNorm in train mode, no normalisation, last weights: the same bits as written out."""
+    train, test = world.data.splits["train"], world.data.splits["test"]
+    rows = np.array([0, 1, 2, 20, 21, 22])
+    images, labels = train.images(rows), train.labels[rows]
+    validation = world.data.splits["validation"]
+    outcome = training.train_published(
+        images,
+        labels,
+        (validation.images(), validation.labels),
+        test.images(),
+        "efficientnet-lite0",
+        32,
+        "none",
+        PUBLISHED,
+        5,
+        2,
+    )
+
+    network = copy.deepcopy(training.load_backbone("efficientnet-lite0"))
+    torch.manual_seed(5)
+    head = nn.Linear(1280, 2)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    epochs, scores = 0, []
+    while epochs < 3 and not (epochs > 2 and max(scores[:-2]) >= max(scores[-2:])):
+        network.train()
+        order = np.random.default_rng((5, epochs)).permutation(6)
+        for batch in (order[:4], order[4:]):
+            with torch.no_grad():
+                features = network(pixels[batch])
+            loss = nn.functional.cross_entropy(head(features), torch.from_numpy(labels[batch]))
+            head.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in head.parameters():
+                    parameter -= 1e-3 * parameter.grad
+        network.eval()
+        with torch.no_grad():
+            seen = torch.from_numpy(np.stack(validation.images())).permute(0, 3, 1, 2) / 255
+            scores.append((head(network(seen)).argmax(1).numpy() == validation.labels).mean())
+        epochs += 1
+    with torch.no_grad():
+        held = torch.from_numpy(np.stack(test.images())).permute(0, 3, 1, 2) / 255
+        expected = head(network(held)).argmax(1).numpy()
+    np.testing.assert_array_equal(outcome.predictions, expected)
+    assert outcome.validation_accuracy == scores[-1]
+    assert outcome.num_updates == 2 * epochs
+
+
+def test_published_training_leaves_the_shared_backbone_alone(world):
+    backbone = training.load_backbone("efficientnet-lite0")
+    before = backbone.bn1.running_mean.clone()
+    train, validation = world.data.splits["train"], world.data.splits["validation"]
+    held = (validation.images(), validation.labels)
+    training.train_published(
+        train.images([0, 20]),
+        train.labels[[0, 20]],
+        held,
+        held[0],
+        "efficientnet-lite0",
+        32,
+        "randaugment",
+        PUBLISHED,
+        0,
+        2,
+    )
+    assert torch.equal(backbone.bn1.running_mean, before)
+    assert not backbone.training
