@@ -8,7 +8,8 @@ that are shared slow down now and then, and never speed up.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ RESULT = Path(__file__).parent / "results" / "rates.json"
 ROUNDS = 3
 
 
-def rates(variants: dict[str, tuple[int, Callable[[], object]]]) -> dict[str, float]:
+def rates(variants: Mapping[str, tuple[int, Callable[[], object]]]) -> dict[str, float]:
     """Items per second of each variant, given as (items per call, call)."""
     best = dict.fromkeys(variants, 0.0)
     for _ in range(ROUNDS):
@@ -43,7 +44,7 @@ def main() -> None:
     for batch_size in (1, 10, 50):
         sample = pools.pipeline_sampler(pipeline, "a photo of a dress", settings.sampling)
         seeds = list(range(batch_size))
-        sampling[f"batch of {batch_size}"] = (batch_size, lambda s=sample, n=seeds: s(n, n))
+        sampling[f"batch of {batch_size}"] = (batch_size, partial(sample, seeds, seeds))
     result["images per second"] = rates(sampling)
 
     latents = torch.randn(64, 4, 8, 8)
@@ -56,7 +57,7 @@ def main() -> None:
         torch.nn.functional.mse_loss(prediction, target).backward()
 
     result["U-Net training, latents per second"] = rates(
-        {f"batch of {size}": (size, lambda s=size: unet_step(s)) for size in (8, 32, 128)}
+        {f"batch of {size}": (size, partial(unet_step, size)) for size in (8, 32, 128)}
     )
 
     backbone = training.load_backbone("efficientnet-lite0")
@@ -67,7 +68,7 @@ def main() -> None:
     }
     with torch.inference_mode():
         result["backbone at 96 px, images per second"] = rates(
-            {name: (64, lambda x=x: backbone(x)) for name, x in layouts.items()}
+            {name: (64, partial(backbone, x)) for name, x in layouts.items()}
         )
 
     features, labels = torch.randn(550, 1, 1280), torch.from_numpy(np.arange(550) % 10)

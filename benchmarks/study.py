@@ -24,7 +24,7 @@ def main() -> None:
             "SDAUG_STORE": f"{folder}/store",
             "SDAUG_FIGURES": f"{folder}/figures",
         }
-        command = [sys.executable, ROOT / "run_all.py", "--output", f"{folder}/runs"]
+        command = [sys.executable, str(ROOT / "run_all.py"), "--output", f"{folder}/runs"]
         seconds = []
         for _ in range(2):
             began = time.monotonic()

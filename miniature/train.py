@@ -9,6 +9,7 @@ hundred steps into ``--build`` and goes on from it; ``export`` writes the fp16 s
     tokenizer     byte-pair encoding, learnt on the captions
     vae           AutoencoderKL, 32x32x3 -> 8x8x4
     latents       the corpus, encoded once
+    decoder       the VAE's decoder once more, with a perceptual loss; the latents stay
     unet          UNet2DConditionModel and CLIPTextModel, jointly; the larger part of the time
     canny         ControlNetModel, Canny edges
     segmentation  ControlNetModel, map of subject, border and background
@@ -19,10 +20,13 @@ the study's images is in it.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,14 +42,15 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from make_data import read_idx
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdaug_utils.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.datasets import DIGIT_CLASSES, FASHION_CLASSES, digits_halves, pad_to_rgb
+from sdaug_utils.training import load_backbone, normalise
 
-STAGES = ("tokenizer", "vae", "latents", "unet", "canny", "segmentation", "export")
+STAGES = ("tokenizer", "vae", "latents", "decoder", "unet", "canny", "segmentation", "export")
 CLASS_NAMES = (*FASHION_CLASSES, *DIGIT_CLASSES)
 HYPERNYMS = ("product",) * 10 + ("digit",) * 10
 DIGIT_REPEATS = 6  # 899 digits beside 60,000 garments
@@ -118,15 +123,11 @@ def train_tokenizer(build: Path) -> None:
     bpe.normalizer = reference.backend_tokenizer.normalizer
     bpe.pre_tokenizer = reference.backend_tokenizer.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
-    assert isinstance(bpe.normalizer, normalizers.Sequence)
     bpe.train_from_iterator(texts, trainer)
-    state = bpe.model
     folder = build / "bpe"
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = state.save(str(folder))
+    vocabulary, merges = bpe.model.save(str(folder))
     # Every byte also needs its end-of-word form, or a word ending in a rare letter is unknown.
-    import json
-
     tokens = json.loads(Path(vocabulary).read_text())
     for letter in pre_tokenizers.ByteLevel.alphabet():
         tokens.setdefault(letter + "</w>", len(tokens))
@@ -318,6 +319,51 @@ def encode_corpus(build: Path, corpus: Corpus) -> None:
     torch.save({"mean": torch.cat(means), "std": torch.cat(deviations)}, build / "latents.pt")
 
 
+def perceptual_maps(backbone: Any, pixels: Tensor) -> list[Tensor]:
+    """Unit-length feature maps of the first stages, as in LPIPS (Zhang et al., 2018)."""
+    levels = F.interpolate((pixels + 1) / 2, scale_factor=2, mode="bilinear")
+    hidden = backbone.bn1(backbone.conv_stem(normalise(levels, backbone)))
+    maps = []
+    for stage in backbone.blocks[:3]:
+        hidden = stage(hidden)
+        maps.append(F.normalize(hidden, dim=1))
+    return maps
+
+
+def train_decoder(build: Path, corpus: Corpus, arguments: argparse.Namespace) -> None:
+    """Fine-tune the decoder, as Stable Diffusion's own VAE was: sharper images, same latents.
+
+    Noise on the latents prepares it for what the U-Net makes, which is never quite an encoding.
+    """
+    vae = AutoencoderKL.from_pretrained(build / "vae")
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    latents = torch.load(build / "latents.pt", weights_only=True)["mean"]
+    backbone: Any = load_backbone("efficientnet-lite0")
+
+    def loss_between(noisy: Tensor, pixels: Tensor) -> Tensor:
+        decoded = vae.decoder(vae.post_quant_conv(noisy))
+        error = decoded - pixels
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        with torch.no_grad():
+            wanted = perceptual_maps(backbone, pixels)
+        perceptual = sum(
+            (first - second).square().sum(dim=1).mean()
+            for first, second in zip(perceptual_maps(backbone, decoded), wanted, strict=True)
+        )
+        return error.abs().mean() + edges + 0.5 * perceptual
+
+    compiled = torch.compile(loss_between)
+
+    def loss_of_step(step: int, indices: np.ndarray) -> Tensor:
+        clean = latents[torch.from_numpy(indices)]
+        noise = torch.randn(clean.shape, generator=step_generator(step))
+        return compiled(clean + 0.05 * noise, corpus.pixels(indices))
+
+    fit("decoder", build, vae, loss_of_step, corpus, arguments.decoder_steps, 64, 5e-4)
+    vae.save_pretrained(build / "vae")
+
+
 class LatentBatches:
     """Latents, noise, timesteps and encoded captions of a step."""
 
@@ -349,7 +395,7 @@ def train_unet(build: Path, corpus: Corpus, arguments: argparse.Namespace) -> No
     torch.manual_seed(SEED)
     scheduler = noise_scheduler(arguments.prediction_type)
     batches = LatentBatches(build, corpus, scheduler)
-    both = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(batches.tokenizer)})
+    both: Any = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(batches.tokenizer)})
     predict = torch.compile(lambda *inputs: both["unet"](*inputs, return_dict=False)[0])
 
     def loss_of_step(step: int, indices: np.ndarray) -> Tensor:
@@ -414,10 +460,19 @@ def load_pipeline(build: Path) -> StableDiffusionPipeline:
 
 
 def export(build: Path, weights: Path) -> None:
+    """Write what ``from_pretrained`` loads, in half precision, and its checksums."""
     load_pipeline(build).to(torch.float16).save_pretrained(weights)
     for kind in ("canny", "segmentation"):
         controlnet = ControlNetModel.from_pretrained(build / f"controlnet-{kind}")
         controlnet.half().save_pretrained(weights / f"controlnet-{kind}")
+    files = sorted(path for path in weights.rglob("*") if path.is_file())
+    (weights / "SHA256SUMS").write_text(
+        "".join(
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(weights)}\n"
+            for path in files
+            if path.name != "SHA256SUMS"
+        )
+    )
 
 
 def main() -> None:
@@ -426,10 +481,11 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--build", type=Path, default=here / "build")
-    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction")
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--unet-steps", type=int, default=5000)
-    parser.add_argument("--controlnet-steps", type=int, default=1500)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
+    parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--controlnet-steps", type=int, default=1200)
     arguments = parser.parse_args()
 
     build: Path = arguments.build
@@ -443,6 +499,8 @@ def main() -> None:
                 train_vae(build, corpus, arguments)
             case "latents":
                 encode_corpus(build, corpus)
+            case "decoder":
+                train_decoder(build, corpus, arguments)
             case "unet":
                 train_unet(build, corpus, arguments)
             case "canny" | "segmentation":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,16 @@ def plan(study: Study, cells: Iterable[Cell]) -> pd.DataFrame:
     grouped = pd.DataFrame(rows).groupby("arm", sort=False)
     return grouped.agg(
         {
-            "real %": lambda percents: ", ".join(f"{p:g}" for p in dict.fromkeys(percents)),
+            "real %": _listed,
             "synthetic per class": "first",
             "runs": "sum",
             "already in the store": "sum",
         }
     )
+
+
+def _listed(percents: pd.Series) -> str:
+    return ", ".join(f"{percent:g}" for percent in dict.fromkeys(percents))
 
 
 def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFrame:
@@ -95,7 +99,7 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     loader = _Loader(study)
     rows = []
     for cell in tqdm(cells, desc="training runs", disable=not progress):
-        folder = study.store.get("cells", _spec(study, cell), lambda f, c=cell: loader.train(c, f))
+        folder = study.store.get("cells", _spec(study, cell), partial(loader.train, cell))
         row = json.loads((folder / "result.json").read_text())
         predictions = np.load(folder / "predictions.npy")
         correct = predictions == study.data.splits["test"].labels

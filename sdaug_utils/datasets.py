@@ -69,7 +69,7 @@ def load(
     """A data set by name, all of it or some classes and the first images of each.
 
     Raises:
-        InputError: unknown data set or class; a file is missing or corrupt.
+        InputError: unknown data set, class or split; a file is missing or corrupt.
     """
     if name != "fashion-mnist":
         raise InputError(f"data set '{name}' is unknown: choose from fashion-mnist")
@@ -81,6 +81,11 @@ def load(
                 f"class '{class_name}' is unknown: choose from {', '.join(whole.class_names)}"
             )
     limits = max_images_per_class or {}
+    for split in limits:
+        if split not in SPLITS:
+            raise InputError(
+                f"max_images_per_class: '{split}' is unknown: choose from {', '.join(SPLITS)}"
+            )
     splits = {
         split: _restrict(whole.splits[split], [whole.class_names.index(c) for c in chosen], limit)
         for split, limit in ((split, limits.get(split)) for split in SPLITS)

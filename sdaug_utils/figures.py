@@ -93,7 +93,7 @@ def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
     """
     rates = sorted(set(curve["learning_rate"]))
     for (arm, rate), rows in curve.groupby(["arm", "learning_rate"], sort=False):
-        label, colour, _ = ARMS[arm]
+        label, colour, _ = ARMS[str(arm)]
         style = ("-", "--", ":")[rates.index(rate)]
         for _, draw in rows.groupby("draw"):
             axes.plot(draw["step"], draw["test_accuracy"], style, color=colour, lw=0.6, alpha=0.5)
@@ -123,7 +123,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
             "relative (%) ": rows["gain_relative"].map("{:+.1f}".format),
         }
     )
-    gains = [name for name in shown if name.startswith(("gain", "relative", "95 % "))]
+    gains = [str(name) for name in shown if str(name).startswith(("gain", "relative", "95 % "))]
     shown.loc[is_baseline, gains] = "–"
     return shown.replace({"nan": "–", "+nan": "–"}).set_index(["real %", "arm"])
 

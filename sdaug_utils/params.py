@@ -97,7 +97,7 @@ class Settings(Parameters):
 
     dataset: Literal["fashion-mnist"]
     classes: list[str] | None = Field(min_length=2)
-    max_images_per_class: dict[Literal["train", "validation", "test"], int] | None
+    max_images_per_class: dict[str, int] | None
     foundation: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
@@ -175,10 +175,8 @@ def parameters_cell(path: Path) -> dict[str, Any]:
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             try:
-                return {
-                    statement.targets[0].id: ast.literal_eval(statement.value)
-                    for statement in ast.parse("".join(cell["source"])).body
-                }
+                statements: list[Any] = ast.parse("".join(cell["source"])).body
+                return {line.targets[0].id: ast.literal_eval(line.value) for line in statements}
             except (AttributeError, SyntaxError, ValueError) as error:
                 raise InputError(
                     f"{path}: parameters cell: only 'name = value': {error}"

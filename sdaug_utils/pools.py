@@ -322,14 +322,14 @@ def _personalise(
 
     class_images = _class_images(study, draw, pipeline)
     bar = tqdm(specs, desc=f"training: {technique}, draw {draw}", disable=not progress)
-    for spec, images, seed in zip(bar, subjects, seeds, strict=True):
-        store.get(
-            technique,
-            spec,
-            lambda folder, images=images, seed=seed: personalise.dreambooth(
-                pipeline(), images, class_images, settings.dreambooth, resolution, seed, folder
-            ),
+
+    def fine_tune(images: list[np.ndarray], seed: int, folder: Path) -> None:
+        personalise.dreambooth(
+            pipeline(), images, class_images, settings.dreambooth, resolution, seed, folder
         )
+
+    for spec, images, seed in zip(bar, subjects, seeds, strict=True):
+        store.get(technique, spec, partial(fine_tune, images, seed))
 
 
 def _class_images(

@@ -125,7 +125,7 @@ class VectorCache:
 
     def read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """The vectors that are there, 32-bit floats."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         with closing(self._connect()) as connection:
             for start in range(0, len(keys), 500):
                 some = list(keys[start : start + 500])
