@@ -395,7 +395,9 @@ def train_unet(build: Path, corpus: Corpus, arguments: argparse.Namespace) -> No
     torch.manual_seed(SEED)
     scheduler = noise_scheduler(arguments.prediction_type)
     batches = LatentBatches(build, corpus, scheduler)
-    both: Any = nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(batches.tokenizer)})
+    both: Any = nn.ModuleDict(
+        {"unet": new_unet(), "text_encoder": new_text_encoder(batches.tokenizer)}
+    )
     predict = torch.compile(lambda *inputs: both["unet"](*inputs, return_dict=False)[0])
 
     def loss_of_step(step: int, indices: np.ndarray) -> Tensor:
@@ -481,7 +483,9 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--build", type=Path, default=here / "build")
-    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction")
+    parser.add_argument(
+        "--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction"
+    )
     parser.add_argument("--vae-steps", type=int, default=3600)
     parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--unet-steps", type=int, default=4000)

@@ -31,7 +31,7 @@ def estimate(values: np.ndarray) -> Estimate:
     num_draws, num_images = per_draw.shape
 
     def mean_of(draws: np.ndarray, images: np.ndarray) -> float:
-        return per_draw[draws][:, images].mean()
+        return per_draw[draws].mean(axis=0)[images].mean()
 
     interval = stats.bootstrap(
         (np.arange(num_draws), np.arange(num_images)),
