@@ -100,7 +100,7 @@ def control_obedience(
         for image in reals
     ]
     controlnet = ControlNetModel.from_pretrained(
-        weights / f"controlnet-{kind}", torch_dtype=torch.float32
+        weights / f"controlnet-{kind}", dtype=torch.float32
     )
     controlled = StableDiffusionControlNetPipeline(
         **pipeline.components, controlnet=controlnet, requires_safety_checker=False

@@ -488,7 +488,7 @@ def main() -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=3600)
     parser.add_argument("--decoder-steps", type=int, default=1200)
-    parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--unet-steps", type=int, default=3000)
     parser.add_argument("--controlnet-steps", type=int, default=1200)
     arguments = parser.parse_args()
 

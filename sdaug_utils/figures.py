@@ -47,15 +47,15 @@ def set_style() -> None:
     )
 
 
-def save(figure: Figure, data: pd.DataFrame, profile: str, name: str) -> list[Path]:
-    """Write a figure as .png and .pdf and the numbers behind it as .csv; return the paths."""
+def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = None) -> None:
+    """Write a figure as .png and .pdf, and the numbers behind it, if there are any, as .csv."""
     target = folder(profile)
     target.mkdir(parents=True, exist_ok=True)
-    paths = [target / f"{name}.{ending}" for ending in ("png", "pdf", "csv")]
-    figure.savefig(paths[0])
-    figure.savefig(paths[1], metadata={"CreationDate": None})
-    data.to_csv(paths[2], index=False, float_format="%.4f", lineterminator="\n")
-    return paths
+    figure.savefig(target / f"{name}.png")
+    figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None})
+    if data is not None:
+        path = target / f"{name}.csv"
+        data.to_csv(path, index=False, float_format="%.4f", lineterminator="\n")
 
 
 def curves(

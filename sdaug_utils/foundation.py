@@ -5,11 +5,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging as diffusers_logging
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Settings
@@ -44,6 +46,8 @@ def locate(foundation: str) -> str:
 def revision(foundation: str) -> str:
     """What identifies the weights, for the store's keys: a digest of the folder's files.
 
+    The ControlNets beside a pipeline do not count: its images do not depend on them.
+
     Raises:
         InputError: a weight file of the miniature is missing or corrupt; no such folder.
     """
@@ -60,7 +64,11 @@ def revision(foundation: str) -> str:
         raise InputError(
             f"foundation: '{foundation}' is neither 'miniature' nor a folder with model_index.json"
         )
-    listing = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
+    listing = "\n".join(
+        f"{name} {value}"
+        for name, value in sorted(checksums.items())
+        if not name.startswith("controlnet-")
+    )
     return hashlib.sha256(listing.encode()).hexdigest()[:20]
 
 
@@ -76,9 +84,11 @@ def load_pipeline(settings: Settings) -> StableDiffusionPipeline:
         InputError: as :func:`revision`.
     """
     revision(settings.foundation)
+    diffusers_logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(
         locate(settings.foundation),
-        torch_dtype=dtype_of(settings),
+        dtype=dtype_of(settings),
         use_safetensors=True,
         requires_safety_checker=False,
     ).to(device_of(settings))

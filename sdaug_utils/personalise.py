@@ -216,7 +216,7 @@ def apply(pipeline: StableDiffusionPipeline, folder: Path) -> StableDiffusionPip
     parts = dict(pipeline.components)
     if (folder / "unet").exists():
         parts["unet"] = UNet2DConditionModel.from_pretrained(
-            folder / "unet", torch_dtype=pipeline.dtype, use_safetensors=True
+            folder / "unet", dtype=pipeline.dtype, use_safetensors=True
         ).to(pipeline.device)
         personalised = type(pipeline)(**parts, requires_safety_checker=False)
     else:

@@ -1,0 +1,36 @@
+import sys
+
+import pytest
+from compare_figures import main
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    def run(expected, found):
+        for name, text in (("expected", expected), ("found", found)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "fig.csv").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "expected"), str(tmp_path / "found")])
+        return main()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ("arm,accuracy,gain_points\na,0.715,1.5\nb,,2\n", 0),
+        ("arm,accuracy,gain_points\na,0.75,1.5\nb,,2\n", 1),
+        ("arm,accuracy,gain_points\na,0.715,3.5\nb,,2\n", 1),
+        ("arm,accuracy,gain_points\na,0.715,1.5\nc,,2\n", 1),
+        ("arm,accuracy,gain_points\na,,1.5\nb,0.7,2\n", 1),
+        ("arm,accuracy,gain_points\na,0.715,1.5\n", 1),
+    ],
+)
+def test_small_differences_pass_and_large_ones_do_not(compare, found, code):
+    assert compare("arm,accuracy,gain_points\na,0.71,1.0\nb,,2\n", found) == code
+
+
+def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), str(tmp_path)])
+    assert main() == 1
