@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test lab lock clean
+.PHONY: study test notebooks lab lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py
@@ -11,6 +11,9 @@ test: .venv/installed           ## lint, types, unit tests, notebooks at the smo
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+notebooks: study                ## renew the outputs of the committed notebooks
+	cp runs/miniature/*.ipynb notebooks/
 
 lab: .venv/installed            ## open the notebooks
 	$(BIN)/jupyter lab notebooks

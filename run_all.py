@@ -12,9 +12,13 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import nbformat
 
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -78,12 +82,40 @@ def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) 
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run
         status = f"failed: {type(error).__name__}: {error}"
+    if target.exists():
+        tidy(target)
     made = [
         figure.name
         for figure in sorted(figures.folder(profile).glob("*.png"))
         if figure.stat().st_mtime >= began
     ]
     return Report(path.stem, status.splitlines()[0], (time.time() - began) / 60, made, target)
+
+
+def tidy(path: Path) -> None:
+    """Take out of an executed notebook what only the machine that ran it cares for.
+
+    Progress bars keep their last state, and metadata lose times and paths.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = list(_merged_streams(cell.outputs))
+    nbformat.write(notebook, path)
+
+
+def _merged_streams(outputs: list[Any]) -> Iterator[Any]:
+    for (kind, name), group in groupby(outputs, lambda o: (o.output_type, o.get("name"))):
+        if kind != "stream":
+            yield from group
+            continue
+        text = "".join(output.text for output in group)
+        lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
+        yield nbformat.v4.new_output("stream", name=name, text="\n".join(lines))
 
 
 def print_summary(reports: list[Report], profile: str) -> None:

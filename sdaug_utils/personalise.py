@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from tqdm.auto import trange
+from tqdm import trange
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import DreamBooth, TextualInversion

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sdaug_utils import personalise
 from sdaug_utils.datasets import digests, personalisation_inputs

@@ -70,6 +70,28 @@ def notebook(folder, name, source):
     nbformat.write(book, folder / name)
 
 
+def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
+    book = nbformat.v4.new_notebook(metadata={"papermill": {"input_path": "/somewhere"}})
+    cell = nbformat.v4.new_code_cell("work()", metadata={"papermill": {}, "tags": ["kept"]})
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="\r  0%"),
+        nbformat.v4.new_output("stream", name="stderr", text="\r100%\n"),
+        nbformat.v4.new_output("stream", name="stdout", text="one\ntwo\n"),
+        nbformat.v4.new_output("display_data", data={"text/plain": "picture"}),
+    ]
+    book.cells = [cell]
+    nbformat.write(book, tmp_path / "book.ipynb")
+    run_all.tidy(tmp_path / "book.ipynb")
+    tidied = nbformat.read(tmp_path / "book.ipynb", as_version=4)
+    assert tidied.metadata == {}
+    assert tidied.cells[0].metadata == {"tags": ["kept"]}
+    assert [output.get("text") for output in tidied.cells[0].outputs] == [
+        "100%\n",
+        "one\ntwo\n",
+        None,
+    ]
+
+
 def test_a_failing_notebook_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     books = tmp_path / "notebooks"
     books.mkdir()
