@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdaug_utils import training
-from sdaug_utils.datasets import digests, subset
+from sdaug_utils.datasets import digests, first_per_class, subset
 from sdaug_utils.params import Augmentation, Parameters, Percent, Protocol, Technique
 from sdaug_utils.pools import Pool, technique_pools, technique_specs
 from sdaug_utils.store import digest
@@ -220,10 +220,11 @@ class _Loader:
             pools = self.pools(cell.technique, cell.draw, cell.synthetic_per_class)
             images += [image for pool in pools for image in pool.images()]
         validation = self.splits["validation"]
+        few = first_per_class(validation.labels, classifier.published.validation_images_per_class)
         return training.train_published(
             images,
             labels,
-            (validation.images(), validation.labels),
+            (validation.images(few), validation.labels[few]),
             self.splits["test"].images(),
             classifier.backbone,
             classifier.image_size,

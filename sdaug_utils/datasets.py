@@ -94,10 +94,18 @@ def load(
 
 
 def _restrict(split: Split, classes: Sequence[int], limit: int | None) -> Split:
-    kept = [np.flatnonzero(split.labels == label)[:limit] for label in classes]
-    indices = np.concatenate(kept)
-    labels = np.repeat(np.arange(len(classes)), [len(rows) for rows in kept])
+    indices = first_per_class(split.labels, limit, classes)
+    positions = {label: position for position, label in enumerate(classes)}
+    labels = np.array([positions[label] for label in split.labels[indices]])
     return Split(lambda i: split.load(indices[i]), labels)
+
+
+def first_per_class(
+    labels: np.ndarray, limit: int | None, classes: Sequence[int] | None = None
+) -> np.ndarray:
+    """Indices of the first ``limit`` images of each class (all if None), class by class."""
+    every = np.unique(labels) if classes is None else classes
+    return np.concatenate([np.flatnonzero(labels == label)[:limit] for label in every])
 
 
 def _fashion_mnist(folder: Path) -> Dataset:

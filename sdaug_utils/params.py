@@ -81,6 +81,7 @@ class Published(Parameters):
     batch_size: int = Field(ge=1)
     max_epochs: int = Field(ge=1)
     patience: int = Field(ge=1)
+    validation_images_per_class: int | None = Field(ge=1)
 
 
 class Classifier(Parameters):

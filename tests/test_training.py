@@ -12,7 +12,9 @@ from sdaug_utils.store import VectorCache
 CONTROLLED = Controlled(
     learning_rate=0.1, batch_size=8, max_train_steps=200, validation_steps=50, num_views=2
 )
-PUBLISHED = Published(learning_rate=1e-3, batch_size=4, max_epochs=3, patience=2)
+PUBLISHED = Published(
+    learning_rate=1e-3, batch_size=4, max_epochs=3, patience=2, validation_images_per_class=None
+)
 
 
 def blobs(num_images, seed):
