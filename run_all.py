@@ -50,7 +50,6 @@ def chosen_notebooks(only: list[str] | None) -> list[Path]:
 def check(paths: list[Path], profile: str, output: Path) -> dict[Path, dict[str, Any]]:
     """Check everything that can be checked beforehand; return each notebook's overrides."""
     from sdaug_utils import figures, foundation, params, store, study
-    from sdaug_utils.datasets import subset
 
     overrides = {path: params.overrides(profile, path.stem) for path in paths}
     opened = study.open_study(profile)
@@ -62,8 +61,8 @@ def check(paths: list[Path], profile: str, output: Path) -> dict[Path, dict[str,
         if profile != values.get("profile"):
             changes = overrides[path] = {"profile": profile, **changes}
         checked = params.check_notebook(path.stem, values | changes)
-        for percent in getattr(checked, "real_percents", []):
-            subset(opened.data.splits["train"].labels, percent)
+        percents = [*checked.real_percents, checked.protocols_at_percent]
+        study.check_percents(opened, percents)
     return overrides
 
 
@@ -75,6 +74,7 @@ def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) 
     from sdaug_utils import figures
 
     target, began = output / path.name, time.time()
+    target.unlink(missing_ok=True)
     status = "ok"
     try:
         papermill.execute_notebook(path, target, parameters, cwd=NOTEBOOKS, progress_bar=False)
@@ -144,6 +144,9 @@ def main() -> int:
 
     from sdaug_utils.errors import InputError
 
+    for variable in ("SDAUG_STORE", "SDAUG_FIGURES"):  # the notebooks run in another folder
+        if variable in os.environ:
+            os.environ[variable] = str(Path(os.environ[variable]).resolve())
     output = arguments.output or ROOT / "runs" / arguments.profile
     try:
         paths = chosen_notebooks(arguments.only)

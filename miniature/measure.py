@@ -41,6 +41,7 @@ def generate(pipeline: StableDiffusionPipeline, study: Study, count: int) -> lis
         for start in range(0, count, 50):
             made = sample(range(start, start + 50), seeds[start : start + 50])
             images += [np.asarray(image) for image in made if image is not None]
+    assert len(images) == count * len(study.data.class_names), "an image was rejected"
     return images
 
 

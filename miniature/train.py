@@ -487,9 +487,9 @@ def main() -> None:
         "--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction"
     )
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--decoder-steps", type=int, default=1200)
+    parser.add_argument("--decoder-steps", type=int, default=700)
     parser.add_argument("--unet-steps", type=int, default=3000)
-    parser.add_argument("--controlnet-steps", type=int, default=1200)
+    parser.add_argument("--controlnet-steps", type=int, default=700)
     arguments = parser.parse_args()
 
     build: Path = arguments.build

@@ -113,8 +113,13 @@ def correct(results: pd.DataFrame, arm: str, real_percent: float) -> np.ndarray:
     if chosen.empty:
         raise KeyError(f"no run of {arm} at {real_percent:g} % real")
     ordered = chosen.sort_values(["draw", "seed"])
-    stacked = np.stack(ordered["correct"].to_list())
-    return stacked.reshape(ordered["draw"].nunique(), ordered["seed"].nunique(), -1)
+    num_draws, num_seeds = ordered["draw"].nunique(), ordered["seed"].nunique()
+    complete = (
+        len(ordered) == num_draws * num_seeds == len(ordered[["draw", "seed"]].drop_duplicates())
+    )
+    if not complete or len(set(ordered["protocol"])) > 1:
+        raise ValueError(f"runs of {arm} at {real_percent:g} % are not one per draw and seed")
+    return np.stack(ordered["correct"].to_list()).reshape(num_draws, num_seeds, -1)
 
 
 def _spec(study: Study, cell: Cell) -> dict[str, Any]:
@@ -127,10 +132,16 @@ def _spec(study: Study, cell: Cell) -> dict[str, Any]:
         "version": [CODE_VERSION, training.CODE_VERSION, training.augment.CODE_VERSION],
         "cell": cell.model_dump(),
         "data": data_digest(study),
-        "backbone": [classifier.backbone, classifier.image_size],
+        "rows": subset(study.data.splits["train"].labels, cell.real_percent, cell.draw).tolist(),
+        "backbone": [training.BACKBONE_SHA256[classifier.backbone], classifier.image_size],
         "settings": getattr(classifier, cell.protocol).model_dump(),
         "pools": pools,
     }
+
+
+def _training_seed(cell: Cell) -> int:
+    """The same for all arms of a draw and seed, and another for every draw."""
+    return 1000 * cell.draw + cell.seed
 
 
 def _folder(study: Study, cell: Cell) -> Path:
@@ -207,7 +218,7 @@ class _Loader:
             validation,
             self.real_features("test")[:, 0],
             self.study.settings.classifier.controlled,
-            cell.seed,
+            _training_seed(cell),
             num_classes,
         )
 
@@ -230,7 +241,7 @@ class _Loader:
             classifier.image_size,
             cell.augmentation,
             classifier.published,
-            cell.seed,
+            _training_seed(cell),
             num_classes,
         )
 
@@ -268,7 +279,7 @@ def accuracy_curve(
             loader.features(cell, real),
             torch.from_numpy(labels),
             settings,
-            cell.seed,
+            _training_seed(cell),
             num_classes,
             every,
             evaluate,

@@ -17,6 +17,18 @@ from sdaug_utils.metrics import Estimate, estimate, paired_difference
 DATA_FOLDER = Path(__file__).parent / "data"
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING"
 
+JUDGED_COLUMNS = (
+    "id",
+    "section",
+    "claim",
+    "comparison",
+    "difference",
+    "low",
+    "high",
+    "comparison_verdict",
+    "verdict",
+)
+
 Verdict = Literal["supported", "contradicted", "inconclusive"]
 
 
@@ -105,17 +117,17 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
         if len(parts) == len(claim["comparisons"]):
             whole = all_of([part["comparison_verdict"] for part in parts])
             rows += [{**part, "verdict": whole} for part in parts]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=JUDGED_COLUMNS)
 
 
 def compare_protocols(results: pd.DataFrame, arm: str, percent: float) -> pd.DataFrame:
     """An arm's gain over the baseline under each protocol, and the difference of the gains.
 
-    ``results`` holds runs of both protocols with the same draws. Values are accuracies in 0 to 1,
-    gains in absolute points; the last row is published minus controlled: what the thesis's way of
-    training adds to the gain.
+    ``results`` holds runs of both protocols with the same draws. Accuracies are in 0 to 1, gains
+    and their 95 % intervals in absolute points; the last row is published minus controlled: what
+    the thesis's way of training adds to the gain.
     """
-    rows, gains = {}, []
+    rows, gains = [], []
     for protocol in ("published", "controlled"):
         runs = results[results["protocol"] == protocol]
         first, second = (
@@ -123,19 +135,27 @@ def compare_protocols(results: pd.DataFrame, arm: str, percent: float) -> pd.Dat
         )
         gains.append(first - second)
         updates = runs.groupby("arm")["num_updates"].mean()
-        rows[protocol] = {
-            "baseline, updates": f"{updates['baseline']:.0f}",
-            "baseline, accuracy": f"{second.mean():.3f}",
-            f"{arm}, updates": f"{updates[arm]:.0f}",
-            f"{arm}, accuracy": f"{first.mean():.3f}",
-            "gain (points)": _points(estimate(gains[-1])),
-        }
-    rows["published − controlled"] = {"gain (points)": _points(estimate(gains[0] - gains[1]))}
-    return pd.DataFrame(rows).T.fillna("")
+        rows.append(
+            {
+                "protocol": protocol,
+                "baseline_updates": updates["baseline"],
+                "baseline_accuracy": second.mean(),
+                "updates": updates[arm],
+                "accuracy": first.mean(),
+                **_points(estimate(gains[-1])),
+            }
+        )
+    difference = _points(estimate(gains[0] - gains[1]))
+    rows.append({"protocol": "published − controlled", **difference})
+    return pd.DataFrame(rows)
 
 
-def _points(value: Estimate) -> str:
-    return f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+def _points(gain: Estimate) -> dict[str, float]:
+    return {
+        "gain_points": 100 * gain.mean,
+        "gain_points_low": 100 * gain.low,
+        "gain_points_high": 100 * gain.high,
+    }
 
 
 def summary(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
@@ -162,9 +182,7 @@ def summary(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
                 "accuracy": accuracy.mean,
                 "accuracy_low": accuracy.low,
                 "accuracy_high": accuracy.high,
-                "gain_points": 100 * gain.mean,
-                "gain_points_low": 100 * gain.low,
-                "gain_points_high": 100 * gain.high,
+                **_points(gain),
                 "gain_relative": 100 * gain.mean / baseline.mean(),
                 "num_draws": values.shape[0],
                 "num_seeds": values.shape[1],

@@ -54,8 +54,14 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
     figure.savefig(target / f"{name}.png")
     figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None})
     if data is not None:
-        path = target / f"{name}.csv"
-        data.to_csv(path, index=False, float_format="%.4f", lineterminator="\n")
+        save_table(profile, name, data)
+
+
+def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
+    """Write the numbers of a table as .csv."""
+    target = folder(profile)
+    target.mkdir(parents=True, exist_ok=True)
+    data.to_csv(target / f"{name}.csv", index=False, float_format="%.4f", lineterminator="\n")
 
 
 def curves(
@@ -126,6 +132,22 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     gains = [str(name) for name in shown if str(name).startswith(("gain", "relative", "95 % "))]
     shown.loc[is_baseline, gains] = "–"
     return shown.replace({"nan": "–", "+nan": "–"}).set_index(["real %", "arm"])
+
+
+def protocols(table: pd.DataFrame) -> pd.DataFrame:
+    """An arm's gain under both protocols, as text."""
+    shown = pd.DataFrame(
+        {
+            "protocol": table["protocol"],
+            "baseline: updates": table["baseline_updates"].map("{:.0f}".format),
+            "accuracy": table["baseline_accuracy"].map("{:.3f}".format),
+            "with synthetic images: updates": table["updates"].map("{:.0f}".format),
+            "accuracy ": table["accuracy"].map("{:.3f}".format),
+            "gain (points)": table["gain_points"].map("{:+.1f}".format),
+            "95 %": _interval(table["gain_points_low"], table["gain_points_high"], "{:+.1f}"),
+        }
+    )
+    return shown.replace("nan", "").set_index("protocol")
 
 
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A text-to-image pipeline by name: the shipped miniature, a local folder or a hub id."""
+"""A text-to-image pipeline by name: the shipped miniature or a local diffusers folder."""
 
 import hashlib
 from functools import cache
@@ -17,7 +17,8 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.params import Settings
 from sdaug_utils.store import verify_checksums
 
-MINIATURE_WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
+PROJECT = Path(__file__).parents[1]
+MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
 SCHEDULERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
@@ -37,9 +38,9 @@ def dtype_of(settings: Settings) -> torch.dtype:
     return torch.float32 if device_of(settings).type == "cpu" else torch.float16
 
 
-def locate(foundation: str) -> str:
-    """What ``from_pretrained`` is to load: a folder, or the hub id itself."""
-    return str(MINIATURE_WEIGHTS) if foundation == "miniature" else foundation
+def locate(foundation: str) -> Path:
+    """The folder that ``from_pretrained`` is to load; relative ones start at the project."""
+    return MINIATURE_WEIGHTS if foundation == "miniature" else PROJECT / foundation
 
 
 @cache
@@ -51,7 +52,7 @@ def revision(foundation: str) -> str:
     Raises:
         InputError: a weight file of the miniature is missing or corrupt; no such folder.
     """
-    folder = Path(locate(foundation))
+    folder = locate(foundation)
     if foundation == "miniature":
         checksums = verify_checksums(folder)
     elif (folder / "model_index.json").exists():

@@ -3,7 +3,10 @@
 All take ``correct``, a boolean array of shape (draws, seeds, test images). Intervals are 95 %
 percentile bootstrap intervals of a crossed design (the pigeonhole bootstrap; Owen, 2007): draws of
 the real subset and test images are resampled, each on its own; seeds are averaged within a draw.
-With three draws they are approximate, rather too narrow than too wide.
+
+A bootstrap of a few draws is far too confident: of three it hardly reaches beyond the smallest and
+the largest. So each draw's distance from the mean is enlarged beforehand by what Student's t asks
+for, t(n - 1) / 1.96 · sqrt(n / (n - 1)): 2.7 for three draws, 1.3 for ten.
 """
 
 from dataclasses import dataclass
@@ -26,9 +29,13 @@ class Estimate:
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """Mean and interval of values of shape (draws, seeds, test images)."""
+    """Mean and interval of values of shape (draws, seeds, test images); at least two draws."""
     per_draw = values.mean(axis=1, dtype=np.float64)
     num_draws, num_images = per_draw.shape
+
+    per_draw = per_draw + (_enlargement(num_draws) - 1) * (
+        per_draw.mean(axis=1, keepdims=True) - per_draw.mean()
+    )
 
     def mean_of(draws: np.ndarray, images: np.ndarray) -> float:
         return per_draw[draws].mean(axis=0)[images].mean()
@@ -43,6 +50,11 @@ def estimate(values: np.ndarray) -> Estimate:
     ).confidence_interval
     runs = values.shape[0] * values.shape[1]
     return Estimate(float(per_draw.mean()), float(interval.low), float(interval.high), runs)
+
+
+def _enlargement(num_draws: int) -> float:
+    quantile = stats.t.ppf(0.975, num_draws - 1) / stats.norm.ppf(0.975)
+    return float(quantile * np.sqrt(num_draws / (num_draws - 1)))
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:

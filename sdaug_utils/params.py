@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sdaug_utils.errors import InputError
 
@@ -23,7 +23,16 @@ Percent = Annotated[float, Field(gt=0, le=100)]
 
 
 class Parameters(BaseModel):
+    """A model that refuses unknown keys, and lists in which a value comes twice."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _without_duplicates(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("a value comes twice")
+        return value
 
 
 class Sampling(Parameters):
@@ -49,6 +58,12 @@ class DreamBooth(Parameters):
     train_batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     max_train_steps: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _prior_has_images(self) -> "DreamBooth":
+        if self.prior_loss_weight > 0 and self.num_class_images == 0:
+            raise ValueError("num_class_images must be positive when prior_loss_weight is")
+        return self
 
 
 class TextualInversion(Parameters):
@@ -98,7 +113,7 @@ class Settings(Parameters):
 
     dataset: Literal["fashion-mnist"]
     classes: list[str] | None = Field(min_length=2)
-    max_images_per_class: dict[str, int] | None
+    max_images_per_class: dict[str, Annotated[int, Field(ge=1)]] | None
     foundation: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
@@ -114,14 +129,21 @@ class TrainingPercentage(Parameters):
     profile: str
     protocol: Protocol
     real_percents: list[Percent] = Field(min_length=1)
-    augmentations: list[Augmentation]
-    techniques: list[Technique]
+    augmentations: list[Augmentation] = Field(min_length=1)
+    techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: int = Field(ge=1)
-    num_draws: int = Field(ge=1)
+    num_draws: int = Field(ge=2)  # one draw has no interval
     num_seeds: int = Field(ge=1)
     protocols_at_percent: Percent
     protocols_num_seeds: int = Field(ge=1)
-    curve_steps: list[Annotated[int, Field(ge=1)]]
+    curve_steps: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+
+    @field_validator("augmentations")
+    @classmethod
+    def _with_baseline(cls, names: list[str]) -> list[str]:
+        if "none" not in names:
+            raise ValueError("'none' must be among them: it is the baseline")
+        return names
 
 
 EXPERIMENTS: dict[str, type[Parameters]] = {"03-training-percentage": TrainingPercentage}
@@ -146,9 +168,13 @@ def read_profile(profile: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     valid = ["common", *EXPERIMENTS]
-    for name in sections:
+    if not isinstance(sections, dict) or "common" not in sections:
+        raise InputError(f"{path}: needs a section 'common' and may have others of {valid[1:]}")
+    for name, section in sections.items():
         if name not in valid:
             raise InputError(f"{path}: section '{name}' is unknown: choose from {valid}")
+        if not isinstance(section, dict):
+            raise InputError(f"{path}: section '{name}': must be a list of 'key: value'")
     return sections
 
 
@@ -164,7 +190,7 @@ def load_settings(profile: str) -> Settings:
 
 def overrides(profile: str, notebook: str) -> dict[str, Any]:
     """What a profile sets in a notebook's ``parameters`` cell."""
-    return read_profile(profile).get(notebook) or {}
+    return read_profile(profile).get(notebook, {})
 
 
 def parameters_cell(path: Path) -> dict[str, Any]:
@@ -176,13 +202,17 @@ def parameters_cell(path: Path) -> dict[str, Any]:
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             try:
-                statements: list[Any] = ast.parse("".join(cell["source"])).body
-                return {line.targets[0].id: ast.literal_eval(line.value) for line in statements}
+                return _assignments("".join(cell["source"]))
             except (AttributeError, SyntaxError, ValueError) as error:
                 raise InputError(
                     f"{path}: parameters cell: only 'name = value': {error}"
                 ) from error
     raise InputError(f"{path}: no cell is tagged 'parameters'")
+
+
+def _assignments(source: str) -> dict[str, Any]:
+    statements: list[Any] = ast.parse(source).body
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in statements}
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
@@ -197,16 +227,15 @@ def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
     """Collect and check the parameters that a notebook has set, given its ``globals()``.
 
-    Every plain value counts as a parameter, so one that no code reads is an error, too.
+    What papermill has injected counts, too, so that a key no code reads is an error.
     """
-    values = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_")
-        and name not in ("In", "Out")
-        and isinstance(value, str | int | float | list | dict | None)
-    }
-    return check_notebook(notebook, values)
+    injected: dict[str, Any] = {}
+    for source in namespace.get("In", []):
+        if source.startswith("# Parameters"):
+            injected |= _assignments(source)
+    known = EXPERIMENTS[notebook].model_fields
+    values = {name: value for name, value in namespace.items() if name in known}
+    return check_notebook(notebook, injected | values)
 
 
 Model = TypeVar("Model", bound=Parameters)

