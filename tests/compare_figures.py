@@ -3,7 +3,8 @@
     python tests/compare_figures.py EXPECTED_FOLDER FOLDER
 
 Numbers come out the same on one machine and nearly the same on another, where sums are rounded in
-another order. Tolerances: two points of accuracy, four per cent of relative gain.
+another order. Tolerances: two points of accuracy, four per cent of relative gain. Verdicts, and
+the updates after which training stopped early, may follow from such differences: not compared.
 """
 
 import sys
@@ -28,6 +29,8 @@ def differences(expected: Path, found: Path) -> list[str]:
         return [f"{found.name}: other rows or columns"]
     lines = []
     for column in first:
+        if column.endswith(("verdict", "updates")):
+            continue
         if not pd.api.types.is_numeric_dtype(first[column]):
             if not first[column].equals(second[column]):
                 lines.append(f"{found.name}: {column}: other text")

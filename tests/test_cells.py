@@ -24,7 +24,7 @@ def test_cells_are_trained_once_and_say_what_they_saw(world, grid, monkeypatch):
     assert set(baseline["num_real"]) == {20}
     assert set(baseline["num_synthetic"]) == {0}
     assert set(results[results["arm"] == "dreambooth"]["num_synthetic"]) == {6}
-    assert results["num_updates"].nunique() == 1
+    assert len(set(results["num_updates"])) == 1
     assert all(
         row["correct"].mean() == pytest.approx(row["test_accuracy"])
         for _, row in results.iterrows()

@@ -65,7 +65,7 @@ def test_an_unknown_key_lists_the_valid_ones():
         params.check_notebook(NAME, values | {"techniques": ["deep-dream"]})
     with pytest.raises(InputError, match="less than or equal to 100"):
         params.check_notebook(NAME, values | {"real_percents": [120]})
-    with pytest.raises(InputError, match="real_percents: .*comes twice"):
+    with pytest.raises(InputError, match=r"real_percents: .*comes twice"):
         params.check_notebook(NAME, values | {"real_percents": [5, 5]})
     with pytest.raises(InputError, match="num_draws: Input should be greater than or equal to 2"):
         params.check_notebook(NAME, values | {"num_draws": 1})
