@@ -194,6 +194,7 @@ def noise_scheduler(prediction_type: str) -> DDPMScheduler:
         num_train_timesteps=1000,
         prediction_type=prediction_type,
         clip_sample=False,
+        steps_offset=1,
     )
 
 
