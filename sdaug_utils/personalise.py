@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import trange
@@ -208,21 +208,24 @@ def textual_inversion(
         save_file({settings.placeholder_token: embedding}, folder / EMBEDDING_FILE)
 
 
-def apply(pipeline: StableDiffusionPipeline, folder: Path) -> StableDiffusionPipeline:
+def apply(pipeline: StableDiffusionPipeline, folder: Path | None) -> StableDiffusionPipeline:
     """A pipeline with what :func:`dreambooth` or :func:`textual_inversion` left in ``folder``.
 
-    It shares with ``pipeline``, which stays as it was, all parts that personalisation left alone.
+    It shares with ``pipeline``, which stays as it was, the parts that personalisation left alone,
+    but for the scheduler, which has a state: so several may work at the same time.
     """
     parts = dict(pipeline.components)
-    if (folder / "unet").exists():
-        parts["unet"] = UNet2DConditionModel.from_pretrained(
-            folder / "unet", dtype=pipeline.dtype, use_safetensors=True
-        ).to(pipeline.device)
-        personalised = type(pipeline)(**parts, requires_safety_checker=False)
-    else:
+    parts["scheduler"] = copy.deepcopy(pipeline.scheduler)
+    inverted = folder is not None and (folder / EMBEDDING_FILE).exists()
+    if inverted:
         for name in ("tokenizer", "text_encoder"):
             parts[name] = copy.deepcopy(parts[name])
-        personalised = type(pipeline)(**parts, requires_safety_checker=False)
+    elif folder is not None:
+        weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        parts["unet"] = copy.deepcopy(pipeline.unet)
+        parts["unet"].load_state_dict(weights)
+    personalised = type(pipeline)(**parts, requires_safety_checker=False)
+    if inverted:
         personalised.load_textual_inversion(folder, weight_name=EMBEDDING_FILE)
     personalised.set_progress_bar_config(disable=True)
     return personalised

@@ -8,10 +8,12 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from sdaug_utils import personalise
 from sdaug_utils.datasets import digests, personalisation_inputs
-from sdaug_utils.foundation import dtype_of, load_pipeline, revision
+from sdaug_utils.foundation import device_of, dtype_of, load_pipeline, revision
 from sdaug_utils.params import Sampling, Settings, Technique
 from sdaug_utils.store import Spec, Store, digest, write_atomically
 from sdaug_utils.study import Study
@@ -225,7 +227,7 @@ def technique_pools(
     settings, store = study.settings, study.store
     personalisations = personalisation_specs(study, technique, draw)
     specs = technique_specs(study, technique, draw)
-    pipeline = cache(lambda: load_pipeline(settings))
+    pipeline = _lazy_pipeline(settings)
     incomplete = [
         label
         for label, spec in enumerate(specs)
@@ -235,26 +237,56 @@ def technique_pools(
         _personalise(study, technique, draw, incomplete, pipeline, progress)
 
     def make_sampler(label: int) -> Sampler:
-        ready, personalisation = pipeline(), personalisations[label]
-        if personalisation is not None:
-            ready = personalise.apply(ready, store.folder(technique, personalisation))
+        personalisation = personalisations[label]
+        folder = None if personalisation is None else store.folder(technique, personalisation)
+        ready = personalise.apply(pipeline(), folder)
         return pipeline_sampler(ready, specs[label]["prompt"], settings.sampling)
 
     sampling = settings.sampling
     total, description = count * len(incomplete), f"images: {technique}, draw {draw}"
     with tqdm(total=total, desc=description, disable=not (progress and incomplete)) as bar:
-        return [
-            grow(
+
+        def fill(label: int) -> Pool:
+            return grow(
                 store,
-                spec,
+                specs[label],
                 count,
                 partial(make_sampler, label),
                 sampling.batch_size,
                 sampling.max_attempts,
                 bar,
             )
-            for label, spec in enumerate(specs)
-        ]
+
+        return _in_parallel(settings, fill, range(len(specs)))
+
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def _in_parallel(
+    settings: Settings, work: Callable[[Item], Result], items: Sequence[Item]
+) -> list[Result]:
+    """Do independent pieces of work on a thread per core; one after the other on a GPU.
+
+    Small networks gain little from several cores: one thread per piece is almost twice as fast
+    on two cores. The results do not depend on the number of workers.
+    """
+    if device_of(settings).type != "cpu":
+        return [work(item) for item in items]
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        return list(executor.map(work, items))
+
+
+def _lazy_pipeline(settings: Settings) -> Callable[[], StableDiffusionPipeline]:
+    """Loads the pipeline when first asked for, once, whichever thread asks."""
+    lock, load = Lock(), cache(lambda: load_pipeline(settings))
+
+    def pipeline() -> StableDiffusionPipeline:
+        with lock:
+            return load()
+
+    return pipeline
 
 
 def technique_specs(study: Study, technique: Technique, draw: int) -> list[dict[str, Any]]:
@@ -336,15 +368,25 @@ def _personalise(
         return
 
     class_images = _class_images(study, draw, pipeline)
-    bar = tqdm(specs, desc=f"training: {technique}, draw {draw}", disable=not progress)
+    description = f"training: {technique}, draw {draw}"
+    with tqdm(total=len(specs), desc=description, disable=not progress) as bar:
 
-    def fine_tune(images: list[np.ndarray], seed: int, folder: Path) -> None:
-        personalise.dreambooth(
-            pipeline(), images, class_images, settings.dreambooth, resolution, seed, folder
-        )
+        def fine_tune(position: int) -> None:
+            def make(folder: Path) -> None:
+                personalise.dreambooth(
+                    pipeline(),
+                    subjects[position],
+                    class_images,
+                    settings.dreambooth,
+                    resolution,
+                    seeds[position],
+                    folder,
+                )
 
-    for spec, images, seed in zip(bar, subjects, seeds, strict=True):
-        store.get(technique, spec, partial(fine_tune, images, seed))
+            store.get(technique, specs[position], make)
+            bar.update()
+
+        _in_parallel(settings, fine_tune, range(len(specs)))
 
 
 def _class_images_spec(settings: Settings, draw: int) -> dict[str, Any]:
