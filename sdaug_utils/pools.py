@@ -260,11 +260,11 @@ def technique_pools(
         return _in_parallel(settings, fill, range(len(specs)))
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Result = TypeVar("Result")
 
 
 def _in_parallel(
-    settings: Settings, work: Callable[[Item], Result], items: Sequence[Item]
+    settings: Settings, work: Callable[[int], Result], items: Sequence[int]
 ) -> list[Result]:
     """Do independent pieces of work on a thread per core; one after the other on a GPU.
 
