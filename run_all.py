@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from traitlets.config import Config
 
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
+KERNEL = Config(KernelManager={"transport": "ipc"})  # no ports: several runs share a host
 
 
 @dataclass
@@ -77,7 +79,9 @@ def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) 
     target.unlink(missing_ok=True)
     status = "ok"
     try:
-        papermill.execute_notebook(path, target, parameters, cwd=NOTEBOOKS, progress_bar=False)
+        papermill.execute_notebook(
+            path, target, parameters, cwd=NOTEBOOKS, progress_bar=False, config=KERNEL
+        )
     except PapermillExecutionError as error:
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run

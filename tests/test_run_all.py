@@ -66,6 +66,8 @@ def notebook(folder, name, source):
     template = nbformat.read(run_all.NOTEBOOKS / f"{NAME}.ipynb", as_version=4)
     parameters = next(c for c in template.cells if "parameters" in c.metadata.get("tags", []))
     parameters.outputs, parameters.execution_count = [], None
+    few = parameters.source.replace("10, 5]", "10]")  # of the smoke profile's 20 images
+    parameters.source = few.replace("protocols_at_percent = 5", "protocols_at_percent = 10")
     book.cells = [parameters, nbformat.v4.new_code_cell(source)]
     book.metadata = {"kernelspec": template.metadata.kernelspec}
     nbformat.write(book, folder / name)
@@ -107,7 +109,7 @@ def test_a_failing_notebook_does_not_stop_the_others(monkeypatch, capsys, tmp_pa
     assert run_all.main() == 1
     summary = capsys.readouterr().out
     assert "failed in cell 2: OSError: disk full" in summary
-    assert [line.split()[2] for line in summary.splitlines() if line.startswith(passing)][1] == "ok"
+    assert any(line.startswith(passing) and line.endswith("  ok") for line in summary.splitlines())
     partial = json.loads((output / f"{failing}.ipynb").read_text())
     assert any(o.get("ename") == "OSError" for c in partial["cells"] for o in c.get("outputs", []))
     executed = (output / f"{passing}.ipynb").read_text()
