@@ -1,6 +1,7 @@
 """Classical transforms, as the thesis composed them (section 4.2.2 and its code)."""
 
 from collections.abc import Callable
+from threading import Lock
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torchvision.transforms import v2
 from sdaug_utils.params import Augmentation
 
 CODE_VERSION = 1
+GLOBAL_GENERATOR = Lock()  # torchvision draws from it, and there is one for all threads
 Transform = Callable[[Image.Image], Image.Image]
 
 
@@ -41,6 +43,6 @@ def build(name: Augmentation, image_size: int) -> Transform:
 
 def view(image: np.ndarray, transform: Transform, seed: int) -> np.ndarray:
     """One augmented view of an 8-bit RGB image; the same seed gives the same view."""
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return np.asarray(transform(Image.fromarray(image)))

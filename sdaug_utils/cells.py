@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sdaug_utils import training
 from sdaug_utils.datasets import digests, first_per_class, subset
+from sdaug_utils.foundation import in_parallel
 from sdaug_utils.params import Augmentation, Parameters, Percent, Protocol, Technique
 from sdaug_utils.pools import Pool, technique_pools, technique_specs
 from sdaug_utils.store import digest
@@ -97,9 +98,20 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     ``correct``: for each test image whether it was put in the right class, (n_test,) booleans.
     """
     loader = _Loader(study)
+    missing = [cell for cell in cells if not _folder(study, cell).exists()]
+    for cell in missing:
+        loader.prepare(cell)
+    with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
+
+        def train(position: int) -> None:
+            cell = missing[position]
+            study.store.get("cells", _spec(study, cell), partial(loader.train, cell))
+            bar.update()
+
+        in_parallel(study.settings, train, range(len(missing)))
     rows = []
-    for cell in tqdm(cells, desc="training runs", disable=not progress):
-        folder = study.store.get("cells", _spec(study, cell), partial(loader.train, cell))
+    for cell in cells:
+        folder = _folder(study, cell)
         row = json.loads((folder / "result.json").read_text())
         predictions = np.load(folder / "predictions.npy")
         correct = predictions == study.data.splits["test"].labels
@@ -164,9 +176,9 @@ class _Loader:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.splits = study.data.splits
-        self.pools = lru_cache(maxsize=8)(self._pools)
-        self.pool_features = lru_cache(maxsize=8)(self._pool_features)
-        self.real_features = lru_cache(maxsize=8)(self._real_features)
+        self.pools = cache(self._pools)
+        self.pool_features = cache(self._pool_features)
+        self.real_features = cache(self._real_features)
 
     def _pools(self, technique: Technique, draw: int, count: int) -> list[Pool]:
         return technique_pools(self.study, technique, draw, count, progress=False)
@@ -180,6 +192,15 @@ class _Loader:
         num_views = 1 if augmentation == "none" else views
         images = self.splits[split].images()
         return training.image_features(self.study, images, augmentation, num_views)
+
+    def prepare(self, cell: Cell) -> None:
+        """Load or make what a cell needs, so that cells can then be trained side by side."""
+        if cell.technique:
+            self.pools(cell.technique, cell.draw, cell.synthetic_per_class)
+        if cell.protocol == "controlled":
+            for split in ("validation", "test"):
+                self.real_features(split)
+            self.features(cell, np.arange(1))
 
     def train(self, cell: Cell, folder: Path) -> None:
         rows = subset(self.splits["train"].labels, cell.real_percent, cell.draw)

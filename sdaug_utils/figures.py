@@ -190,6 +190,7 @@ def sheet(
         num_columns,
         figsize=(0.62 * num_columns + 1.6, 0.64 * len(rows) + 0.3 * bool(title)),
         squeeze=False,
+        dpi=64,  # on screen; files are finer
         layout="constrained",
     )
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)

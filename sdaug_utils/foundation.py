@@ -1,8 +1,11 @@
 """A text-to-image pipeline by name: the shipped miniature or a local diffusers folder."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -36,6 +39,24 @@ def dtype_of(settings: Settings) -> torch.dtype:
     if settings.precision != "auto":
         return getattr(torch, settings.precision)
     return torch.float32 if device_of(settings).type == "cpu" else torch.float16
+
+
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    settings: Settings, work: Callable[[int], Result], items: Sequence[int]
+) -> list[Result]:
+    """Do independent pieces of work on a thread per core; one after the other on a GPU.
+
+    Small networks gain little from several cores: one thread per piece is almost twice as fast
+    on two cores. The results do not depend on the number of workers.
+    """
+    if device_of(settings).type != "cpu":
+        return [work(item) for item in items]
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        return list(executor.map(work, items))
 
 
 def locate(foundation: str) -> Path:

@@ -8,12 +8,11 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from sdaug_utils import personalise
 from sdaug_utils.datasets import digests, personalisation_inputs
-from sdaug_utils.foundation import device_of, dtype_of, load_pipeline, revision
+from sdaug_utils.foundation import dtype_of, in_parallel, load_pipeline, revision
 from sdaug_utils.params import Sampling, Settings, Technique
 from sdaug_utils.store import Spec, Store, digest, write_atomically
 from sdaug_utils.study import Study
@@ -257,25 +256,7 @@ def technique_pools(
                 bar,
             )
 
-        return _in_parallel(settings, fill, range(len(specs)))
-
-
-Result = TypeVar("Result")
-
-
-def _in_parallel(
-    settings: Settings, work: Callable[[int], Result], items: Sequence[int]
-) -> list[Result]:
-    """Do independent pieces of work on a thread per core; one after the other on a GPU.
-
-    Small networks gain little from several cores: one thread per piece is almost twice as fast
-    on two cores. The results do not depend on the number of workers.
-    """
-    if device_of(settings).type != "cpu":
-        return [work(item) for item in items]
-    workers = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        return list(executor.map(work, items))
+        return in_parallel(settings, fill, range(len(specs)))
 
 
 def _lazy_pipeline(settings: Settings) -> Callable[[], StableDiffusionPipeline]:
@@ -386,7 +367,7 @@ def _personalise(
             store.get(technique, specs[position], make)
             bar.update()
 
-        _in_parallel(settings, fine_tune, range(len(specs)))
+        in_parallel(settings, fine_tune, range(len(specs)))
 
 
 def _class_images_spec(settings: Settings, draw: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ kept; the same number of updates for every arm; best validation weights.
 import copy
 import hashlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,9 +134,12 @@ def _seed(key: str) -> int:
 
 def new_head(num_features: int, num_classes: int, seed: int) -> nn.Linear:
     """A linear layer with PyTorch's initial weights, from a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Linear(num_features, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.utils.skip_init(nn.Linear, num_features, num_classes)
+    nn.init.kaiming_uniform_(head.weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(num_features)
+    nn.init.uniform_(head.bias, -bound, bound, generator=generator)
+    return head
 
 
 def batches(num_images: int, batch_size: int, num_updates: int, seed: int) -> Tensor:
