@@ -3,6 +3,7 @@
 python benchmarks/study.py            writes benchmarks/results/study.json
 """
 
+import argparse
 import json
 import os
 import resource
@@ -19,9 +20,12 @@ RESULT = Path(__file__).parent / "results" / "study.json"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", help="an empty folder, if the store is to be kept")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
-            "SDAUG_STORE": f"{folder}/store",
+            "SDAUG_STORE": arguments.store or f"{folder}/store",
             "SDAUG_FIGURES": f"{folder}/figures",
         }
         command = [sys.executable, str(ROOT / "run_all.py"), "--output", f"{folder}/runs"]

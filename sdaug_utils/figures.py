@@ -1,5 +1,6 @@
 """One style for every figure; sample sheets; curves; published beside reproduced."""
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Image as DisplayedImage
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -36,6 +39,7 @@ def set_style() -> None:
     plt.rcParams.update(
         {
             "figure.constrained_layout.use": True,
+            "figure.dpi": 80,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -169,42 +173,37 @@ def _interval(low: pd.Series, high: pd.Series, form: str) -> pd.Series:
     return "[" + low.map(form.format) + ", " + high.map(form.format) + "]"
 
 
-def sheet(
-    rows: Mapping[str, Sequence[np.ndarray]], title: str = "", gap_after: int | None = None
-) -> Figure:
-    """A sheet of images, a labelled row each, pixels shown as they are.
+def show(figure: Figure, num_colours: int = 64) -> None:
+    """Display a figure in a notebook, in few colours: notebooks stay small enough to commit."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=figure.dpi)
+    plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(num_colours).save(small, "PNG", optimize=True)
+    display(DisplayedImage(small.getvalue()))
+
+
+def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[str]) -> Figure:
+    """A sheet of images, a labelled row each, in titled groups side by side.
 
     Args:
-        rows: label to 8-bit RGB arrays; rows may differ in length.
-        gap_after: leave a column free after so many images.
+        rows: label to groups of 8-bit RGB arrays; all rows have groups of the same sizes.
+        titles: one per group.
     """
-    if gap_after is not None:
-        blank = np.full((1, 1, 3), 255, np.uint8)
-        rows = {
-            label: [*images[:gap_after], blank, *images[gap_after:]]
-            for label, images in rows.items()
-        }
-    num_columns = max(len(images) for images in rows.values())
-    figure, grid = plt.subplots(
-        len(rows),
-        num_columns,
-        figsize=(0.62 * num_columns + 1.6, 0.64 * len(rows) + 0.3 * bool(title)),
-        squeeze=False,
-        dpi=64,  # on screen; files are finer
-        layout="constrained",
-    )
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for line, (label, images) in zip(grid, rows.items(), strict=True):
-        for axes, image in zip(line, images, strict=False):
-            axes.imshow(image, interpolation="nearest", aspect="equal")
-        line[0].set_axis_on()
-        line[0].set(xticks=[], yticks=[])
-        line[0].spines[:].set_visible(False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    sizes = [len(group) for group in next(iter(rows.values()))]
+    starts = np.cumsum([0, *(size + 0.3 for size in sizes)])
+    height, width = len(rows) + 0.4, starts[-1] + 2
+    figure = plt.figure(figsize=(0.62 * width, 0.62 * height), dpi=64, layout="none")
+    for line, (label, groups) in enumerate(rows.items()):
+        bottom = (len(rows) - 1 - line) / height
+        figure.text(1.9 / width, bottom + 0.5 / height, label, ha="right", va="center", fontsize=9)
+        for start, images in zip(starts, groups, strict=False):
+            for column, image in enumerate(images):
+                left = (2 + start + column) / width
+                axes = figure.add_axes((left, bottom, 0.96 / width, 0.96 / height))
+                axes.imshow(image, interpolation="nearest")
+                axes.set_axis_off()
+    for start, title in zip(starts, titles, strict=False):
+        figure.text((2 + start) / width, 1 - 0.3 / height, title, fontsize=10)
     return figure
 
 

@@ -37,14 +37,16 @@ def estimate(values: np.ndarray) -> Estimate:
         per_draw.mean(axis=1, keepdims=True) - per_draw.mean()
     )
 
-    def mean_of(draws: np.ndarray, images: np.ndarray) -> float:
-        return per_draw[draws].mean(axis=0)[images].mean()
+    def mean_of(draws: np.ndarray, images: np.ndarray, axis: int) -> np.ndarray:
+        of_draws = per_draw[draws].mean(axis=-2)
+        return np.take_along_axis(of_draws, images, axis=axis).mean(axis=axis)
 
     interval = stats.bootstrap(
         (np.arange(num_draws), np.arange(num_images)),
         mean_of,
         n_resamples=NUM_RESAMPLES,
-        vectorized=False,
+        batch=200,
+        vectorized=True,
         method="percentile",
         rng=np.random.default_rng(BOOTSTRAP_SEED),
     ).confidence_interval

@@ -59,9 +59,12 @@ def test_published_and_reproduced_stand_side_by_side():
 
 def test_sheets_show_every_image(tmp_path):
     images = [np.full((8, 8, 3), level, np.uint8) for level in (0, 100, 200)]
-    figure = figures.sheet({"first": images, "second": images[:2]}, "title", gap_after=1)
-    shown = [axes for axes in figure.axes if axes.images]
-    assert len(shown) == 7  # five images and two blanks
+    rows = {"first": [images[:1], images], "second": [images[:1], images]}
+    figure = figures.sheet(rows, ["real", "made"])
+    assert len([axes for axes in figure.axes if axes.images]) == 8
+    assert {text.get_text() for text in figure.texts} == {"first", "second", "real", "made"}
+    lefts = [axes.get_position().x0 for axes in figure.axes[:4]]
+    assert lefts == sorted(set(lefts))
     plt.close(figure)
     figures.save_sheet({"a": images, "b": images}, tmp_path / "sheet.png", scale=3)
     with Image.open(tmp_path / "sheet.png") as sheet:
