@@ -3,7 +3,7 @@
     python miniature/measure.py
 
 Writes ``quality.json`` and ``samples.png`` beside this file. Accuracy is that of a linear head on
-the study's frozen classifier, under the controlled protocol, over three seeds.
+the study's frozen classifier, under the controlled protocol, over five seeds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sdaug_utils.foundation import load_pipeline
 from sdaug_utils.pools import pipeline_sampler
 from sdaug_utils.study import Study, open_study
 
-SEEDS = range(3)
+SEEDS = range(5)
 PROMPT_SEED = 10**6
 
 

@@ -468,6 +468,10 @@ def export(build: Path, weights: Path) -> None:
     for kind in ("canny", "segmentation"):
         controlnet = ControlNetModel.from_pretrained(build / f"controlnet-{kind}")
         controlnet.half().save_pretrained(weights / f"controlnet-{kind}")
+    for path in weights.glob("*/config.json"):  # where it was trained is nobody's business
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     files = sorted(path for path in weights.rglob("*") if path.is_file())
     (weights / "SHA256SUMS").write_text(
         "".join(
