@@ -48,6 +48,25 @@ def test_a_separable_problem_is_solved_and_the_best_weights_are_kept():
     assert outcome.validation_accuracy == max(scores.values())
 
 
+def test_the_written_out_gradient_is_that_of_autograd():
+    features, labels = blobs(64, 0)
+    targets, reached = torch.from_numpy(labels), {}
+
+    def keep(step, head):
+        reached[step] = head.weight.detach().clone(), head.bias.detach().clone()
+
+    training.train_head(features, targets, CONTROLLED, 3, 2, 200, keep)
+    head = training.new_head(4, 2, 3)
+    optimizer = torch.optim.SGD(head.parameters(), lr=CONTROLLED.learning_rate)
+    for rows in training.batches(64, 8, 200, seed=3):
+        loss = nn.functional.cross_entropy(head(features[rows, 0]), targets[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(reached[200][0], head.weight, atol=1e-5)
+    assert torch.allclose(reached[200][1], head.bias, atol=1e-5)
+
+
 def test_seeds_decide_the_head_and_the_order():
     assert torch.equal(training.new_head(4, 2, 1).weight, training.new_head(4, 2, 1).weight)
     assert not torch.equal(training.new_head(4, 2, 1).weight, training.new_head(4, 2, 2).weight)
