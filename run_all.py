@@ -11,6 +11,7 @@ not stop the others: it is kept as far as it came, and the run ends with exit co
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
-KERNEL = Config(KernelManager={"transport": "ipc"})  # no ports: several runs share a host
 
 
 @dataclass
@@ -79,9 +79,12 @@ def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) 
     target.unlink(missing_ok=True)
     status = "ok"
     try:
-        papermill.execute_notebook(
-            path, target, parameters, cwd=NOTEBOOKS, progress_bar=False, config=KERNEL
-        )
+        with tempfile.TemporaryDirectory() as sockets:
+            # Sockets in a folder of their own, no ports: several runs may share a host.
+            kernel = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+            papermill.execute_notebook(
+                path, target, parameters, cwd=NOTEBOOKS, progress_bar=False, config=kernel
+            )
     except PapermillExecutionError as error:
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run

@@ -137,9 +137,7 @@ def correct(results: pd.DataFrame, arm: str, real_percent: float) -> np.ndarray:
 def _spec(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that determines a cell's result."""
     classifier = study.settings.classifier
-    pools = []
-    if cell.technique:
-        pools = [digest(spec) for spec in technique_specs(study, cell.technique, cell.draw)]
+    pools = _pool_digests(study, cell.technique, cell.draw) if cell.technique else []
     return {
         "version": [CODE_VERSION, training.CODE_VERSION, training.augment.CODE_VERSION],
         "cell": cell.model_dump(),
@@ -158,6 +156,11 @@ def _training_seed(cell: Cell) -> int:
 
 def _folder(study: Study, cell: Cell) -> Path:
     return study.store.folder("cells", _spec(study, cell))
+
+
+@lru_cache(maxsize=256)
+def _pool_digests(study: Study, technique: Technique, draw: int) -> list[str]:
+    return [digest(spec) for spec in technique_specs(study, technique, draw)]
 
 
 @lru_cache(maxsize=4)

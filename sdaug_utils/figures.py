@@ -38,7 +38,6 @@ def set_style() -> None:
     sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
     plt.rcParams.update(
         {
-            "figure.constrained_layout.use": True,
             "figure.dpi": 80,
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -192,7 +191,7 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     sizes = [len(group) for group in next(iter(rows.values()))]
     starts = np.cumsum([0, *(size + 0.3 for size in sizes)])
     height, width = len(rows) + 0.4, starts[-1] + 2
-    figure = plt.figure(figsize=(0.62 * width, 0.62 * height), dpi=64, layout="none")
+    figure = plt.figure(figsize=(0.62 * width, 0.62 * height), dpi=64)
     for line, (label, groups) in enumerate(rows.items()):
         bottom = (len(rows) - 1 - line) / height
         figure.text(1.9 / width, bottom + 0.5 / height, label, ha="right", va="center", fontsize=9)

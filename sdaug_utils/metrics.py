@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 1000
 BOOTSTRAP_SEED = 2023
 
 
