@@ -185,24 +185,34 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     """A sheet of images, a labelled row each, in titled groups side by side.
 
     Args:
-        rows: label to groups of 8-bit RGB arrays; all rows have groups of the same sizes.
+        rows: label to groups of 8-bit RGB arrays, made square; all rows have groups of the same
+            sizes.
         titles: one per group.
     """
+    side, gap = next(iter(rows.values()))[0][0].shape[0], 1
     sizes = [len(group) for group in next(iter(rows.values()))]
-    starts = np.cumsum([0, *(size + 0.3 for size in sizes)])
-    height, width = len(rows) + 0.4, starts[-1] + 2
-    figure = plt.figure(figsize=(0.62 * width, 0.62 * height), dpi=64)
-    for line, (label, groups) in enumerate(rows.items()):
-        bottom = (len(rows) - 1 - line) / height
-        figure.text(1.9 / width, bottom + 0.5 / height, label, ha="right", va="center", fontsize=9)
+    starts = np.cumsum([0, *(size * (side + gap) + side // 4 for size in sizes)])
+    mosaic = np.full((len(rows) * (side + gap), starts[-1], 3), 255, np.uint8)
+    for line, groups in enumerate(rows.values()):
+        top = line * (side + gap)
         for start, images in zip(starts, groups, strict=False):
             for column, image in enumerate(images):
-                left = (2 + start + column) / width
-                axes = figure.add_axes((left, bottom, 0.96 / width, 0.96 / height))
-                axes.imshow(image, interpolation="nearest")
-                axes.set_axis_off()
-    for start, title in zip(starts, titles, strict=False):
-        figure.text((2 + start) / width, 1 - 0.3 / height, title, fontsize=10)
+                left = start + column * (side + gap)
+                square = np.asarray(Image.fromarray(image).resize((side, side)))
+                mosaic[top : top + side, left : left + side] = square
+    inches = 0.62 / side
+    figure, axes = plt.subplots(
+        figsize=(mosaic.shape[1] * inches + 1.2, mosaic.shape[0] * inches + 0.3),
+        dpi=64,  # on screen; files are finer
+        layout="constrained",
+    )
+    axes.imshow(mosaic, interpolation="nearest")
+    axes.set_xticks(starts[:-1], titles, ha="left")
+    axes.set_yticks(side / 2 + (side + gap) * np.arange(len(rows)), list(rows))
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
     return figure
 
 
