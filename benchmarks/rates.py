@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from machine import describe
 
 from sdaug_utils import personalise, pools, training
@@ -48,7 +49,8 @@ def main() -> None:
     result["images per second"] = rates(sampling)
 
     latents = torch.randn(64, 4, 8, 8)
-    example = personalise.NoisyLatents((latents, 0 * latents), pipeline.scheduler, 1.0, seed=0)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    example = personalise.NoisyLatents((latents, 0 * latents), scheduler, 1.0, seed=0)
     embeddings = torch.zeros(1, 1, pipeline.unet.config.cross_attention_dim)
 
     def unet_step(size: int) -> None:
