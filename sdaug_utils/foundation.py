@@ -49,8 +49,8 @@ def in_parallel(
 ) -> list[Result]:
     """Do independent pieces of work on a thread per core; one after the other on a GPU.
 
-    Small networks gain little from several cores: one thread per piece is almost twice as fast
-    on two cores. The results do not depend on the number of workers.
+    Small networks gain little from several cores: a thread per piece keeps all of them busy.
+    The results do not depend on the number of workers.
     """
     if device_of(settings).type != "cpu":
         return [work(item) for item in items]
