@@ -205,18 +205,23 @@ class _Loader:
                 self.real_features(split)
             self.features(cell, np.arange(1))
 
+    def training_set(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+        """A cell's real images, as rows of the train split, and the labels of all its images."""
+        labels = self.splits["train"].labels
+        rows = subset(labels, cell.real_percent, cell.draw)
+        classes = np.arange(len(self.study.data.class_names))
+        synthetic = np.repeat(classes, cell.synthetic_per_class)
+        return rows, np.concatenate([labels[rows], synthetic])
+
     def train(self, cell: Cell, folder: Path) -> None:
-        rows = subset(self.splits["train"].labels, cell.real_percent, cell.draw)
+        rows, labels = self.training_set(cell)
         train = self._controlled if cell.protocol == "controlled" else self._published
-        num_classes = len(self.study.data.class_names)
-        labels = self.splits["train"].labels[rows]
-        synthetic = np.repeat(np.arange(num_classes), cell.synthetic_per_class)
-        outcome = train(cell, rows, np.concatenate([labels, synthetic]), num_classes)
+        outcome = train(cell, rows, labels, len(self.study.data.class_names))
         np.save(folder / "predictions.npy", outcome.predictions.astype(np.uint8))
         test_labels = self.splits["test"].labels
         result = {
             "num_real": len(rows),
-            "num_synthetic": len(synthetic),
+            "num_synthetic": len(labels) - len(rows),
             "num_updates": outcome.num_updates,
             "selected_step": outcome.selected_step,
             "validation_accuracy": outcome.validation_accuracy,
@@ -287,13 +292,10 @@ def accuracy_curve(
     spec = _spec(study, cell) | {"settings": settings.model_dump(), "steps": list(steps)}
 
     def make(folder: Path) -> None:
-        splits, rows = study.data.splits, []
-        real = subset(splits["train"].labels, cell.real_percent, cell.draw)
-        num_classes = len(study.data.class_names)
-        synthetic = np.repeat(np.arange(num_classes), cell.synthetic_per_class)
-        labels = np.concatenate([splits["train"].labels[real], synthetic])
+        rows = []
+        real, labels = loader.training_set(cell)
         test = loader.real_features("test")[:, 0]
-        test_labels = torch.from_numpy(splits["test"].labels)
+        test_labels = torch.from_numpy(study.data.splits["test"].labels)
 
         def evaluate(step: int, head: torch.nn.Linear) -> None:
             if step in steps:
@@ -304,7 +306,7 @@ def accuracy_curve(
             torch.from_numpy(labels),
             settings,
             _training_seed(cell),
-            num_classes,
+            len(study.data.class_names),
             every,
             evaluate,
         )

@@ -95,7 +95,7 @@ def grow(
             for leftover in folder.glob(".*"):
                 leftover.unlink()  # of a process that was killed while it wrote
             record = json.dumps({**spec, "batch_size": batch_size}, indent=2)
-            write_atomically(folder / "spec.json", lambda path: _write_text(path, record))
+            write_atomically(folder / "spec.json", lambda path: path.write_text(record))
             sampler = make_sampler()
             for start in range(0, len(missing), batch_size):
                 made = _make_batch(
@@ -134,10 +134,6 @@ def _make_batch(
         f"pool of '{spec['class']}': image {waiting[0]} was rejected {max_attempts} times; "
         "choose another prompt or raise sampling.max_attempts"
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _png_writer(image: Image.Image) -> Callable[[Path], None]:

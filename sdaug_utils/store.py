@@ -160,7 +160,7 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, then rename it: readers see the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     write(beside)

@@ -87,14 +87,12 @@ def image_features(
     images: Sequence[np.ndarray],
     augmentation: Augmentation = "none",
     num_views: int = 1,
-    on_batch: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """Features of images under the frozen backbone, each computed once and kept in the store.
 
     Args:
         images: n 8-bit RGB arrays of any size.
         num_views: augmented views of each image.
-        on_batch: called with the number of views just computed.
 
     Returns:
         (n, num_views, features), 32-bit floats.
@@ -111,8 +109,8 @@ def image_features(
     found = vectors.read(keys)
     missing = [position for position, key in enumerate(keys) if key not in found]
     transform = augment.build(augmentation, classifier.image_size)
-    backbone = load_backbone(classifier.backbone)
     for start in range(0, len(missing), FEATURE_BATCH):
+        backbone = load_backbone(classifier.backbone)
         batch = missing[start : start + FEATURE_BATCH]
         views = [
             augment.view(images[position // num_views], transform, _seed(keys[position]))
@@ -123,7 +121,6 @@ def image_features(
         made = {keys[position]: vector for position, vector in zip(batch, computed, strict=True)}
         vectors.write(made.items())
         found.update(made)
-        on_batch(len(batch))
     stacked = np.stack([found[key] for key in keys])
     return torch.from_numpy(stacked).view(len(images), num_views, -1)
 
