@@ -6,7 +6,6 @@ from threading import Lock
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from sdaug_utils.params import Augmentation
 
@@ -21,6 +20,8 @@ def build(name: Augmentation, image_size: int) -> Transform:
     The aspect ratio is not kept. ``custom`` works before the resize, the two automated policies
     after it. All draw from torch's global generator.
     """
+    from torchvision.transforms import v2  # takes seconds: only who transforms images waits
+
     resize = v2.Resize((image_size, image_size), antialias=True)
     match name:
         case "none":

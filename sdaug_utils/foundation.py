@@ -1,28 +1,32 @@
-"""A text-to-image pipeline by name: the shipped miniature or a local diffusers folder."""
+"""A text-to-image pipeline by name: the shipped miniature or a local diffusers folder.
+
+diffusers and transformers take seconds to import: they are, where a pipeline is loaded, so that
+whoever only needs a key of the store does not wait for them.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import transformers
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
-from diffusers.utils import logging as diffusers_logging
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Settings
 from sdaug_utils.store import verify_checksums
 
+if TYPE_CHECKING:
+    import diffusers
+
 PROJECT = Path(__file__).parents[1]
 MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
-SCHEDULERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+SCHEDULERS: dict[str, tuple[str, dict[str, bool]]] = {
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -99,23 +103,27 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_pipeline(settings: Settings) -> StableDiffusionPipeline:
+def load_pipeline(settings: Settings) -> "diffusers.StableDiffusionPipeline":
     """The text-to-image pipeline of a profile, in evaluation mode on its device.
 
     Raises:
         InputError: as :func:`revision`.
     """
     revision(settings.foundation)
-    diffusers_logging.disable_progress_bar()
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         locate(settings.foundation),
         dtype=dtype_of(settings),
         use_safetensors=True,
         requires_safety_checker=False,
     ).to(device_of(settings))
     if settings.sampling.scheduler != "default":
-        scheduler = SCHEDULERS[settings.sampling.scheduler]
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        name, options = SCHEDULERS[settings.sampling.scheduler]
+        scheduler = getattr(diffusers, name)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

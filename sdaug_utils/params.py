@@ -41,7 +41,7 @@ class Sampling(Parameters):
     prompt: str = Field(pattern=r"\{\}")
     num_inference_steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=1)
-    scheduler: Literal["default", "dpmsolver++", "unipc"]
+    scheduler: Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]
     resolution: int = Field(ge=8)
     batch_size: int = Field(ge=1)
     max_attempts: int = Field(ge=1)

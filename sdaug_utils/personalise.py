@@ -3,19 +3,21 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import trange
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import DreamBooth, TextualInversion
+
+if TYPE_CHECKING:
+    import diffusers
 
 CODE_VERSION = 1
 EMBEDDING_FILE = "learned_embeds.safetensors"
@@ -31,14 +33,17 @@ TEMPLATES = (
 
 @torch.no_grad()
 def encode_images(
-    pipeline: StableDiffusionPipeline, images: Sequence[np.ndarray], resolution: int
+    pipeline: "diffusers.StableDiffusionPipeline", images: Sequence[np.ndarray], resolution: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of 8-bit RGB images, resized to a square."""
     squares = [
-        Image.fromarray(image).resize((resolution, resolution), Image.Resampling.BILINEAR)
+        np.asarray(
+            Image.fromarray(image).resize((resolution, resolution), Image.Resampling.BILINEAR)
+        )
         for image in images
     ]
-    pixels = torch.stack([pil_to_tensor(square) for square in squares]).float() / 127.5 - 1
+    levels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    pixels = levels.float() / 127.5 - 1
     distribution = pipeline.vae.encode(pixels.to(pipeline.device, pipeline.dtype)).latent_dist
     return distribution.mean.float(), distribution.std.float()
 
@@ -47,7 +52,11 @@ class NoisyLatents:
     """Draws training examples for the U-Net from a few encoded images, from a seed of its own."""
 
     def __init__(
-        self, latents: tuple[Tensor, Tensor], scheduler: DDPMScheduler, scale: float, seed: int
+        self,
+        latents: tuple[Tensor, Tensor],
+        scheduler: "diffusers.DDPMScheduler",
+        scale: float,
+        seed: int,
     ) -> None:
         self.mean, self.std = latents
         self.scheduler, self.scale = scheduler, scale
@@ -73,7 +82,7 @@ class NoisyLatents:
         return noisy, timesteps, noise
 
 
-def _token_ids(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+def _token_ids(pipeline: "diffusers.StableDiffusionPipeline", prompts: Sequence[str]) -> Tensor:
     tokens = pipeline.tokenizer(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt"
     )
@@ -81,7 +90,7 @@ def _token_ids(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> Ten
 
 
 def dreambooth(
-    pipeline: StableDiffusionPipeline,
+    pipeline: "diffusers.StableDiffusionPipeline",
     images: Sequence[np.ndarray],
     class_images: Sequence[np.ndarray],
     settings: DreamBooth,
@@ -98,6 +107,8 @@ def dreambooth(
             empty when ``prior_loss_weight`` is 0.
         resolution: side of the square training images, in pixels.
     """
+    from diffusers import DDPMScheduler
+
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scale = pipeline.vae.config.scaling_factor
     prior = settings.prior_loss_weight > 0
@@ -132,7 +143,7 @@ def dreambooth(
 
 
 def textual_inversion(
-    pipeline: StableDiffusionPipeline,
+    pipeline: "diffusers.StableDiffusionPipeline",
     subjects: Sequence[Sequence[np.ndarray]],
     settings: TextualInversion,
     resolution: int,
@@ -155,6 +166,8 @@ def textual_inversion(
     Raises:
         InputError: ``initializer_token`` is not one token of the model's vocabulary.
     """
+    from diffusers import DDPMScheduler
+
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scale = pipeline.vae.config.scaling_factor
     examples = [
@@ -208,7 +221,9 @@ def textual_inversion(
         save_file({settings.placeholder_token: embedding}, folder / EMBEDDING_FILE)
 
 
-def apply(pipeline: StableDiffusionPipeline, folder: Path | None) -> StableDiffusionPipeline:
+def apply(
+    pipeline: "diffusers.StableDiffusionPipeline", folder: Path | None
+) -> "diffusers.StableDiffusionPipeline":
     """A pipeline with what :func:`dreambooth` or :func:`textual_inversion` left in ``folder``.
 
     It shares with ``pipeline``, which stays as it was, the parts that personalisation left alone,

