@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from sdaug_utils import personalise
@@ -58,7 +59,7 @@ def test_dreambooth_lowers_its_own_loss_and_prior_preservation_changes_it(
 
     def loss(tuned):
         encoded = personalise.encode_images(pipeline, images, 32)
-        scheduler = personalise.DDPMScheduler.from_config(pipeline.scheduler.config)
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         example = personalise.NoisyLatents(encoded, scheduler, 1.0, seed=99)
         noisy, timesteps, target = example(256)
         with torch.no_grad():
