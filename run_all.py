@@ -2,13 +2,17 @@
 """Run the study's notebooks with papermill, in order, and regenerate every figure and table.
 
     python run_all.py                         all notebooks, miniature profile
-    python run_all.py --only 03 --profile smoke
+    python run_all.py --only 03 06            some of them
+    python run_all.py --dry-run               what they need and how long it takes; starts nothing
 
 All parameters of all notebooks are checked before the first one starts. A notebook that fails does
-not stop the others: it is kept as far as it came, and the run ends with exit code 1.
+not stop the others, unless --no-keep-going says so: it is kept as far as it came, and the run ends
+with exit code 1.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -19,11 +23,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from traitlets.config import Config
-
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
+
+
+KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Report:
     minutes: float
     figures: list[str]
     where: Path
+    made: dict[str, int]  # by kind
+    reused: dict[str, int]
 
 
 def chosen_notebooks(only: list[str] | None) -> list[Path]:
@@ -49,62 +55,142 @@ def chosen_notebooks(only: list[str] | None) -> list[Path]:
     return [path for path in every if not only or path.stem.startswith(tuple(only))]
 
 
-def check(paths: list[Path], profile: str, output: Path) -> dict[Path, dict[str, Any]]:
-    """Check everything that can be checked beforehand; return each notebook's overrides."""
-    from sdaug_utils import figures, foundation, params, store, study
+@dataclass
+class Job:
+    """A notebook with what is injected into its parameters cell, and the whole of them, checked."""
 
-    overrides = {path: params.overrides(profile, path.stem) for path in paths}
-    opened = study.open_study(profile)
-    foundation.revision(opened.settings.foundation)
+    path: Path
+    overrides: dict[str, Any]
+    study: Any
+    parameters: Any
+
+
+def check(
+    paths: list[Path],
+    profile: str,
+    output: Path,
+    protocol: str | None = None,
+    download: bool = True,
+) -> list[Job]:
+    """Check everything that can be checked beforehand; no work starts but for downloads."""
+    from sdaug_utils import experiments, figures, foundation, params, store, study
+
+    jobs, opened = [], {}
+    for path in paths:
+        values, overrides = params.parameters_cell(path), params.overrides(profile, path.stem)
+        if profile != values.get("profile"):
+            overrides = {"profile": profile, **overrides}
+        if protocol and "protocol" in values:
+            overrides["protocol"] = protocol
+        checked = params.check_notebook(path.stem, values | overrides)
+        domain = params.domain_of(path.stem)
+        if domain not in opened:
+            opened[domain] = study.open_study(profile, domain=domain, download=download)
+        jobs.append(Job(path, overrides, opened[domain], checked))
+    for job in jobs:
+        experiments.check(job.study, job.parameters)
+    settings = params.load_settings(profile)
+    foundation.revision(settings.foundation)
+    for name in ("controlnet-canny", "controlnet-segmentation"):
+        foundation.controlnet_revision(foundation.controlnet_name(settings, name), name)
     for folder in (output, figures.folder(profile)):
         store.require_writable(folder)
-    for path, changes in overrides.items():
-        values = params.parameters_cell(path)
-        if profile != values.get("profile"):
-            changes = overrides[path] = {"profile": profile, **changes}
-        checked = params.check_notebook(path.stem, values | changes)
-        percents = [*checked.real_percents, checked.protocols_at_percent]
-        study.check_percents(opened, percents)
-    return overrides
+    return jobs
 
 
 def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) -> Report:
     """Run one notebook and say what became of it."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     from sdaug_utils import figures
 
     target, began = output / path.name, time.time()
     target.unlink(missing_ok=True)
+    (figures.folder(profile) / f"verdicts-{path.stem[:2]}.csv").unlink(missing_ok=True)
     status = "ok"
+    made, reused = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     try:
-        with tempfile.TemporaryDirectory() as sockets:
+        with tempfile.TemporaryDirectory() as scratch:
+            ledger = os.environ["SDAUG_LEDGER"] = f"{scratch}/ledger"
             # Sockets in a folder of their own, no ports: several runs may share a host.
-            kernel = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-            papermill.execute_notebook(
-                path, target, parameters, cwd=NOTEBOOKS, progress_bar=False, config=kernel
-            )
+            kernel = Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"})
+            try:
+                papermill.execute_notebook(
+                    path, target, parameters, cwd=NOTEBOOKS, progress_bar=False, config=kernel
+                )
+            finally:
+                made, reused = read_ledger(Path(ledger))
+                del os.environ["SDAUG_LEDGER"]
     except PapermillExecutionError as error:
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run
         status = f"failed: {type(error).__name__}: {error}"
-    if target.exists():
-        tidy(target)
-    made = [
-        figure.name
-        for figure in sorted(figures.folder(profile).glob("*.png"))
-        if figure.stat().st_mtime >= began
+    written = [
+        file for file in figures.folder(profile).glob("*.*") if file.stat().st_mtime >= began
     ]
-    return Report(path.stem, status.splitlines()[0], (time.time() - began) / 60, made, target)
+    if target.exists():
+        tidy(target, profile, [file for file in written if file.suffix == ".csv"])
+    drawn = sorted(file.name for file in written if file.suffix == ".png")
+    minutes = (time.time() - began) / 60
+    return Report(path.stem, status.splitlines()[0], minutes, drawn, target, made, reused)
 
 
-def tidy(path: Path) -> None:
+def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """How many artefacts of each kind a notebook made, and how many more it used."""
+    used: dict[tuple[str, str], set[int]] = {}
+    made: dict[tuple[str, str], set[int]] = {}
+    for line in ledger.read_text().splitlines() if ledger.exists() else []:
+        entry = json.loads(line)
+        key = (entry["kind"], entry["key"])
+        used.setdefault(key, set()).update(entry["used"])
+        made.setdefault(key, set()).update(entry["made"])
+    totals = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    for key, items in used.items():
+        totals[0][key[0]] += len(made[key])
+        totals[1][key[0]] += len(items - made[key])
+    return totals
+
+
+def source_digest(notebook: Any) -> str:
+    """A hash of a notebook's code, but for the cell that papermill injects."""
+    cells = [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    return digest_of("\n\n".join(cells).encode())
+
+
+def digest_of(content: bytes) -> str:
+    """A hash of a file's content."""
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+def settings_digest(profile: str, notebook: str) -> str:
+    """A hash of what a profile sets for a notebook."""
+    from sdaug_utils import params
+
+    sections = params.read_profile(profile)
+    chosen = [sections["common"], sections.get(notebook, {})]
+    return digest_of(json.dumps(chosen, sort_keys=True).encode())
+
+
+def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     """Take out of an executed notebook what only the machine that ran it cares for.
 
-    Progress bars keep their last state, and metadata lose times and paths.
+    Progress bars keep their last state, and metadata lose times and paths. In their stead they say
+    which code and settings, and which numbers behind the figures, the outputs belong to.
     """
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["sdaug"] = {
+        "code": source_digest(notebook),
+        "settings": settings_digest(profile, path.stem),
+        "numbers": {file.name: digest_of(file.read_bytes()) for file in sorted(numbers)},
+    }
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
@@ -116,6 +202,8 @@ def tidy(path: Path) -> None:
 
 
 def _merged_streams(outputs: list[Any]) -> Iterator[Any]:
+    import nbformat
+
     for (kind, name), group in groupby(outputs, lambda o: (o.output_type, o.get("name"))):
         if kind != "stream":
             yield from group
@@ -131,11 +219,49 @@ def print_summary(reports: list[Report], profile: str) -> None:
     print(f"\n{'notebook':<26} {'minutes':>7}  status")
     for report in reports:
         print(f"{report.notebook:<26} {report.minutes:>7.1f}  {report.status}")
-        for name in report.figures:
-            print(f"{'':<35} {name}")
+        named = [name for name in report.figures if not name.startswith("samples-")]
+        sheets = len(report.figures) - len(named)
+        named += [f"{sheets} sample sheet{'s' * (sheets > 1)}"] if sheets else []
+        print(f"{'':<35} {', '.join(named)}")
+    for kind, label in KINDS.items():
+        made, reused = (
+            sum(getattr(r, x).get(kind, 0) for r in reports) for x in ("made", "reused")
+        )
+        print(f"{label:<26} {made:>7} made, {reused} reused")
     executed = reports[0].where.parent if reports else ROOT
     print(f"\nexecuted notebooks: {_relative(executed)}")
     print(f"figures and their numbers: {_relative(figures.folder(profile))}")
+
+
+def print_plan(jobs: list[Job]) -> None:
+    """What the notebooks need, what of it the store has not got, and how long that takes."""
+    from sdaug_utils import costs
+
+    head = f"{'notebook':<26} {'images':>13} {'models':>11} {'training runs':>15} {'minutes':>8}"
+    print(f"{head}\n{'':<26} {'missing / all':>13} {'':>11} {'':>15}")
+    shared: dict[str, costs.Needs] = {}
+    separately, total = 0, 0.0
+    for job in jobs:
+        needed = costs.needs(job.study, job.parameters)
+        done = shared.setdefault(job.study.data.name, costs.Needs())
+        missing = needed.missing(job.study).without(done)
+        done.add(needed)
+        separately += needed.num_images
+        minutes = costs.minutes(job.study, missing)
+        total += minutes
+        counts = [
+            f"{getattr(missing, name)} / {getattr(needed, name)}"
+            for name in ("num_images", "num_models", "num_runs")
+        ]
+        print(
+            f"{job.path.stem:<26} {counts[0]:>13} {counts[1]:>11} {counts[2]:>15} {minutes:>8.1f}"
+        )
+    together = sum(needs.num_images for needs in shared.values())
+    print(f"\n{total:.0f} minutes on {costs.machine()}, whose rates were measured")
+    print(
+        f"{together} images in all; without a shared store {separately}, "
+        f"{separately / max(together, 1):.1f} times as many"
+    )
 
 
 def _relative(path: Path) -> str:
@@ -146,6 +272,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
     parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
+    parser.add_argument("--protocol", choices=["published", "controlled"], help="how to train")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing")
+    parser.add_argument(
+        "--keep-going",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with the next notebook when one fails (the default)",
+    )
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
     arguments = parser.parse_args()
 
@@ -155,16 +289,33 @@ def main() -> int:
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     output = arguments.output or ROOT / "runs" / arguments.profile
+    if arguments.protocol:  # beside the default's figures, not over them
+        from sdaug_utils import figures
+
+        output = arguments.output or ROOT / "runs" / f"{arguments.profile}-{arguments.protocol}"
+        os.environ["SDAUG_FIGURES"] = str(figures.folder(arguments.protocol))
+    if arguments.dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         paths = chosen_notebooks(arguments.only)
-        overrides = check(paths, arguments.profile, output)
+        jobs = check(
+            paths, arguments.profile, output, arguments.protocol, download=not arguments.dry_run
+        )
     except InputError as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return 2
-    reports = []
-    for path in paths:
-        print(f"{path.stem} …", flush=True)
-        reports.append(execute(path, overrides[path], output, arguments.profile))
+    if arguments.dry_run:
+        print_plan(jobs)
+        return 0
+    reports: list[Report] = []
+    for job in jobs:
+        print(f"{job.path.stem} …", flush=True)
+        reports.append(execute(job.path, job.overrides, output, arguments.profile))
+        if reports[-1].status != "ok" and not arguments.keep_going:
+            break
+    from sdaug_utils import report
+
+    report.write_tables(arguments.profile)
     print_summary(reports, arguments.profile)
     return 0 if all(report.status == "ok" for report in reports) else 1
 

@@ -1,6 +1,7 @@
 """Time the study and its memory: once with an empty store, once with everything made.
 
 python benchmarks/study.py            writes benchmarks/results/study.json
+python benchmarks/study.py --renew    the first run renews runs/ and figures/, too
 """
 
 import argparse
@@ -22,15 +23,17 @@ RESULT = Path(__file__).parent / "results" / "study.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", help="an empty folder, if the store is to be kept")
+    parser.add_argument("--renew", action="store_true", help="keep what the first run writes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "SDAUG_STORE": arguments.store or f"{folder}/store",
-            "SDAUG_FIGURES": f"{folder}/figures",
-        }
-        command = [sys.executable, str(ROOT / "run_all.py"), "--output", f"{folder}/runs"]
+        store = {"SDAUG_STORE": arguments.store or f"{folder}/store"}
+        elsewhere = {"SDAUG_FIGURES": f"{folder}/figures"}
         seconds = []
-        for _ in range(2):
+        for first in (True, False):
+            command, environment = [sys.executable, str(ROOT / "run_all.py")], os.environ | store
+            if not (first and arguments.renew):
+                command += ["--output", f"{folder}/runs"]
+                environment |= elsewhere
             began = time.monotonic()
             subprocess.run(command, env=environment, check=True)
             seconds.append(time.monotonic() - began)

@@ -5,10 +5,9 @@ Nobody wrote captions for Fashion-MNIST. Each training step draws one anew: a wo
 the very image, so that a prompt such as "a dark patterned dress" has something to obey.
 """
 
-import cv2
 import numpy as np
 
-from sdaug_utils.control import silhouette
+from sdaug_utils.metrics import attributes
 
 THESIS_PROMPT = "A cute photo of a {}, high quality, highly detailed, elegant, sharp focus"
 WORDINGS = (
@@ -31,20 +30,9 @@ DROPPED_SHARE = 0.1  # for classifier-free guidance (Ho and Salimans, 2022)
 ATTRIBUTES = (("dark", "bright"), ("plain", "patterned"), ("small", "large"))
 
 
-def measure(image: np.ndarray) -> tuple[float, float, float]:
-    """Brightness, texture and size of the subject of one 8-bit RGB image on black.
-
-    Mean level inside the silhouette; mean absolute Laplacian inside the eroded silhouette, where
-    the outline does not reach; area of the silhouette as a share of the picture.
-    """
-    mask = silhouette(image)
-    if not mask.any():
-        return 0.0, 0.0, 0.0
-    grey = image.mean(axis=2)
-    inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    inside = inside if inside.any() else mask
-    texture = np.abs(cv2.Laplacian(grey, cv2.CV_64F))[inside].mean()
-    return float(grey[mask].mean()), float(texture), float(mask.mean())
+def measure(image: np.ndarray) -> tuple[float, ...]:
+    """Brightness, texture and size of the subject of one 8-bit RGB image on black."""
+    return tuple(attributes(image).values())
 
 
 def attribute_levels(measures: np.ndarray, labels: np.ndarray) -> np.ndarray:

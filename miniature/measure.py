@@ -107,7 +107,7 @@ def control_obedience(
     """How well results follow their control image, with the control and without (scale 0)."""
     validation = study.data.splits["validation"]
     rows = np.arange(0, len(validation), 5)
-    reals = validation.images(rows)
+    reals = list(validation.images(rows))
     controls = [
         canny(image) if kind == "canny" else segmentation_map(trimap(silhouette(image)))
         for image in reals
@@ -199,7 +199,7 @@ def main() -> None:
     pipeline = load_pipeline(settings)
     train, test = study.data.splits["train"], study.data.splits["test"]
     generated = generate(pipeline, study, 100)
-    reals, tests = train.images(), test.images()
+    reals, tests = list(train.images()), list(test.images())
     passed = through_vae(pipeline, tests)
     trials = {
         "100 real per class": (reals, tests),

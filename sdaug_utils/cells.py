@@ -1,66 +1,72 @@
 """Cells: one training run each, one row of results each, made once and kept in the store."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from sdaug_utils import training
-from sdaug_utils.datasets import digests, first_per_class, subset
-from sdaug_utils.foundation import in_parallel
-from sdaug_utils.params import Augmentation, Parameters, Percent, Protocol, Technique
-from sdaug_utils.pools import Pool, technique_pools, technique_specs
+from sdaug_utils import segmentation, training
+from sdaug_utils.datasets import digests, first_per_class, read_images, subset
+from sdaug_utils.foundation import device_of, in_parallel
+from sdaug_utils.params import Augmentation, Control, Parameters, Protocol, Technique
+from sdaug_utils.pools import Pool, technique_pools, technique_requests
 from sdaug_utils.store import digest
 from sdaug_utils.study import Study
 
-CODE_VERSION = 1
+CODE_VERSION = 2
+SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
+"""What tells one setting of an experiment from another; each has a run per draw and seed."""
 
 
 class Cell(Parameters):
     """What one training run sees: real subset, synthetic images, augmentation, seed."""
 
+    task: Literal["classification", "segmentation"] = "classification"
     protocol: Protocol
-    real_percent: Percent
+    real_percent: float = Field(ge=0, le=100)
     draw: int
     seed: int
     augmentation: Augmentation = "none"
     technique: Technique | None = None
     synthetic_per_class: int = 0
+    controls_from_outside: bool = False  # as in the thesis: a leak, shown as such in experiment 06
 
     @property
     def arm(self) -> str:
-        """The name under which the thesis's figures show it."""
-        if self.technique:
-            return self.technique
-        return "baseline" if self.augmentation == "none" else self.augmentation
+        """The name under which the thesis's figures and tables show it."""
+        parts = [
+            self.technique,
+            self.augmentation if self.augmentation != "none" else None,
+            "outside" if self.controls_from_outside else None,
+        ]
+        return "+".join(part for part in parts if part) or "baseline"
+
+    @property
+    def control_percent(self) -> float:
+        """The real percentage that control images come from, if there are any."""
+        inside = self.technique in get_args(Control) and not self.controls_from_outside
+        return self.real_percent if inside else 100
 
 
-def grid(
-    protocol: Protocol,
-    real_percents: Sequence[float],
-    augmentations: Sequence[Augmentation],
-    techniques: Sequence[Technique],
-    synthetic_per_class: int,
-    num_draws: int,
-    num_seeds: int,
+def repeated(
+    arms: Iterable[Mapping[str, Any]], protocol: Protocol, num_draws: int, num_seeds: int
 ) -> list[Cell]:
-    """Every real percentage with every augmentation, and with every technique unaugmented."""
-    arms: list[dict[str, Any]] = [{"augmentation": name} for name in augmentations]
-    arms += [{"technique": name, "synthetic_per_class": synthetic_per_class} for name in techniques]
-    return [
-        Cell(protocol=protocol, real_percent=percent, draw=draw, seed=seed, **arm)
+    """A cell per draw and seed of each arm; an arm that comes twice counts once."""
+    cells = [
+        Cell(protocol=protocol, draw=draw, seed=seed, **arm)
         for draw in range(num_draws)
         for arm in arms
-        for percent in real_percents
         for seed in range(num_seeds)
     ]
+    return list(dict.fromkeys(cells))
 
 
 def plan(study: Study, cells: Iterable[Cell]) -> pd.DataFrame:
@@ -75,27 +81,24 @@ def plan(study: Study, cells: Iterable[Cell]) -> pd.DataFrame:
         }
         for cell in cells
     ]
+    listed = ("real %", "synthetic per class")
     grouped = pd.DataFrame(rows).groupby("arm", sort=False)
     return grouped.agg(
-        {
-            "real %": _listed,
-            "synthetic per class": "first",
-            "runs": "sum",
-            "already in the store": "sum",
-        }
+        dict.fromkeys(listed, _listed) | dict.fromkeys(("runs", "already in the store"), "sum")
     )
 
 
-def _listed(percents: pd.Series) -> str:
-    return ", ".join(f"{percent:g}" for percent in dict.fromkeys(percents))
+def _listed(values: pd.Series) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
 def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFrame:
     """Train what is not in the store yet; one row per cell.
 
     Columns: the cell's fields, ``arm``, ``num_real`` and ``num_synthetic`` (training images),
-    ``num_updates``, ``selected_step``, ``validation_accuracy``, ``test_accuracy``, and
-    ``correct``: for each test image whether it was put in the right class, (n_test,) booleans.
+    ``num_updates``, ``selected_step``, ``validation_score``, ``test_score``, and ``scores``, the
+    score of each test image: (n_test,) booleans, right or wrong, for a classifier, the weighted
+    Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds that of each image, too).
     """
     loader = _Loader(study)
     missing = [cell for cell in cells if not _folder(study, cell).exists()]
@@ -103,50 +106,90 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
         loader.prepare(cell)
     with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
 
-        def train(position: int) -> None:
-            cell = missing[position]
-            study.store.get("cells", _spec(study, cell), partial(loader.train, cell))
+        def train(cell: Cell) -> None:
+            study.store.get("cells", spec(study, cell), partial(loader.train, cell))
             bar.update()
 
-        in_parallel(study.settings, train, range(len(missing)))
+        # A segmenter's dropout draws from the one global generator: no two at the same time.
+        for cell in missing:
+            if cell.task == "segmentation":
+                train(cell)
+        classifiers = [cell for cell in missing if cell.task == "classification"]
+        in_parallel(study.settings, lambda i: train(classifiers[i]), range(len(classifiers)))
+    new = set(missing)
     rows = []
     for cell in cells:
+        study.store.record("runs", spec(study, cell), [0], [0] if cell in new else [])
         folder = _folder(study, cell)
-        row = json.loads((folder / "result.json").read_text())
-        predictions = np.load(folder / "predictions.npy")
-        correct = predictions == study.data.splits["test"].labels
-        rows.append({**cell.model_dump(), "arm": cell.arm, **row, "correct": correct})
+        result = json.loads((folder / "result.json").read_text())
+        if cell.task == "classification":
+            predictions = np.load(folder / "predictions.npy")
+            scores = predictions == study.data.splits["test"].labels
+        else:
+            scores = np.load(folder / "scores.npy")
+            result["mean_iou"] = np.load(folder / "mean_iou.npy")
+        rows.append({**cell.model_dump(), "arm": cell.arm, **result, "scores": scores})
     return pd.DataFrame(rows)
 
 
-def correct(results: pd.DataFrame, arm: str, real_percent: float) -> np.ndarray:
-    """The test images that an arm's runs got right: (draws, seeds, test images) booleans."""
-    chosen = results[(results["arm"] == arm) & (results["real_percent"] == real_percent)]
-    if chosen.empty:
-        raise KeyError(f"no run of {arm} at {real_percent:g} % real")
-    ordered = chosen.sort_values(["draw", "seed"])
+def examples(study: Study, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """What a trained segmenter makes of one test image per class.
+
+    Returns:
+        (n,) rows of the test split and (n, height, width) predicted trimaps, labels 1 to 3.
+    """
+    kept = np.load(_folder(study, cell) / "examples.npz")
+    return kept["rows"], kept["labels"]
+
+
+def scores(results: pd.DataFrame, **chosen: Any) -> np.ndarray:
+    """The test images' scores in one setting: (draws, seeds, test images).
+
+    ``chosen`` names the setting by columns of ``results``: ``arm="baseline", real_percent=5``.
+
+    Raises:
+        KeyError: there is no such run.
+        ValueError: more than one setting, or not one run per draw and seed.
+    """
+    rows = results
+    for column, value in chosen.items():
+        rows = rows[rows[column] == value]
+    if rows.empty:
+        raise KeyError(f"no run of {chosen}")
+    ordered = rows.sort_values(["draw", "seed"])
     num_draws, num_seeds = ordered["draw"].nunique(), ordered["seed"].nunique()
-    complete = (
-        len(ordered) == num_draws * num_seeds == len(ordered[["draw", "seed"]].drop_duplicates())
-    )
-    if not complete or len(set(ordered["protocol"])) > 1:
-        raise ValueError(f"runs of {arm} at {real_percent:g} % are not one per draw and seed")
-    return np.stack(ordered["correct"].to_list()).reshape(num_draws, num_seeds, -1)
+    runs = ordered[["draw", "seed"]].drop_duplicates()
+    mixed = any(len(set(ordered[column])) > 1 for column in SETTING if column in ordered)
+    if mixed or not len(ordered) == num_draws * num_seeds == len(runs):
+        raise ValueError(f"runs of {chosen} are not of one setting, one per draw and seed")
+    return np.stack(ordered["scores"].to_list()).reshape(num_draws, num_seeds, -1)
 
 
-def _spec(study: Study, cell: Cell) -> dict[str, Any]:
+def spec(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that determines a cell's result."""
-    classifier = study.settings.classifier
-    pools = _pool_digests(study, cell.technique, cell.draw) if cell.technique else []
+    classifier, backbone = study.settings.classifier, str(study.settings.classifier.backbone)
+    if cell.task == "classification":
+        settings = getattr(classifier, cell.protocol).model_dump()
+        recipe = [training.CODE_VERSION, training.augment.CODE_VERSION, classifier.image_size]
+    else:
+        settings = study.settings.segmenter.model_dump(exclude={"keep_features"})
+        backbone = study.settings.segmenter.backbone
+        recipe = [segmentation.CODE_VERSION]
     return {
-        "version": [CODE_VERSION, training.CODE_VERSION, training.augment.CODE_VERSION],
+        "version": [CODE_VERSION, *recipe],
         "cell": cell.model_dump(),
-        "data": data_digest(study),
-        "rows": subset(study.data.splits["train"].labels, cell.real_percent, cell.draw).tolist(),
-        "backbone": [training.BACKBONE_SHA256[classifier.backbone], classifier.image_size],
-        "settings": getattr(classifier, cell.protocol).model_dump(),
-        "pools": pools,
+        "data": data_digest(study, cell.task == "segmentation"),
+        "rows": _real_rows(study, cell).tolist(),
+        "backbone": training.BACKBONES[backbone],
+        "settings": settings,
+        "pools": _pool_digests(study, cell.technique, cell.draw) if cell.technique else [],
     }
+
+
+def _real_rows(study: Study, cell: Cell) -> np.ndarray:
+    if cell.real_percent == 0:
+        return np.array([], int)
+    return subset(study.data.splits["train"].labels, cell.real_percent, cell.draw)
 
 
 def _training_seed(cell: Cell) -> int:
@@ -155,21 +198,22 @@ def _training_seed(cell: Cell) -> int:
 
 
 def _folder(study: Study, cell: Cell) -> Path:
-    return study.store.folder("cells", _spec(study, cell))
+    return study.store.folder("cells", spec(study, cell))
 
 
 @lru_cache(maxsize=256)
 def _pool_digests(study: Study, technique: Technique, draw: int) -> list[str]:
-    return [digest(spec) for spec in technique_specs(study, technique, draw)]
+    return [digest(request.spec) for request in technique_requests(study, technique, draw, 1)]
 
 
-@lru_cache(maxsize=4)
-def data_digest(study: Study) -> str:
-    """A hash of all images and labels of the three splits."""
-    content = {
-        name: [digests(split.images()), split.labels.tolist()]
-        for name, split in study.data.splits.items()
-    }
+@lru_cache(maxsize=8)
+def data_digest(study: Study, with_trimaps: bool = False) -> str:
+    """A hash of all images and labels of the three splits, and of the trimaps if need be."""
+    content = {}
+    for name, split in study.data.splits.items():
+        content[name] = [digests(split.images()), split.labels.tolist()]
+        if with_trimaps:
+            content[name].append(digests([split.trimap(i) for i in range(len(split))]))
     return digest(content)
 
 
@@ -182,59 +226,91 @@ class _Loader:
         self.pools = cache(self._pools)
         self.pool_features = cache(self._pool_features)
         self.real_features = cache(self._real_features)
+        self.maps = cache(lambda: segmentation.FeatureMaps(study))
 
-    def _pools(self, technique: Technique, draw: int, count: int) -> list[Pool]:
-        return technique_pools(self.study, technique, draw, count, progress=False)
+    def _pools(self, technique: Technique, draw: int, count: int, percent: float) -> list[Pool]:
+        return technique_pools(self.study, technique, draw, count, percent, progress=False)
 
-    def _pool_features(self, technique: Technique, draw: int, count: int) -> Tensor:
-        images = [image for pool in self.pools(technique, draw, count) for image in pool.images()]
-        return training.image_features(self.study, images)
+    def cell_pools(self, cell: Cell) -> list[Pool]:
+        if not cell.technique:
+            return []
+        return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, cell.control_percent)
+
+    def _pool_features(self, files: tuple[Path, ...], augmentation: Augmentation) -> Tensor:
+        images = read_images(files)
+        return training.image_features(
+            self.study, images, augmentation, self._num_views(augmentation)
+        )
 
     def _real_features(self, split: str, augmentation: Augmentation = "none") -> Tensor:
-        views = self.study.settings.classifier.controlled.num_views
-        num_views = 1 if augmentation == "none" else views
         images = self.splits[split].images()
-        return training.image_features(self.study, images, augmentation, num_views)
+        return training.image_features(
+            self.study, images, augmentation, self._num_views(augmentation)
+        )
+
+    def _num_views(self, augmentation: Augmentation) -> int:
+        views = self.study.settings.classifier.controlled.num_views
+        return 1 if augmentation == "none" else views
 
     def prepare(self, cell: Cell) -> None:
         """Load or make what a cell needs, so that cells can then be trained side by side."""
-        if cell.technique:
-            self.pools(cell.technique, cell.draw, cell.synthetic_per_class)
-        if cell.protocol == "controlled":
+        self.cell_pools(cell)
+        if cell.task == "classification" and cell.protocol == "controlled":
             for split in ("validation", "test"):
                 self.real_features(split)
             self.features(cell, np.arange(1))
 
     def training_set(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
         """A cell's real images, as rows of the train split, and the labels of all its images."""
-        labels = self.splits["train"].labels
-        rows = subset(labels, cell.real_percent, cell.draw)
+        rows = _real_rows(self.study, cell)
         classes = np.arange(len(self.study.data.class_names))
         synthetic = np.repeat(classes, cell.synthetic_per_class)
-        return rows, np.concatenate([labels[rows], synthetic])
+        return rows, np.concatenate([self.splits["train"].labels[rows], synthetic])
 
     def train(self, cell: Cell, folder: Path) -> None:
         rows, labels = self.training_set(cell)
-        train = self._controlled if cell.protocol == "controlled" else self._published
-        outcome = train(cell, rows, labels, len(self.study.data.class_names))
-        np.save(folder / "predictions.npy", outcome.predictions.astype(np.uint8))
-        test_labels = self.splits["test"].labels
-        result = {
-            "num_real": len(rows),
-            "num_synthetic": len(labels) - len(rows),
+        counts = {"num_real": len(rows), "num_synthetic": len(labels) - len(rows)}
+        if cell.task == "segmentation":
+            result = self._segmentation(cell, rows, folder)
+        else:
+            train = self._controlled if cell.protocol == "controlled" else self._published
+            outcome = train(cell, rows, labels, len(self.study.data.class_names))
+            np.save(folder / "predictions.npy", outcome.predictions.astype(np.uint8))
+            right = outcome.predictions == self.splits["test"].labels
+            result = {
+                "num_updates": outcome.num_updates,
+                "selected_step": outcome.selected_step,
+                "validation_score": outcome.validation_accuracy,
+                "test_score": float(right.mean()),
+            }
+        (folder / "result.json").write_text(json.dumps(counts | result, indent=2))
+
+    def _segmentation(self, cell: Cell, rows: np.ndarray, folder: Path) -> dict[str, float]:
+        """Train a segmenter; synthetic images share the trimap of the image they follow."""
+        train, pools = self.splits["train"], self.cell_pools(cell)
+        images = train.images(rows) + read_images([file for pool in pools for file in pool.files])
+        followed = [row for pool in pools for row in pool.control_rows]
+        trimaps = [train.trimap(int(row)) for row in (*rows, *followed)]
+        outcome = segmentation.train(
+            self.maps(), images, trimaps, self.splits, cell.protocol, _training_seed(cell)
+        )
+        np.save(folder / "scores.npy", outcome.weighted_jaccard.astype(np.float32))
+        np.save(folder / "mean_iou.npy", outcome.mean_iou.astype(np.float32))
+        shown = first_per_class(self.splits["test"].labels, 1)
+        np.savez_compressed(folder / "examples.npz", rows=shown, labels=outcome.labels[shown])
+        return {
             "num_updates": outcome.num_updates,
             "selected_step": outcome.selected_step,
-            "validation_accuracy": outcome.validation_accuracy,
-            "test_accuracy": float((outcome.predictions == test_labels).mean()),
+            "validation_score": outcome.validation_jaccard,
+            "test_score": float(outcome.weighted_jaccard.mean()),
         }
-        (folder / "result.json").write_text(json.dumps(result, indent=2))
 
     def features(self, cell: Cell, rows: np.ndarray) -> Tensor:
         """Features of a cell's training images, real ones first: (n, views, features)."""
         features = self.real_features("train", cell.augmentation)[rows]
-        if cell.technique:
-            pool = self.pool_features(cell.technique, cell.draw, cell.synthetic_per_class)
-            features = torch.cat([features, pool])
+        if pools := self.cell_pools(cell):
+            files = tuple(file for pool in pools for file in pool.files)
+            features = torch.cat([features, self.pool_features(files, cell.augmentation)])
         return features
 
     def _controlled(
@@ -256,9 +332,7 @@ class _Loader:
     ) -> training.Outcome:
         classifier = self.study.settings.classifier
         images = self.splits["train"].images(rows)
-        if cell.technique:
-            pools = self.pools(cell.technique, cell.draw, cell.synthetic_per_class)
-            images += [image for pool in pools for image in pool.images()]
+        images += read_images([file for pool in self.cell_pools(cell) for file in pool.files])
         validation = self.splits["validation"]
         few = first_per_class(validation.labels, classifier.published.validation_images_per_class)
         return training.train_published(
@@ -272,6 +346,7 @@ class _Loader:
             classifier.published,
             _training_seed(cell),
             num_classes,
+            device_of(self.study.settings),
         )
 
 
@@ -289,7 +364,7 @@ def accuracy_curve(
         update={"learning_rate": learning_rate, "max_train_steps": max(steps)}
     )
     every = int(np.gcd.reduce(steps))
-    spec = _spec(study, cell) | {"settings": settings.model_dump(), "steps": list(steps)}
+    determined_by = spec(study, cell) | {"settings": settings.model_dump(), "steps": list(steps)}
 
     def make(folder: Path) -> None:
         rows = []
@@ -314,5 +389,5 @@ def accuracy_curve(
             folder / "curve.csv", index=False
         )
 
-    curve = pd.read_csv(study.store.get("curves", spec, make) / "curve.csv")
+    curve = pd.read_csv(study.store.get("curves", determined_by, make) / "curve.csv")
     return curve.assign(arm=cell.arm, draw=cell.draw, seed=cell.seed, learning_rate=learning_rate)

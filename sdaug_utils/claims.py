@@ -4,6 +4,7 @@ The claims are data (``data/claims.yaml``), as are the thesis's own results
 (``data/published_results.csv``: 125 runs read from its text and its public logs, with flags).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.cells import correct
-from sdaug_utils.metrics import Estimate, estimate, paired_difference
+from sdaug_utils.cells import SETTING, scores
+from sdaug_utils.metrics import Estimate, contrast, estimate, paired_difference, slope_weights
 
 DATA_FOLDER = Path(__file__).parent / "data"
-NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING"
+OF_SUBJECTS = ("num_inputs", "input_set", "measure")
+NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
 
 JUDGED_COLUMNS = (
     "id",
@@ -25,113 +27,201 @@ JUDGED_COLUMNS = (
     "difference",
     "low",
     "high",
+    "num_draws",
+    "num_runs",
+    "num_test_images",
     "comparison_verdict",
     "verdict",
 )
 
-Verdict = Literal["supported", "contradicted", "inconclusive"]
+
+class NotRun(KeyError):
+    """The results lack runs that a comparison needs."""
 
 
-def published_results(experiment: str) -> pd.DataFrame:
-    """The thesis's runs of one experiment, without those flagged as no evidence."""
+Verdict = Literal["supported", "contradicted", "inconclusive", "not tested"]
+Expectation = Literal["above", "below", "within", "at most", "between"]
+
+
+def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
+    """The thesis's runs on a data set, without those flagged as no evidence.
+
+    The accuracy (or Jaccard index) is that of the logs, else that of the text.
+    """
     table = pd.read_csv(DATA_FOLDER / "published_results.csv", dtype={"run": str})
     flagged = table["flags"].fillna("").str.contains(NOT_EVIDENCE)
-    return table[(table["experiment"] == experiment) & ~flagged].reset_index(drop=True)
+    table = table[~flagged & (table["dataset"] == dataset)].drop_duplicates("run")
+    # The text says segmentation maps, the code took Canny edges: the same question all the same.
+    segmented = (table["task"] == "segmentation") & (table["technique"] == "controlnet-canny")
+    return table.assign(
+        technique=table["technique"].mask(segmented, "controlnet-segmentation"),
+        value=table["value"].fillna(table["value_in_thesis"]),
+        synthetic_per_class=table["synthetic_per_class"].fillna(0),
+    )
 
 
 def read_claims(experiment: str) -> list[dict[str, Any]]:
-    """The claims whose id begins with the experiment's number."""
+    """The claims that an experiment decides: those whose id begins as its name does."""
     claims = yaml.safe_load((DATA_FOLDER / "claims.yaml").read_text())
     return [claim for claim in claims if claim["id"].startswith(experiment[:2])]
 
 
-def verdict(
-    low: float, high: float, expect: Literal["above", "below", "within"], margin: float = 0.0
-) -> Verdict:
-    """Judge the 95 % interval of a difference.
+def verdict(low: float, high: float, expect: Expectation, margin: float = 0.0) -> Verdict:
+    """Judge the 95 % interval of a difference against the region that a claim puts it in.
 
-    ``above`` and ``below``: the interval must lie wholly on that side of 0. ``within``: wholly
-    inside ± margin. Wholly on the other side contradicts; anything else is inconclusive.
+    ``above`` 0, ``below`` 0, ``within`` ± margin, ``at most`` margin, ``between`` 0 and margin. An
+    interval wholly inside supports, one wholly outside contradicts, any other is inconclusive.
     """
-    if expect == "within":
-        if -margin <= low and high <= margin:
-            return "supported"
-        return "contradicted" if low > margin or high < -margin else "inconclusive"
-    if expect == "below":
-        low, high = -high, -low
-    if low > 0:
+    regions = {
+        "above": (0.0, np.inf),
+        "below": (-np.inf, 0.0),
+        "within": (-margin, margin),
+        "at most": (-np.inf, margin),
+        "between": (0.0, margin),
+    }
+    lower, upper = regions[expect]
+    if lower < low and high < upper:
         return "supported"
-    return "contradicted" if high < 0 else "inconclusive"
+    return "contradicted" if high < lower or low > upper else "inconclusive"
 
 
 def all_of(verdicts: list[Verdict]) -> Verdict:
     """A claim of several parts holds if all hold and falls if one falls."""
     if "contradicted" in verdicts:
         return "contradicted"
-    return "supported" if set(verdicts) == {"supported"} else "inconclusive"
+    found = set(verdicts)
+    return found.pop() if len(found) == 1 else "inconclusive"
 
 
-def pooled_difference(
-    results: pd.DataFrame, first: str, second: str, percents: list[float]
-) -> Estimate:
-    """Accuracy of one arm minus another's, averaged over real percentages, paired throughout."""
-    pairs = [
-        [correct(results, arm, percent).mean(axis=1, keepdims=True) for percent in percents]
-        for arm in (first, second)
+def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, np.ndarray]]:
+    """The settings that a selector of a claim names, with their weights.
+
+    A selector gives for columns of ``results`` a value, a list of them, or a range (``from``,
+    ``to``). Without ``reduce`` the settings are averaged; ``best`` takes the one with the highest
+    mean validation score; ``slope over X`` is the least-squares slope per doubling of column X,
+    ``trend over X`` per step of it, averaged over what else differs.
+
+    Raises:
+        NotRun: a value that the selector names has no run, or a slope has fewer than two points.
+    """
+    rows, how = results, selector.get("reduce", "mean")
+    for column, wanted in selector.items():
+        if column in ("reduce", "weight"):
+            continue
+        if isinstance(wanted, dict):
+            rows = rows[rows[column].between(wanted.get("from", -np.inf), wanted.get("to", np.inf))]
+            continue
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if missing := set(values) - set(rows[column]):
+            raise NotRun(f"no run with {column} {missing}")
+        rows = rows[rows[column].isin(values)]
+    keys = [column for column in (*SETTING, *OF_SUBJECTS) if column in rows]
+    settings: list[tuple[dict[str, Any], pd.DataFrame]] = [
+        (dict(zip(keys, name, strict=True)), group) for name, group in rows.groupby(keys)
     ]
-    means = [np.mean(arm, axis=0) for arm in pairs]
-    return paired_difference(means[0], means[1])
+    if not settings:
+        raise NotRun(f"no run of {selector}")
+    arrays = [scores(group) for _, group in settings]
+    if how == "mean":
+        return [(1 / len(arrays), array) for array in arrays]
+    if how == "best":
+        validation = [group["validation_score"].mean() for _, group in settings]
+        return [(1.0, arrays[int(np.argmax(validation))])]
+    kind, column = how.split(" over ")
+    lines: dict[tuple[Any, ...], list[tuple[float, np.ndarray]]] = {}
+    for (setting, _), array in zip(settings, arrays, strict=True):
+        others = tuple(setting[key] for key in keys if key != column)
+        x = np.log2(setting[column]) if kind == "slope" else setting[column]
+        lines.setdefault(others, []).append((x, array))
+    weighted = []
+    for points in lines.values():
+        if len(points) < 2:
+            raise NotRun(f"a slope over {column} needs two points")
+        weights = slope_weights([x for x, _ in points]) / len(lines)
+        weighted += [(w, array) for w, (_, array) in zip(weights, points, strict=True)]
+    return weighted
+
+
+def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> Estimate:
+    """The difference that decides a comparison: ``first`` minus ``second``, or a sum of ``terms``.
+
+    Raises:
+        NotRun: ``results`` lacks runs that it needs.
+    """
+    selectors = comparison.get("terms") or [
+        {**comparison[key], "weight": weight}
+        for key, weight in (("first", 1), ("second", -1))
+        if key in comparison
+    ]
+    return contrast(
+        [
+            (selector["weight"] * weight, array)
+            for selector in selectors
+            for weight, array in terms(results, selector)
+        ]
+    )
 
 
 def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
-    """One row per comparison of each claim whose runs are in ``results``.
+    """One row per comparison of each claim that an experiment decides.
 
     Columns: ``id``, ``section``, ``claim``, ``comparison``, ``difference``, ``low``, ``high``
-    (absolute, 95 % interval), ``comparison_verdict`` and ``verdict`` (of the whole claim).
+    (absolute, 95 % interval), the number of draws (or subjects), of runs per setting and of test
+    images behind them, ``comparison_verdict`` and ``verdict`` (of the whole claim). What a profile
+    has no runs for is ``not tested``.
     """
-    available = set(zip(results["arm"], results["real_percent"], strict=True))
     rows = []
     for claim in read_claims(experiment):
-        parts = []
+        parts: list[dict[str, Any]] = []
         for comparison in claim["comparisons"]:
-            first, second, percents = (comparison[k] for k in ("first", "second", "percents"))
-            needed = {(arm, percent) for arm in (first, second) for percent in percents}
-            if not needed <= available:
-                continue
-            difference = pooled_difference(results, first, second, percents)
             expect, margin = comparison["expect"], comparison.get("margin", 0.0)
-            bound = f"within ± {100 * margin:g} points" if margin else f"{expect} 0"
-            shown = ", ".join(f"{percent:g}" for percent in percents)
+            outcome: Verdict = "not tested"
+            try:
+                difference = compared(results, comparison)
+                outcome = verdict(difference.low, difference.high, expect, margin)
+            except NotRun:
+                difference = Estimate(np.nan, np.nan, np.nan, 0, 0, 0)
             parts.append(
                 {
-                    "id": claim["id"],
-                    "section": claim["section"],
-                    "claim": claim["claim"],
-                    "comparison": f"{first} − {second} at {shown} %: {bound}",
+                    **{key: claim[key] for key in ("id", "section", "claim")},
+                    "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
                     "difference": difference.mean,
                     "low": difference.low,
                     "high": difference.high,
-                    "comparison_verdict": verdict(difference.low, difference.high, expect, margin),
+                    "num_draws": difference.num_draws,
+                    "num_runs": difference.num_runs,
+                    "num_test_images": difference.num_images,
+                    "comparison_verdict": outcome,
                 }
             )
-        if len(parts) == len(claim["comparisons"]):
-            whole = all_of([part["comparison_verdict"] for part in parts])
-            rows += [{**part, "verdict": whole} for part in parts]
+        whole = all_of([part["comparison_verdict"] for part in parts])
+        rows += [{**part, "verdict": whole} for part in parts]
     return pd.DataFrame(rows, columns=JUDGED_COLUMNS)
 
 
-def compare_protocols(results: pd.DataFrame, arm: str, percent: float) -> pd.DataFrame:
+def _bound(expect: Expectation, margin: float) -> str:
+    points = f"{100 * margin:g} points"
+    return {
+        "above": "above 0",
+        "below": "below 0",
+        "within": f"within ± {points}",
+        "at most": f"at most {points}" if margin else "at most 0",
+        "between": f"between 0 and {points}",
+    }[expect]
+
+
+def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
     """An arm's gain over the baseline under each protocol, and the difference of the gains.
 
-    ``results`` holds runs of both protocols with the same draws. Accuracies are in 0 to 1, gains
-    and their 95 % intervals in absolute points; the last row is published minus controlled: what
-    the thesis's way of training adds to the gain.
+    ``results`` holds runs of both protocols with the same draws, at one real percentage. Accuracies
+    are in 0 to 1, gains and their 95 % intervals in absolute points; the last row is published
+    minus controlled: what the thesis's way of training adds to the gain.
     """
     rows, gains = [], []
     for protocol in ("published", "controlled"):
         runs = results[results["protocol"] == protocol]
         first, second = (
-            correct(runs, name, percent).mean(axis=1, keepdims=True) for name in (arm, "baseline")
+            scores(runs, arm=name).mean(axis=1, keepdims=True) for name in (arm, "baseline")
         )
         gains.append(first - second)
         updates = runs.groupby("arm")["num_updates"].mean()
@@ -158,35 +248,92 @@ def _points(gain: Estimate) -> dict[str, float]:
     }
 
 
-def summary(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
-    """Published beside reproduced: one row per arm and real percentage.
+def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> pd.DataFrame:
+    """Published beside reproduced: one row per setting.
 
-    Accuracy in 0 to 1 with its 95 % interval; gains over the baseline at the same percentage in
-    absolute points, then relative in per cent. Published values are single runs.
+    Scores (accuracy, or the weighted Jaccard index) in 0 to 1 with their 95 % intervals; gains over
+    the baseline at the same real percentage in absolute points, then relative in per cent; without
+    real images there is no baseline, hence no gain. Published values are single runs on
+    ``dataset``; None leaves them out.
     """
-    published = published_results(experiment).set_index(["technique", "real_percent"])["value"]
+    published = published_results(dataset or "")
+    keys = ["task", "technique", "real_percent", "synthetic_per_class"]
+    theirs = published.drop_duplicates(keys).set_index(keys)["value"]
     rows = []
-    arms = results.drop_duplicates(["arm", "real_percent"])
-    for arm, percent in zip(arms["arm"], arms["real_percent"], strict=True):
-        values = correct(results, arm, percent)
-        baseline = correct(results, "baseline", percent)
-        accuracy, gain = estimate(values), paired_difference(values, baseline)
-        theirs, their_baseline = (published.get((a, percent), np.nan) for a in (arm, "baseline"))
+    setting: Any
+    for setting, group in results.groupby(
+        ["task", "arm", "real_percent", "synthetic_per_class"], sort=False
+    ):
+        task, arm, percent, count = setting
+        values = scores(group)
+        score, value = estimate(values), theirs.get((task, arm, percent, count), np.nan)
+        row = {
+            "arm": arm,
+            "real_percent": percent,
+            "synthetic_per_class": count,
+            "published": value,
+            "published_gain_points": np.nan,
+            "published_gain_relative": np.nan,
+            "score": score.mean,
+            "score_low": score.low,
+            "score_high": score.high,
+            **dict.fromkeys(("gain_points", "gain_points_low", "gain_points_high"), np.nan),
+            "gain_relative": np.nan,
+            "num_draws": values.shape[0],
+            "num_seeds": values.shape[1],
+            "num_test_images": values.shape[2],
+        }
+        if percent > 0:
+            baseline = scores(results, arm="baseline", real_percent=percent)
+            gain = paired_difference(values, baseline)
+            row |= _points(gain) | {"gain_relative": 100 * gain.mean / baseline.mean()}
+            baseline_value = theirs.get((task, "baseline", percent, 0), np.nan)
+            row["published_gain_points"] = 100 * (value - baseline_value)
+            row["published_gain_relative"] = 100 * (value / baseline_value - 1)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def published_settings(
+    arms: Collection[str], task: str = "classification", dataset: str = "oxford-iiit-pet"
+) -> pd.DataFrame:
+    """The thesis's values of some arms, with the column names of :func:`summary`."""
+    table = published_results(dataset)
+    chosen = table[(table["task"] == task) & table["technique"].isin(arms)]
+    names = {"technique": "arm", "value": "score"}
+    return chosen.rename(columns=names)[["arm", "real_percent", "synthetic_per_class", "score"]]
+
+
+def combinations(results: pd.DataFrame, augmentation: str) -> pd.DataFrame:
+    """Each setting with an augmentation beside the same without, paired (thesis, table 4.4).
+
+    Columns: ``technique``, ``real_percent``, ``synthetic_per_class``, the published variation in
+    points and in per cent, the accuracy without and with, their difference in points with its
+    95 % interval, and in per cent.
+    """
+    published = published_results()
+    keys = ["technique", "real_percent", "synthetic_per_class"]
+    theirs = published.drop_duplicates(keys).set_index(keys)["value"]
+    rows = []
+    chosen = results[results["augmentation"] == augmentation]
+    for (technique, percent, count), group in chosen.groupby(keys, sort=False):
+        setting = {"real_percent": percent, "synthetic_per_class": count}
+        without = scores(results, arm=technique, **setting)
+        change = paired_difference(scores(group), without)
+        before = theirs.get((technique, percent, count), np.nan)
+        after = theirs.get((f"{technique}+{augmentation}", percent, count), np.nan)
         rows.append(
             {
-                "arm": arm,
-                "real_percent": percent,
-                "published_accuracy": theirs,
-                "published_gain_points": 100 * (theirs - their_baseline),
-                "published_gain_relative": 100 * (theirs / their_baseline - 1),
-                "accuracy": accuracy.mean,
-                "accuracy_low": accuracy.low,
-                "accuracy_high": accuracy.high,
-                **_points(gain),
-                "gain_relative": 100 * gain.mean / baseline.mean(),
-                "num_draws": values.shape[0],
-                "num_seeds": values.shape[1],
-                "num_test_images": values.shape[2],
+                "technique": technique,
+                **setting,
+                "published_points": 100 * (after - before),
+                "published_relative": 100 * (after / before - 1),
+                "without": without.mean(),
+                "with": scores(group).mean(),
+                "points": 100 * change.mean,
+                "points_low": 100 * change.low,
+                "points_high": 100 * change.high,
+                "relative": 100 * change.mean / without.mean(),
             }
         )
     return pd.DataFrame(rows)

@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
+from sdaug_utils import control
 from sdaug_utils.errors import InputError
-from sdaug_utils.store import array_digest, verify_checksums
+from sdaug_utils.store import array_digest, file_digest, verify_checksums
 
-MINIATURE_DATA = Path(__file__).parents[1] / "miniature" / "data"
+PROJECT = Path(__file__).parents[1]
+MINIATURE_DATA = PROJECT / "miniature" / "data"
 SPLITS = ("train", "validation", "test")
 FASHION_CLASSES = (
     "t-shirt",
@@ -35,21 +38,58 @@ FIRST_SUBSET_SEED = 41  # the thesis's own shuffle; draw d uses 41 + d
 
 
 @dataclass(frozen=True, eq=False)
+class Images(Sequence[np.ndarray]):
+    """8-bit RGB arrays, each loaded when it is looked at: a data set need not fit into memory.
+
+    An item has a function that loads it, one that gives its digest, and what both are called with.
+    """
+
+    items: tuple[tuple[Callable[[Any], np.ndarray], Callable[[Any], str], Any], ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Images": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | Images":
+        if isinstance(index, slice):
+            return Images(self.items[index])
+        load, _, key = self.items[index]
+        return load(key)
+
+    def __add__(self, other: "Images") -> "Images":
+        return Images(self.items + other.items)
+
+    def digests(self) -> list[str]:
+        """A hash of each image's content."""
+        return [digest(key) for _, digest, key in self.items]
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """Labelled images, loaded when asked for.
 
     ``load(i)`` returns image i as 8-bit RGB of shape (height, width, 3); ``labels`` has shape (n,).
+    ``trimap(i)`` returns its trimap, 8-bit labels of shape (height, width): 1 subject,
+    2 background, 3 border, as in Oxford-IIIT Pet. ``digest(i)`` is a hash of image i's content, by
+    default of its pixels.
     """
 
     load: Callable[[int], np.ndarray]
     labels: np.ndarray
+    trimap: Callable[[int], np.ndarray]
+    digest: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def images(self, indices: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
+    def images(self, indices: Sequence[int] | np.ndarray | None = None) -> Images:
         """The images at ``indices``, all by default."""
-        return [self.load(int(i)) for i in (range(len(self)) if indices is None else indices)]
+        digest = self.digest or (lambda i: array_digest(self.load(i)))
+        rows = range(len(self)) if indices is None else indices
+        return Images(tuple((self.load, digest, int(i)) for i in rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +105,29 @@ def load(
     name: str,
     classes: Sequence[str] | None = None,
     max_images_per_class: dict[str, int] | None = None,
+    folder: str | None = None,
+    download: bool = False,
 ) -> Dataset:
     """A data set by name, all of it or some classes and the first images of each.
+
+    Photographs come from a ``folder``, relative ones starting at the project; see :mod:`photos`.
 
     Raises:
         InputError: unknown data set, class or split; a file is missing or corrupt.
     """
-    if name != "fashion-mnist":
-        raise InputError(f"data set '{name}' is unknown: choose from fashion-mnist")
-    whole = _fashion_mnist(MINIATURE_DATA)
+    if folder is not None:
+        from sdaug_utils import photos
+
+        whole = photos.LOADERS[name](PROJECT / folder, download)
+        return _part(whole, classes, max_images_per_class)
+    if name not in LOADERS:
+        raise InputError(f"data set '{name}' is unknown: choose from {', '.join(LOADERS)}")
+    return _part(LOADERS[name](), classes, max_images_per_class)
+
+
+def _part(
+    whole: Dataset, classes: Sequence[str] | None, max_images_per_class: dict[str, int] | None
+) -> Dataset:
     chosen = tuple(classes or whole.class_names)
     for class_name in chosen:
         if class_name not in whole.class_names:
@@ -90,14 +144,20 @@ def load(
         split: _restrict(whole.splits[split], [whole.class_names.index(c) for c in chosen], limit)
         for split, limit in ((split, limits.get(split)) for split in SPLITS)
     }
-    return Dataset(name, chosen, splits)
+    return Dataset(whole.name, chosen, splits)
 
 
 def _restrict(split: Split, classes: Sequence[int], limit: int | None) -> Split:
     indices = first_per_class(split.labels, limit, classes)
     positions = {label: position for position, label in enumerate(classes)}
     labels = np.array([positions[label] for label in split.labels[indices]])
-    return Split(lambda i: split.load(indices[i]), labels)
+    digest = split.digest
+    return Split(
+        lambda i: split.load(indices[i]),
+        labels,
+        lambda i: split.trimap(indices[i]),
+        digest and (lambda i: digest(indices[i])),
+    )
 
 
 def first_per_class(
@@ -108,17 +168,40 @@ def first_per_class(
     return np.concatenate([np.flatnonzero(labels == label)[:limit] for label in every])
 
 
-def _fashion_mnist(folder: Path) -> Dataset:
+def _fashion_mnist() -> Dataset:
     """The study's images of Fashion-MNIST (Xiao et al., 2017), 32x32, from their PNG sheets."""
-    verify_checksums(folder)
+    verify_checksums(MINIATURE_DATA)
     splits = {}
     for name in SPLITS:
-        sheet = np.asarray(Image.open(folder / f"{name}.png"))
+        sheet = np.asarray(Image.open(MINIATURE_DATA / f"{name}.png"))
         per_class = sheet.shape[1] // 28
         tiles = sheet.reshape(10, 28, per_class, 28).swapaxes(1, 2).reshape(-1, 28, 28)
         images = np.stack([pad_to_rgb(tile) for tile in tiles])
-        splits[name] = Split(images.__getitem__, np.repeat(np.arange(10), per_class))
+        splits[name] = _on_black(images, np.repeat(np.arange(10), per_class))
     return Dataset("fashion-mnist", FASHION_CLASSES, splits)
+
+
+def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:
+    """Pictures of one subject each on black: the trimap follows the silhouette."""
+
+    def trimap(i: int) -> np.ndarray:
+        return control.trimap(control.silhouette(images[i]))
+
+    return Split(images.__getitem__, labels, trimap)
+
+
+def _digits() -> Dataset:
+    """The study's half of the digits: per class 40 for training, 10 for validation, the rest."""
+    images, labels = digits_halves()[1]
+    starts = {"train": (0, 40), "validation": (40, 50), "test": (50, None)}
+    splits = {}
+    for name, (start, end) in starts.items():
+        rows = np.concatenate([np.flatnonzero(labels == label)[start:end] for label in range(10)])
+        splits[name] = _on_black(images[rows], labels[rows])
+    return Dataset("digits", DIGIT_CLASSES, splits)
+
+
+LOADERS: dict[str, Callable[[], Dataset]] = {"fashion-mnist": _fashion_mnist, "digits": _digits}
 
 
 def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
@@ -140,7 +223,7 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
         count = math.floor(len(order) * percent / 100 + 1e-9)
         if count == 0:
             raise InputError(
-                f"real_percents: {percent:g} % of {len(order)} images leaves class {label} empty: "
+                f"{percent:g} % of {len(order)} real images leaves class {label} empty: "
                 f"choose at least {100 / len(order):g}"
             )
         chosen.append(order[:count])
@@ -191,6 +274,36 @@ def pad_to_rgb(grey: np.ndarray, size: int = 32) -> np.ndarray:
     return np.repeat(padded[..., None], 3, axis=2)
 
 
+def read_images(files: Sequence[Path]) -> Images:
+    """Images in files of any mode, as 8-bit RGB; their digests are those of the files."""
+    return Images(tuple((read_rgb, file_digest, file) for file in files))
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """An image file as an 8-bit RGB array of shape (height, width, 3).
+
+    Raises:
+        InputError: it is missing or does not decode.
+    """
+    return np.asarray(decoded(file).convert("RGB"))
+
+
+def decoded(file: Path) -> Image.Image:
+    """An image file in its own mode.
+
+    Raises:
+        InputError: it is missing or does not decode.
+    """
+    try:
+        image = Image.open(file)
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{file}: missing or does not decode ({error})") from error
+    return image
+
+
 def digests(images: Sequence[np.ndarray]) -> list[str]:
-    """A hash of each image's pixels."""
+    """A hash of each image's content: of its file, if it comes from one, else of its pixels."""
+    if isinstance(images, Images):
+        return images.digests()
     return [array_digest(image) for image in images]

@@ -1,25 +1,27 @@
-"""A text-to-image pipeline by name: the shipped miniature or a local diffusers folder.
+"""A text-to-image pipeline by name: the shipped miniature, a local diffusers folder, a hub id.
 
 diffusers and transformers take seconds to import: they are, where a pipeline is loaded, so that
 whoever only needs a key of the store does not wait for them.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 
 from sdaug_utils.errors import InputError
-from sdaug_utils.params import Settings
+from sdaug_utils.params import Control, ControlNet, Sampling, Settings, Technique
 from sdaug_utils.store import verify_checksums
 
 if TYPE_CHECKING:
     import diffusers
 
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 PROJECT = Path(__file__).parents[1]
 MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
 SCHEDULERS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -63,14 +65,59 @@ def in_parallel(
         return list(executor.map(work, items))
 
 
-def locate(foundation: str) -> Path:
-    """The folder that ``from_pretrained`` is to load; relative ones start at the project."""
-    return MINIATURE_WEIGHTS if foundation == "miniature" else PROJECT / foundation
+def locate(name: str, part: str = "") -> Path:
+    """The folder that ``from_pretrained`` is to load.
+
+    ``miniature`` is the shipped model; its ControlNets are the parts ``controlnet-...`` of it. A
+    local folder may be relative to the project. A hub id may end in ``@`` and a revision; without
+    one it is the main branch. What the hub's cache lacks is downloaded, safetensors only.
+
+    Raises:
+        InputError: no such folder; not in the hub's cache, and the hub has not got it either.
+    """
+    if name == "miniature":
+        return MINIATURE_WEIGHTS / part
+    if (PROJECT / name).is_dir():
+        return PROJECT / name
+    if re.fullmatch(HUB_ID, name):
+        return _from_hub(name, part)
+    key = f"controlnet.{part.removeprefix('controlnet-')}" if part else "foundation"
+    raise InputError(f"{key}: '{name}' is neither 'miniature' nor a folder nor a hub id")
+
+
+@cache
+def _from_hub(name: str, part: str) -> Path:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import constants, snapshot_download
+
+    identifier, _, revision = name.partition("@")
+    try:
+        if part:
+            files = ["config.json", "diffusion_pytorch_model.safetensors"]
+            folder = snapshot_download(identifier, revision=revision or None, allow_patterns=files)
+        else:
+            folder = DiffusionPipeline.download(
+                identifier, revision=revision or None, use_safetensors=True
+            )
+    except (OSError, ValueError) as error:
+        at = f" --revision {revision}" if revision else ""
+        raise InputError(
+            f"model '{name}': not in {constants.HF_HUB_CACHE} and not to be had from the hub: run "
+            f"'hf download {identifier}{at}' where there is internet"
+        ) from error
+    return Path(folder)
+
+
+def resolved(name: str, part: str = "") -> str:
+    """A model's name with what it is at the moment: a hub id with its commit, as tables show it."""
+    folder = locate(name, part)
+    is_snapshot = folder.parent.name == "snapshots"
+    return f"{name.partition('@')[0]}@{folder.name}" if is_snapshot else name
 
 
 @cache
 def revision(foundation: str) -> str:
-    """What identifies the weights, for the store's keys: a digest of the folder's files.
+    """What identifies the weights, for the store's keys: a digest of files, or the hub's commit.
 
     The ControlNets beside a pipeline do not count: its images do not depend on them.
 
@@ -80,21 +127,47 @@ def revision(foundation: str) -> str:
     folder = locate(foundation)
     if foundation == "miniature":
         checksums = verify_checksums(folder)
+    elif folder.parent.name == "snapshots":
+        return folder.name  # the hub's commit
     elif (folder / "model_index.json").exists():
-        checksums = {
-            path.relative_to(folder).as_posix(): _sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        checksums = _checksums(folder)
     else:
-        raise InputError(
-            f"foundation: '{foundation}' is neither 'miniature' nor a folder with model_index.json"
-        )
-    listing = "\n".join(
-        f"{name} {value}"
-        for name, value in sorted(checksums.items())
-        if not name.startswith("controlnet-")
-    )
+        raise InputError(f"foundation: '{foundation}': a folder without model_index.json")
+    return _digest({k: v for k, v in checksums.items() if not k.startswith("controlnet-")})
+
+
+@cache
+def controlnet_revision(name: str, technique: str) -> str:
+    """As :func:`revision`, of the ControlNet of a technique.
+
+    Raises:
+        InputError: a weight file of the miniature is missing or corrupt; no such folder.
+    """
+    folder = locate(name, technique)
+    if name == "miniature":
+        every = verify_checksums(MINIATURE_WEIGHTS)
+        return _digest({k: v for k, v in every.items() if k.startswith(f"{technique}/")})
+    if folder.parent.name == "snapshots":
+        return folder.name
+    if not (folder / "config.json").exists():
+        key = technique.removeprefix("controlnet-")
+        raise InputError(f"controlnet.{key}: '{name}': a folder without config.json")
+    return _digest(_checksums(folder))
+
+
+def controlnet_name(settings: Settings, technique: str) -> str:
+    """Which ControlNet a technique uses."""
+    own = settings.controlnet
+    return own.canny if technique == "controlnet-canny" else own.segmentation
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _digest(checksums: dict[str, str]) -> str:
+    listing = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
     return hashlib.sha256(listing.encode()).hexdigest()[:20]
 
 
@@ -103,8 +176,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_pipeline(settings: Settings) -> "diffusers.StableDiffusionPipeline":
+def load_pipeline(
+    settings: Settings, technique: Technique = "stable-diffusion-prompt"
+) -> "diffusers.StableDiffusionPipeline":
     """The text-to-image pipeline of a profile, in evaluation mode on its device.
+
+    For a ControlNet technique it is a ``StableDiffusionControlNetPipeline`` of the same parts.
 
     Raises:
         InputError: as :func:`revision`.
@@ -120,10 +197,35 @@ def load_pipeline(settings: Settings) -> "diffusers.StableDiffusionPipeline":
         dtype=dtype_of(settings),
         use_safetensors=True,
         requires_safety_checker=False,
+        **({} if settings.sampling.safety_checker else {"safety_checker": None}),
     ).to(device_of(settings))
-    if settings.sampling.scheduler != "default":
-        name, options = SCHEDULERS[settings.sampling.scheduler]
+    sampling: Sampling | ControlNet = settings.sampling
+    if technique in get_args(Control):
+        sampling = settings.controlnet
+        controlnet = diffusers.ControlNetModel.from_pretrained(
+            locate(controlnet_name(settings, technique), technique),
+            dtype=dtype_of(settings),
+            use_safetensors=True,
+        ).to(device_of(settings))
+        pipeline = diffusers.StableDiffusionControlNetPipeline(
+            **pipeline.components, controlnet=controlnet, requires_safety_checker=False
+        )
+    if sampling.scheduler != "default":
+        name, options = SCHEDULERS[sampling.scheduler]
         scheduler = getattr(diffusers, name)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    if settings.attention == "xformers":
+        _use_xformers(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _use_xformers(pipeline: "diffusers.StableDiffusionPipeline") -> None:
+    try:
+        pipeline.enable_xformers_memory_efficient_attention()
+    except (ImportError, ModuleNotFoundError, NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"attention: xformers does not work here ({reason}); choose auto or sdpa, or the "
+            "versions of environment.yml"
+        ) from error

@@ -16,10 +16,17 @@ from sdaug_utils.errors import InputError
 
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
-Technique = Literal["stable-diffusion-prompt", "dreambooth", "textual-inversion"]
+Personalisation = Literal["dreambooth", "textual-inversion"]
+Control = Literal["controlnet-canny", "controlnet-segmentation"]
+Technique = Literal["stable-diffusion-prompt", Personalisation, Control]
+Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment"]
 Protocol = Literal["published", "controlled"]
+Domain = Literal["main", "second"]
+Scheduler = Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]
 Percent = Annotated[float, Field(gt=0, le=100)]
+Count = Annotated[int, Field(ge=1)]
+Counts = Annotated[list[Count], Field(min_length=1)]
 
 
 class Parameters(BaseModel):
@@ -30,8 +37,9 @@ class Parameters(BaseModel):
     @field_validator("*")
     @classmethod
     def _without_duplicates(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(set(value)) < len(value):
-            raise ValueError("a value comes twice")
+        for values in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError("a value comes twice")
         return value
 
 
@@ -41,10 +49,23 @@ class Sampling(Parameters):
     prompt: str = Field(pattern=r"\{\}")
     num_inference_steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=1)
-    scheduler: Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]
+    scheduler: Scheduler
     resolution: int = Field(ge=8)
     batch_size: int = Field(ge=1)
     max_attempts: int = Field(ge=1)
+    safety_checker: bool  # on by default; only models that have one check
+
+
+class ControlNet(Parameters):
+    """How images that follow a control image are drawn (thesis, section 4.3.6)."""
+
+    canny: str
+    segmentation: str
+    palette: Literal["miniature", "ade20k-animal", "ade20k-food"]  # what it was trained on
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=1)
+    scheduler: Scheduler
+    conditioning_scale: float = Field(gt=0)
 
 
 class DreamBooth(Parameters):
@@ -77,6 +98,7 @@ class TextualInversion(Parameters):
     gradient_accumulation_steps: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     max_train_steps: int = Field(ge=1)
+    subjects_at_once: int = Field(ge=1)  # learnt in one batch; what is learnt is the same
 
 
 class Controlled(Parameters):
@@ -102,38 +124,117 @@ class Published(Parameters):
 class Classifier(Parameters):
     """A frozen backbone with a new linear head (thesis, section 4.2.2)."""
 
-    backbone: Literal["efficientnet-lite0"]
+    backbone: Literal["efficientnet-lite0", "resnet34"]
     image_size: int = Field(ge=32)
     controlled: Controlled
     published: Published
 
 
+class Segmenter(Parameters):
+    """A DeepLabV3 head on the frozen backbone (thesis, section 4.2.2)."""
+
+    backbone: Literal["efficientnet-lite0", "deeplabv3-resnet101"]
+    keep_features: bool  # in memory: for small images only
+    image_size: int = Field(ge=32)
+    label_size: int = Field(ge=8)  # trimaps are compared at this size
+    output_stride: Literal[8, 16]
+    channels: int = Field(ge=8)
+    atrous_rates: list[Count] = Field(min_length=1)
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    max_train_steps: int = Field(ge=1)
+    validation_steps: int = Field(ge=1)
+    max_epochs: int = Field(ge=1)
+    patience: int = Field(ge=1)
+
+
+class Data(Parameters):
+    """A data set, all of it or a part; photographs come from a folder, or are downloaded to it."""
+
+    name: Literal["fashion-mnist", "digits", "oxford-iiit-pet", "food-101", "imagefolder"]
+    classes: list[str] | None = Field(min_length=2)
+    max_images_per_class: dict[str, Count] | None
+    folder: str | None = None
+    download: bool = False
+
+    @model_validator(mode="after")
+    def _photographs_have_a_folder(self) -> "Data":
+        if (self.folder is None) != (self.name in ("fashion-mnist", "digits")):
+            raise ValueError("folder: needed for data sets of photographs, and for them alone")
+        return self
+
+
 class Settings(Parameters):
     """Section ``common`` of a profile: what all notebooks share."""
 
-    dataset: Literal["fashion-mnist"]
-    classes: list[str] | None = Field(min_length=2)
-    max_images_per_class: dict[str, Annotated[int, Field(ge=1)]] | None
+    data: dict[Domain, Data]
     foundation: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
+    attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
     sampling: Sampling
+    controlnet: ControlNet
     dreambooth: DreamBooth
     textual_inversion: TextualInversion
     classifier: Classifier
+    segmenter: Segmenter
+
+    @field_validator("data")
+    @classmethod
+    def _with_both_domains(cls, value: dict[str, Data]) -> dict[str, Data]:
+        if set(value) != {"main", "second"}:
+            raise ValueError("needs both 'main' and 'second'")
+        return value
 
 
-class TrainingPercentage(Parameters):
-    """Experiment 03 (thesis, section 4.3.3)."""
+class Experiment(Parameters):
+    """What the ``parameters`` cell of every notebook sets."""
 
     profile: str
+
+
+class Subjects(Experiment):
+    """What experiments 01 and 02 share: few images, models personalised on them, prompts."""
+
+    techniques: list[Personalisation] = Field(min_length=1)
+    prompts: dict[str, Attribute | None] = Field(min_length=1)  # and the attribute asked for
+    images_per_prompt: int = Field(ge=2)  # one has no diversity
+    num_subjects: int = Field(ge=2)  # one has no interval
+
+    @field_validator("prompts")
+    @classmethod
+    def _with_a_place_for_the_subject(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for prompt in value:
+            if "{}" not in prompt:
+                raise ValueError(f"'{prompt}' has no {{}} for the subject")
+        return value
+
+
+class NumberOfImages(Subjects):
+    """Experiment 01 (thesis, section 4.3.1)."""
+
+    numbers_of_images: Counts
+
+
+class DifferentSubjects(Subjects):
+    """Experiment 02 (thesis, section 4.3.2)."""
+
+
+class Runs(Experiment):
+    """What the experiments that train classifiers or segmenters share."""
+
     protocol: Protocol
+    num_draws: int = Field(ge=2)  # one draw has no interval
+    num_seeds: int = Field(ge=1)
+
+
+class TrainingPercentage(Runs):
+    """Experiment 03 (thesis, section 4.3.3)."""
+
     real_percents: list[Percent] = Field(min_length=1)
     augmentations: list[Augmentation] = Field(min_length=1)
     techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: int = Field(ge=1)
-    num_draws: int = Field(ge=2)  # one draw has no interval
-    num_seeds: int = Field(ge=1)
     protocols_at_percent: Percent
     protocols_num_seeds: int = Field(ge=1)
     curve_steps: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
@@ -146,7 +247,67 @@ class TrainingPercentage(Parameters):
         return names
 
 
-EXPERIMENTS: dict[str, type[Parameters]] = {"03-training-percentage": TrainingPercentage}
+class GenerationPercentage(Runs):
+    """Experiment 04 (thesis, section 4.3.4)."""
+
+    techniques: list[Technique] = Field(min_length=1)
+    synthetic_per_class: dict[Percent, Counts] = Field(min_length=1)  # by real %
+
+
+class AllGenerated(Runs):
+    """Experiment 05 (thesis, section 4.3.5)."""
+
+    techniques: list[Technique] = Field(min_length=1)
+    synthetic_per_class: Counts
+    reference_percents: list[Percent] = Field(min_length=1)
+
+
+class WithControlNet(Runs):
+    """Experiment 06 (thesis, section 4.3.6)."""
+
+    synthetic_percents: dict[Percent, Counts] = Field(min_length=1)  # of the real images
+    beside: list[Technique]
+    rivals: list[Technique]
+    rivals_at_percent: Percent
+    outside_at_percent: Percent
+
+
+class Combinations(Runs):
+    """Experiment 07 (thesis, section 4.3.7)."""
+
+    augmentation: Augmentation
+    rows: list[tuple[Technique, Percent, Count]] = Field(min_length=1)  # synthetic % of the real
+
+
+class Segmentation(Runs):
+    """Experiment 08 (thesis, section 4.3.8)."""
+
+    synthetic_percents: dict[Percent, Counts] = Field(min_length=1)  # of the real images
+
+
+class SecondDomain(Runs):
+    """Experiment 09 (thesis, section 4.3.9)."""
+
+    techniques: list[Technique] = Field(min_length=1)
+    synthetic_per_class: dict[Percent, Counts] = Field(min_length=1)  # by real %
+
+
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    "01-number-of-images": NumberOfImages,
+    "02-different-subjects": DifferentSubjects,
+    "03-training-percentage": TrainingPercentage,
+    "04-generation-percentage": GenerationPercentage,
+    "05-all-generated": AllGenerated,
+    "06-controlnet": WithControlNet,
+    "07-combinations": Combinations,
+    "08-segmentation": Segmentation,
+    "09-food-101": SecondDomain,
+}
+
+
+def domain_of(notebook: str) -> Domain:
+    """Which of a profile's two data sets a notebook is about."""
+    return "second" if EXPERIMENTS[notebook] is SecondDomain else "main"
 
 
 def profiles() -> list[str]:
@@ -227,11 +388,12 @@ def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
     """Collect and check the parameters that a notebook has set, given its ``globals()``.
 
-    What papermill has injected counts, too, so that a key no code reads is an error.
+    The ``parameters`` cell and what papermill has injected count whole, so that a key no code reads
+    is an error.
     """
     injected: dict[str, Any] = {}
     for source in namespace.get("In", []):
-        if source.startswith("# Parameters"):
+        if source.startswith(("# Parameters", "profile =")):
             injected |= _assignments(source)
     known = EXPERIMENTS[notebook].model_fields
     values = {name: value for name, value in namespace.items() if name in known}

@@ -2,35 +2,54 @@
 
 A pool is a sequence: image i depends only on the pool's specification and i. Asking for 50 after
 10 adds 40. On disk it is an ordinary image folder with ``metadata.csv``.
+
+A pool made with control images goes round them: of n controls, image i follows control i mod n. A
+cell takes only images whose controls lie inside its own real subset.
 """
 
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdaug_utils import personalise
-from sdaug_utils.datasets import digests, personalisation_inputs
-from sdaug_utils.foundation import dtype_of, in_parallel, load_pipeline, revision
-from sdaug_utils.params import Sampling, Settings, Technique
+from sdaug_utils import control, personalise
+from sdaug_utils.datasets import Images, digests, personalisation_inputs, read_images, subset
+from sdaug_utils.foundation import (
+    controlnet_name,
+    controlnet_revision,
+    dtype_of,
+    in_parallel,
+    load_pipeline,
+    revision,
+)
+from sdaug_utils.params import (
+    Control,
+    DreamBooth,
+    Personalisation,
+    Sampling,
+    Settings,
+    Technique,
+    TextualInversion,
+)
 from sdaug_utils.store import Spec, Store, digest, write_atomically
 from sdaug_utils.study import Study
 
 if TYPE_CHECKING:
     import diffusers
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
+NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
 Sampler = Callable[[Sequence[int], Sequence[int]], list[Image.Image | None]]
@@ -39,16 +58,29 @@ Sampler = Callable[[Sequence[int], Sequence[int]], list[Image.Image | None]]
 
 @dataclass(frozen=True)
 class Pool:
-    """The first images of a pool on disk, in order."""
+    """Images of a pool on disk, in order."""
 
     class_name: str
     files: tuple[Path, ...]
     seeds: tuple[int, ...]
     attempts: tuple[int, ...]
+    control_rows: tuple[int, ...] = ()  # of the train split, whose control image each follows
 
-    def images(self) -> list[np.ndarray]:
+    def images(self) -> Images:
         """8-bit RGB arrays of shape (height, width, 3)."""
-        return [np.asarray(Image.open(file).convert("RGB")) for file in self.files]
+        return read_images(self.files)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A pool as it is asked for: what determines it, and what it is made from."""
+
+    spec: dict[str, Any]
+    indices: Sequence[int]
+    technique: Technique
+    personalisation: Spec | None = None
+    inputs: Sequence[np.ndarray] = ()  # real images that the model is personalised on
+    control_rows: np.ndarray | None = None  # of the train split, in the draw's order
 
 
 def image_seed(spec: Spec, index: int, attempt: int) -> int:
@@ -57,29 +89,31 @@ def image_seed(spec: Spec, index: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def read_pool(folder: Path, count: int) -> dict[int, dict[str, str]]:
-    """The rows of ``metadata.csv`` whose images are whole, by index, below ``count``."""
+def read_pool(folder: Path, indices: Sequence[int] | None = None) -> dict[int, dict[str, str]]:
+    """The rows of ``metadata.csv`` whose images are whole, by index; all of them by default."""
     listing = folder / "metadata.csv"
     if not listing.exists():
         return {}
     with listing.open(newline="") as file:
         rows = {int(row["file_name"].removesuffix(".png")): row for row in csv.DictReader(file)}
-    return {i: rows[i] for i in sorted(rows) if i < count and _decodes(folder / _file_name(i))}
+    wanted = rows if indices is None else indices
+    return {i: rows[i] for i in wanted if i in rows and _decodes(folder / _file_name(i))}
 
 
 def grow(
     store: Store,
     spec: Spec,
-    count: int,
+    indices: Sequence[int],
     make_sampler: Callable[[], Sampler],
     batch_size: int,
     max_attempts: int,
     progress: tqdm | None = None,
 ) -> Pool:
-    """Make the missing ones of a pool's first ``count`` images.
+    """Make those of a pool's images that are missing.
 
     Args:
         spec: what determines the images; ``class`` and ``prompt`` go into the metadata.
+        indices: which images are asked for, ``range(50)`` for the first fifty.
         make_sampler: called only if an image is missing.
         max_attempts: after so many rejections of one image the pool fails.
 
@@ -87,28 +121,29 @@ def grow(
         RuntimeError: an image was rejected ``max_attempts`` times.
     """
     folder = store.folder("pools", spec)
-    rows = read_pool(folder, count)
-    if len(rows) < count:
+    rows, missing = read_pool(folder, indices), []
+    if len(rows) < len(indices):
         with store.lock("pools", spec):
             folder.mkdir(parents=True, exist_ok=True)
-            rows = read_pool(folder, count)
-            missing = [index for index in range(count) if index not in rows]
-            others = read_pool(folder, 10**9)  # rows beyond count stay listed
+            everything = read_pool(folder)  # images that were not asked for stay listed
+            missing = [index for index in indices if index not in everything]
             for leftover in folder.glob(".*"):
                 leftover.unlink()  # of a process that was killed while it wrote
             record = json.dumps({**spec, "batch_size": batch_size}, indent=2)
             write_atomically(folder / "spec.json", lambda path: path.write_text(record))
             sampler = make_sampler()
             for start in range(0, len(missing), batch_size):
-                made = _make_batch(
-                    spec, missing[start : start + batch_size], sampler, folder, max_attempts
-                )
-                rows.update(made)
-                others.update(made)
-                _write_metadata(folder, others)
+                batch = missing[start : start + batch_size]
+                everything |= _make_batch(spec, batch, sampler, folder, max_attempts)
+                _write_metadata(folder, everything)
                 if progress:
-                    progress.update(len(made))
-    ordered = [rows[index] for index in range(count)]
+                    progress.update(len(batch))
+            rows = everything
+    store.record("images", spec, indices, missing)
+    return _as_pool(folder, spec, [rows[index] for index in indices])
+
+
+def _as_pool(folder: Path, spec: Spec, ordered: Sequence[Mapping[str, str]]) -> Pool:
     return Pool(
         spec["class"],
         tuple(folder / row["file_name"] for row in ordered),
@@ -166,22 +201,38 @@ def _decodes(path: Path) -> bool:
 
 
 def pipeline_sampler(
-    pipeline: "diffusers.StableDiffusionPipeline", prompt: str, sampling: Sampling
+    pipeline: "diffusers.StableDiffusionPipeline",
+    prompt: str,
+    sampling: Sampling,
+    controls: Sequence[np.ndarray] = (),
+    conditioning_scale: float = 1.0,
 ) -> Sampler:
     """A sampler over a pipeline: each image has a generator of its own.
 
-    Images that the pipeline's safety checker flags and black ones are rejected.
+    Images that the pipeline's safety checker flags and black ones are rejected. With control
+    images (a pipeline with a ControlNet), image i follows the (i mod n)-th of them.
     """
 
     def sample(indices: Sequence[int], seeds: Sequence[int]) -> list[Image.Image | None]:
+        condition: dict[str, Any] = {}
+        if controls:
+            chosen = [controls[index % len(controls)] for index in indices]
+            condition = {
+                "image": [Image.fromarray(image) for image in chosen],
+                "controlnet_conditioning_scale": conditioning_scale,
+            }
+        embeddings = pipeline.encode_prompt(
+            prompt, pipeline.device, len(seeds), sampling.guidance_scale > 1
+        )  # once for all images: they share the prompt
         result = pipeline(
-            prompt,
-            num_images_per_prompt=len(seeds),
+            prompt_embeds=embeddings[0],
+            negative_prompt_embeds=embeddings[1],
             height=sampling.resolution,
             width=sampling.resolution,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **condition,
         )
         flags = result.nsfw_content_detected or [False] * len(seeds)
         return [
@@ -193,15 +244,10 @@ def pipeline_sampler(
 
 
 def pool_spec(
-    settings: Settings,
-    technique: str,
-    class_name: str,
-    prompt: str,
-    draw: int,
-    personalisation: Spec | None = None,
+    settings: Settings, technique: str, class_name: str, prompt: str, draw: int, **more: Any
 ) -> dict[str, Any]:
     """Everything that determines a pool's images; batch size and number of workers do not."""
-    sampling = settings.sampling.model_dump(exclude={"prompt", "batch_size", "max_attempts"})
+    sampling = _sampling(settings, technique)
     return {
         "version": CODE_VERSION,
         "technique": technique,
@@ -210,58 +256,242 @@ def pool_spec(
         "draw": draw,
         "foundation": revision(settings.foundation),
         "dtype": str(dtype_of(settings)),
-        "sampling": sampling,
-        "personalisation": personalisation and digest(personalisation),
+        "sampling": sampling.model_dump(exclude=NOT_OF_THE_IMAGES),
+        **({} if sampling.safety_checker else {"safety_checker": False}),
+        **more,
     }
 
 
+def _sampling(settings: Settings, technique: str) -> Sampling:
+    """How a technique's images are drawn: with a ControlNet in steps of its own."""
+    if technique not in get_args(Control):
+        return settings.sampling
+    keys = {"num_inference_steps", "guidance_scale", "scheduler"}
+    return settings.sampling.model_copy(update=settings.controlnet.model_dump(include=keys))
+
+
 def technique_pools(
-    study: Study, technique: Technique, draw: int, count: int, progress: bool = True
+    study: Study,
+    technique: Technique,
+    draw: int,
+    count: int,
+    real_percent: float = 100,
+    progress: bool = True,
 ) -> list[Pool]:
-    """The first ``count`` images of each class by one technique, for one draw of the real subset.
+    """``count`` images of each class by one technique, for one draw of the real subset.
 
     DreamBooth and textual inversion learn from the first images of the draw's shuffle, which
-    every real percentage of that draw contains: nothing from outside a cell's subset leaks in.
+    every real percentage of that draw contains; control images are those of the draw's subset of
+    ``real_percent``: nothing from outside a cell's subset leaks in. For the other techniques the
+    percentage changes nothing.
+    """
+    requests = technique_requests(study, technique, draw, count, real_percent)
+    return fill(study, requests, f"{technique}, draw {draw}" if progress else None)
+
+
+def technique_requests(
+    study: Study, technique: Technique, draw: int, count: int, real_percent: float = 100
+) -> list[Request]:
+    """What :func:`technique_pools` asks for, a request per class."""
+    if technique in get_args(Personalisation):
+        method = _method(study.settings, technique)
+        train = study.data.splits["train"]
+        rows = personalisation_inputs(train.labels, method.num_input_images, draw)
+        prompt = study.settings.sampling.prompt
+        return [
+            personalised_request(study, technique, name, train.images(some), prompt, count, draw)
+            for name, some in zip(study.data.class_names, rows, strict=True)
+        ]
+    if technique in get_args(Control):
+        return _controlled_requests(study, technique, draw, count, real_percent)
+    return [
+        Request(_prompted_spec(study, technique, class_name, draw), range(count), technique)
+        for class_name in study.data.class_names
+    ]
+
+
+def _prompted_spec(
+    study: Study, technique: Technique, class_name: str, draw: int, **more: Any
+) -> dict[str, Any]:
+    prompt = study.settings.sampling.prompt.format(class_name)
+    return pool_spec(study.settings, technique, class_name, prompt, draw, **more)
+
+
+def personalised_request(
+    study: Study,
+    technique: Technique,
+    name: str,
+    inputs: Sequence[np.ndarray],
+    prompt: str,
+    count: int,
+    draw: int = 0,
+) -> Request:
+    """``count`` images of a subject that a model learns from ``inputs``, 8-bit RGB arrays.
+
+    ``prompt`` has a ``{}`` for the placeholder; ``name`` goes into the metadata as the class.
+    """
+    settings = study.settings
+    method = _method(settings, technique)
+    prior = technique == "dreambooth" and settings.dreambooth.prior_loss_weight > 0
+    personalisation = {
+        "version": personalise.CODE_VERSION,
+        "technique": technique,
+        "foundation": revision(settings.foundation),
+        "dtype": str(dtype_of(settings)),
+        "settings": method.model_dump(exclude={"num_input_images", "subjects_at_once"}),
+        "resolution": settings.sampling.resolution,
+        "class_images": digest(_class_images_spec(settings, draw)) if prior else None,
+        "inputs": digests(inputs),
+        "draw": draw,
+    }
+    placeholder = (
+        settings.dreambooth.instance_prompt
+        if technique == "dreambooth"
+        else settings.textual_inversion.placeholder_token
+    )
+    spec = pool_spec(
+        settings,
+        technique,
+        name,
+        prompt.replace("{}", placeholder),
+        draw,
+        personalisation=digest(personalisation),
+    )
+    return Request(spec, range(count), technique, personalisation, inputs)
+
+
+def _method(settings: Settings, technique: str) -> DreamBooth | TextualInversion:
+    return settings.dreambooth if technique == "dreambooth" else settings.textual_inversion
+
+
+def _controlled_requests(
+    study: Study, technique: Technique, draw: int, count: int, real_percent: float
+) -> list[Request]:
+    """Pools that go round the control images of all training images of a class.
+
+    Of p % real images, the first n of N in the draw's order, a cell takes the rounds over the
+    first n only: images 0 to n - 1, N to N + n - 1, and so on. So cells of other percentages share
+    what they have in common, and none sees a control from outside its own subset.
+    """
+    settings, train = study.settings, study.data.splits["train"]
+    order = subset(train.labels, 100, draw)
+    available = subset(train.labels, real_percent, draw)
+    requests = []
+    for label, class_name in enumerate(study.data.class_names):
+        rows = order[train.labels[order] == label]
+        inside = int((train.labels[available] == label).sum())
+        spec = _prompted_spec(
+            study,
+            technique,
+            class_name,
+            draw,
+            controls=digests(train.images(rows))
+            if technique == "controlnet-canny"
+            else digests([train.trimap(int(row)) for row in rows]),
+            controlnet=[
+                controlnet_revision(controlnet_name(settings, technique), technique),
+                settings.controlnet.conditioning_scale,
+                control.CODE_VERSION,
+                *({settings.controlnet.palette} - {"miniature"}),
+            ],
+        )
+        indices = [i % inside + len(rows) * (i // inside) for i in range(count)]
+        requests.append(Request(spec, indices, technique, control_rows=rows))
+    return requests
+
+
+def fill(study: Study, requests: Sequence[Request], label: str | None = None) -> list[Pool]:
+    """Make what is missing of the requested pools, personalised models first.
+
+    All requests are of one technique. ``label`` names the progress bars; None shows none.
     """
     settings, store = study.settings, study.store
-    personalisations = personalisation_specs(study, technique, draw)
-    specs = technique_specs(study, technique, draw)
-    pipeline = _lazy_pipeline(settings)
-    incomplete = [
-        label
-        for label, spec in enumerate(specs)
-        if len(read_pool(store.folder("pools", spec), count)) < count
-    ]
-    if technique != "stable-diffusion-prompt" and incomplete:
-        _personalise(study, technique, draw, incomplete, pipeline, progress)
+    pipeline = _lazy_pipeline(settings, requests[0].technique)
+    pools: dict[int, Pool] = {}
+    groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
+    total = 0
+    for position, request in enumerate(requests):
+        folder = store.folder("pools", request.spec)
+        found = read_pool(folder, request.indices)
+        total += len(request.indices) - len(found)
+        if len(found) == len(request.indices):
+            store.record("images", request.spec, request.indices, [])
+            ordered = [found[index] for index in request.indices]
+            pools[position] = _as_pool(folder, request.spec, ordered)
+        else:
+            model = request.personalisation
+            groups.setdefault(digest(model) if model else str(position), []).append(position)
+    incomplete = [requests[position] for group in groups.values() for position in group]
+    _personalise(study, incomplete, pipeline, label)
+    for request in requests:
+        if request.personalisation:
+            store.record("models", request.personalisation, [0], [])
 
-    def make_sampler(label: int) -> Sampler:
-        personalisation = personalisations[label]
-        folder = None if personalisation is None else store.folder(technique, personalisation)
-        ready = personalise.apply(pipeline(), folder)
-        return pipeline_sampler(ready, specs[label]["prompt"], settings.sampling)
+    def ready_pipeline(request: Request) -> "diffusers.StableDiffusionPipeline":
+        model = request.personalisation
+        return personalise.apply(
+            pipeline(), store.folder(request.technique, model) if model else None
+        )
 
-    sampling = settings.sampling
-    total, description = count * len(incomplete), f"images: {technique}, draw {draw}"
-    with tqdm(total=total, desc=description, disable=not (progress and incomplete)) as bar:
+    def make_sampler(request: Request, ready: Callable[[], Any]) -> Sampler:
+        return pipeline_sampler(
+            ready(),
+            request.spec["prompt"],
+            _sampling(settings, request.technique),
+            _control_images(study, request),
+            settings.controlnet.conditioning_scale,
+        )
 
-        def fill(label: int) -> Pool:
-            return grow(
+    bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and incomplete))
+
+    def fill_group(number: int) -> None:
+        group = list(groups.values())[number]
+        ready = cache(partial(ready_pipeline, requests[group[0]]))
+        for position in group:
+            request, sampling = requests[position], settings.sampling
+            pools[position] = grow(
                 store,
-                specs[label],
-                count,
-                partial(make_sampler, label),
+                request.spec,
+                request.indices,
+                partial(make_sampler, request, ready),
                 sampling.batch_size,
                 sampling.max_attempts,
                 bar,
             )
 
-        return in_parallel(settings, fill, range(len(specs)))
+    with bar:
+        in_parallel(settings, fill_group, range(len(groups)))
+    return [_with_controls(pools[i], request) for i, request in enumerate(requests)]
 
 
-def _lazy_pipeline(settings: Settings) -> Callable[[], "diffusers.StableDiffusionPipeline"]:
+def _with_controls(pool: Pool, request: Request) -> Pool:
+    if request.control_rows is None:
+        return pool
+    rows = request.control_rows
+    followed = tuple(int(rows[index % len(rows)]) for index in request.indices)
+    return replace(pool, control_rows=followed)
+
+
+def _control_images(study: Study, request: Request) -> list[np.ndarray]:
+    """The control image of each of a request's training images, at the sampling resolution."""
+    if request.control_rows is None:
+        return []
+    train, resolution = study.data.splits["train"], study.settings.sampling.resolution
+    if request.technique == "controlnet-canny":
+        return [control.canny(train.load(int(row)), resolution) for row in request.control_rows]
+    return [
+        control.segmentation_map(
+            train.trimap(int(row)), resolution, study.settings.controlnet.palette
+        )
+        for row in request.control_rows
+    ]
+
+
+def _lazy_pipeline(
+    settings: Settings, technique: Technique
+) -> Callable[[], "diffusers.StableDiffusionPipeline"]:
     """Loads the pipeline when first asked for, once, whichever thread asks."""
-    lock, load = Lock(), cache(lambda: load_pipeline(settings))
+    lock, load = Lock(), cache(lambda: load_pipeline(settings, technique))
 
     def pipeline() -> "diffusers.StableDiffusionPipeline":
         with lock:
@@ -270,99 +500,59 @@ def _lazy_pipeline(settings: Settings) -> Callable[[], "diffusers.StableDiffusio
     return pipeline
 
 
-def technique_specs(study: Study, technique: Technique, draw: int) -> list[dict[str, Any]]:
-    """The pool specification of each class for one technique and draw."""
-    settings, specs = study.settings, []
-    personalisations = personalisation_specs(study, technique, draw)
-    for class_name, personalisation in zip(study.data.class_names, personalisations, strict=True):
-        subject = class_name if personalisation is None else _placeholder(settings, technique)
-        prompt = settings.sampling.prompt.format(subject)
-        specs.append(pool_spec(settings, technique, class_name, prompt, draw, personalisation))
-    return specs
-
-
-def _placeholder(settings: Settings, technique: Technique) -> str:
-    if technique == "dreambooth":
-        return settings.dreambooth.instance_prompt
-    return settings.textual_inversion.placeholder_token
-
-
-def personalisation_specs(
-    study: Study, technique: Technique, draw: int
-) -> list[dict[str, Any] | None]:
-    """For each class what determines its personalised model; None for plain prompts."""
-    settings, train = study.settings, study.data.splits["train"]
-    if technique == "stable-diffusion-prompt":
-        return [None] * len(study.data.class_names)
-    method = settings.dreambooth if technique == "dreambooth" else settings.textual_inversion
-    class_images = None
-    if technique == "dreambooth" and settings.dreambooth.prior_loss_weight > 0:
-        class_images = digest(_class_images_spec(settings, draw))
-    return [
-        {
-            "version": personalise.CODE_VERSION,
-            "technique": technique,
-            "foundation": revision(settings.foundation),
-            "dtype": str(dtype_of(settings)),
-            "settings": method.model_dump(),
-            "resolution": settings.sampling.resolution,
-            "class_images": class_images,
-            "inputs": digests(train.images(rows)),
-            "draw": draw,
-        }
-        for rows in personalisation_inputs(train.labels, method.num_input_images, draw)
-    ]
-
-
 def _personalise(
     study: Study,
-    technique: Technique,
-    draw: int,
-    labels: Sequence[int],
+    requests: Sequence[Request],
     pipeline: Callable[[], "diffusers.StableDiffusionPipeline"],
-    progress: bool,
+    label: str | None,
 ) -> None:
-    """Make the personalised models of some classes, if the store has not got them."""
-    settings, store, train = study.settings, study.store, study.data.splits["train"]
-    every_spec = personalisation_specs(study, technique, draw)
-    specs = [spec for label in labels if (spec := every_spec[label]) is not None]
-    num_images = specs[0]["settings"]["num_input_images"]
-    inputs = personalisation_inputs(train.labels, num_images, draw)
-    subjects = [train.images(inputs[label]) for label in labels]
-    resolution = settings.sampling.resolution
-    seeds = [int(digest(spec)[:12], 16) for spec in specs]
+    """Make the personalised models that requests need, if the store has not got them."""
+    settings, store = study.settings, study.store
+    by_digest = {digest(r.personalisation): r for r in requests if r.personalisation}
+    if not by_digest:
+        return
+    wanted = list(by_digest.values())
+    specs = [request.personalisation for request in wanted if request.personalisation]
+    seeds = [int(key[:12], 16) for key in by_digest]
+    resolution, technique = settings.sampling.resolution, wanted[0].technique
+    description = f"training: {label}"
 
     if technique == "textual-inversion":
+        at_once = settings.textual_inversion.subjects_at_once
+        for first in range(0, len(specs), at_once):
 
-        def invert(missing: list[int], folders: list[Path]) -> None:
-            personalise.textual_inversion(
-                pipeline(),
-                [subjects[i] for i in missing],
-                settings.textual_inversion,
-                resolution,
-                [seeds[i] for i in missing],
-                folders,
-                progress=progress and f"training: {technique}, draw {draw}",
-            )
+            def invert(missing: list[int], folders: list[Path], first: int = first) -> None:
+                chosen = [first + position for position in missing]
+                personalise.textual_inversion(
+                    pipeline(),
+                    [wanted[i].inputs for i in chosen],
+                    settings.textual_inversion,
+                    resolution,
+                    [seeds[i] for i in chosen],
+                    folders,
+                    progress=label is not None and description,
+                )
+                for i in chosen:
+                    store.record("models", specs[i], [0], [0])
 
-        store.get_all(technique, specs, invert)
+            store.get_all(technique, specs[first : first + at_once], invert)
         return
 
-    class_images = _class_images(study, draw, pipeline)
-    description = f"training: {technique}, draw {draw}"
-    with tqdm(total=len(specs), desc=description, disable=not progress) as bar:
+    class_images = _class_images(study, wanted[0].spec["draw"], pipeline)
+    with tqdm(total=len(specs), desc=description, disable=label is None) as bar:
 
         def fine_tune(position: int) -> None:
             def make(folder: Path) -> None:
                 personalise.dreambooth(
                     pipeline(),
-                    subjects[position],
+                    wanted[position].inputs,
                     class_images,
                     settings.dreambooth,
                     resolution,
                     seeds[position],
                     folder,
                 )
+                store.record("models", specs[position], [0], [0])
 
             store.get(technique, specs[position], make)
             bar.update()
@@ -376,7 +566,7 @@ def _class_images_spec(settings: Settings, draw: int) -> dict[str, Any]:
 
 def _class_images(
     study: Study, draw: int, pipeline: Callable[[], "diffusers.StableDiffusionPipeline"]
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """What the model itself makes of DreamBooth's class prompt, for prior preservation."""
     settings = study.settings
     prompt = settings.dreambooth.class_prompt
@@ -385,7 +575,7 @@ def _class_images(
     pool = grow(
         study.store,
         _class_images_spec(settings, draw),
-        settings.dreambooth.num_class_images,
+        range(settings.dreambooth.num_class_images),
         lambda: pipeline_sampler(pipeline(), prompt, settings.sampling),
         settings.sampling.batch_size,
         settings.sampling.max_attempts,

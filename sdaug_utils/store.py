@@ -34,6 +34,12 @@ def array_digest(array: np.ndarray) -> str:
     return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()[:20]
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:20]
+
+
 def verify_checksums(folder: Path) -> dict[str, str]:
     """Check every file that ``folder/SHA256SUMS`` names; return its checksums by file name.
 
@@ -71,6 +77,16 @@ class Store:
     def folder(self, kind: str, spec: Spec) -> Path:
         """Where the artefact is, or will be."""
         return self.root / kind / digest(spec)
+
+    def record(self, kind: str, spec: Spec, used: Sequence[int], made: Sequence[int]) -> None:
+        """Note what was used and what had to be made, for the runner's summary.
+
+        Lines go into the file that the environment's ``SDAUG_LEDGER`` names, if it does.
+        """
+        if path := os.environ.get("SDAUG_LEDGER"):
+            entry = {"kind": kind, "key": digest(spec), "used": list(used), "made": list(made)}
+            with open(path, "a") as ledger:
+                ledger.write(json.dumps(entry) + "\n")
 
     def lock(self, kind: str, spec: Spec) -> FileLock:
         """A lock between processes for one artefact."""

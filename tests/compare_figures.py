@@ -2,9 +2,11 @@
 
     python tests/compare_figures.py EXPECTED_FOLDER FOLDER
 
-Numbers come out the same on one machine and nearly the same on another, where sums are rounded in
-another order. Tolerances: two points of accuracy, four per cent of relative gain. Verdicts, and
-the updates after which training stopped early, may follow from such differences: not compared.
+Numbers come out the same on one kind of machine. On another, sums are rounded in another order, and
+training, above all personalisation, goes slightly other ways. Tolerances: two points of accuracy
+and five of an interval's ends, six per cent of relative gain; 0.15 for what is judged on a handful
+of subjects with a dozen images each. Verdicts, and the updates after which training stopped early,
+may follow from such differences: they are not compared, nor is the description of the machine.
 """
 
 import sys
@@ -12,12 +14,20 @@ from pathlib import Path
 
 import pandas as pd
 
+OF_THE_MACHINE = ("table-a-1-hardware.csv", "table-b-1-software.csv")
+OF_SUBJECTS = ("fig-01", "fig-02", "verdicts-01", "verdicts-02", "claims")
 
-def tolerance(column: str) -> float:
-    """The largest absolute difference that a column may show."""
+
+def tolerance(name: str, column: str) -> float:
+    """The largest absolute difference that a column of a file may show."""
+    if name.startswith(OF_SUBJECTS):
+        return 0.15
     if "relative" in column:
-        return 4.0
-    return 2.0 if "points" in column else 0.02
+        return 6.0
+    of_interval = column.endswith(("low", "high"))
+    if "points" in column:
+        return 5.0 if of_interval else 2.0
+    return 0.05 if of_interval else 0.02
 
 
 def differences(expected: Path, found: Path) -> list[str]:
@@ -36,14 +46,16 @@ def differences(expected: Path, found: Path) -> list[str]:
                 lines.append(f"{found.name}: {column}: other text")
         elif not first[column].isna().equals(second[column].isna()):
             lines.append(f"{found.name}: {column}: other gaps")
-        elif (largest := (first[column] - second[column]).abs().max()) > tolerance(column):
+        elif (largest := (first[column] - second[column]).abs().max()) > tolerance(
+            found.name, column
+        ):
             lines.append(f"{found.name}: {column}: differs by {largest:.4f}")
     return lines
 
 
 def main() -> int:
     expected, found = map(Path, sys.argv[1:])
-    files = sorted(expected.glob("*.csv"))
+    files = [file for file in sorted(expected.glob("*.csv")) if file.name not in OF_THE_MACHINE]
     lines = [line for file in files for line in differences(file, found / file.name)]
     print("\n".join(lines) or f"{len(files)} files of numbers come out as committed")
     return 1 if lines or not files else 0

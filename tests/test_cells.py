@@ -1,12 +1,14 @@
 import pandas as pd
 import pytest
 
-from sdaug_utils import cells, training
+from sdaug_utils import cells, experiments, training
 
 
 @pytest.fixture
 def grid():
-    return cells.grid("controlled", [100, 50], ["none", "custom"], ["dreambooth"], 3, 2, 2)
+    arms = experiments.baselines([100, 50], ["none", "custom"])
+    arms += experiments.synthetic(["dreambooth"], [(100, [3]), (50, [3])])
+    return cells.repeated(arms, "controlled", num_draws=2, num_seeds=2)
 
 
 def test_a_grid_has_every_combination_once(grid):
@@ -26,14 +28,13 @@ def test_cells_are_trained_once_and_say_what_they_saw(world, grid, monkeypatch):
     assert set(results[results["arm"] == "dreambooth"]["num_synthetic"]) == {6}
     assert len(set(results["num_updates"])) == 1
     assert all(
-        row["correct"].mean() == pytest.approx(row["test_accuracy"])
-        for _, row in results.iterrows()
+        row["scores"].mean() == pytest.approx(row["test_score"]) for _, row in results.iterrows()
     )
-    assert cells.correct(results, "baseline", 100).shape == (2, 2, 10)
+    assert cells.scores(results, arm="baseline", real_percent=100).shape == (2, 2, 10)
 
     monkeypatch.setattr(training, "train_controlled", lambda *_: pytest.fail("trained again"))
     again = cells.run(world, grid, progress=False)
-    assert again.drop(columns="correct").equals(results.drop(columns="correct"))
+    assert again.drop(columns="scores").equals(results.drop(columns="scores"))
 
 
 def test_a_cell_depends_on_its_settings_and_data(world, grid):
@@ -51,8 +52,8 @@ def test_a_cell_depends_on_its_settings_and_data(world, grid):
 
 def test_a_missing_arm_is_an_error(world, grid):
     results = cells.run(world, grid[:1], progress=False)
-    with pytest.raises(KeyError, match="no run of dreambooth at 5 % real"):
-        cells.correct(results, "dreambooth", 5)
+    with pytest.raises(KeyError, match=r"no run of .*dreambooth"):
+        cells.scores(results, arm="dreambooth", real_percent=5)
 
 
 def test_incomplete_double_and_mixed_runs_are_refused(world, grid):
@@ -61,11 +62,63 @@ def test_incomplete_double_and_mixed_runs_are_refused(world, grid):
     lacking = results.drop(index=0)
     mixed = results.assign(protocol=["published"] * 3 + ["controlled"] * (len(results) - 3))
     for frame in (doubled, lacking, mixed):
-        with pytest.raises(ValueError, match="not one per draw and seed"):
-            cells.correct(frame, "baseline", 100)
+        with pytest.raises(ValueError, match="not of one setting"):
+            cells.scores(frame, arm="baseline", real_percent=100)
 
 
 def test_curves_are_read_at_the_steps_asked_for(world, grid):
     curve = cells.accuracy_curve(world, grid[0], 0.1, [4, 10])
     assert curve["step"].tolist() == [4, 10]
     assert curve["test_accuracy"].between(0, 1).all()
+
+
+def test_an_arm_that_comes_twice_is_run_once():
+    arms = experiments.baselines([100, 100, 50])
+    assert len(cells.repeated(arms, "controlled", 2, 3)) == 2 * 2 * 3
+
+
+def test_synthetic_images_alone_and_augmented_ones_are_trained_on(world):
+    arms = [
+        {"technique": "stable-diffusion-prompt", "real_percent": 0, "synthetic_per_class": 2},
+        {
+            "technique": "stable-diffusion-prompt",
+            "real_percent": 10,
+            "synthetic_per_class": 2,
+            "augmentation": "randaugment",
+        },
+    ]
+    alone, both = cells.repeated(arms, "controlled", 1, 1)
+    assert both.arm == "stable-diffusion-prompt+randaugment"
+    results = cells.run(world, [alone, both], progress=False)
+    assert results["num_real"].tolist() == [0, 4]
+    assert results["num_synthetic"].tolist() == [4, 4]
+
+
+def test_segmenters_share_trimaps_with_their_control_images_and_learn(world):
+    arms = [
+        {**arm, "task": "segmentation"}
+        for arm in experiments.baselines([100])
+        + experiments.synthetic(["controlnet-segmentation"], [(100, [2])])
+    ]
+    grid = cells.repeated(arms, "controlled", 1, 1)
+    results = cells.run(world, grid, progress=False)
+    assert results["num_synthetic"].tolist() == [0, 4]
+    assert results["scores"].map(lambda scores: scores.shape == (10,)).all()
+    assert results["mean_iou"].map(lambda iou: iou.min() >= 0 and iou.max() <= 1).all()
+    rows, labels = cells.examples(world, grid[1])
+    assert labels.shape == (2, 32, 32)
+    assert set(world.data.splits["test"].labels[rows]) == {0, 1}
+    again = cells.run(world, grid, progress=False)
+    assert again["test_score"].tolist() == results["test_score"].tolist()
+
+
+def test_controls_from_outside_are_an_arm_of_their_own(world):
+    arm = {"technique": "controlnet-canny", "real_percent": 10, "synthetic_per_class": 3}
+    inside, outside = cells.repeated(
+        [arm, {**arm, "controls_from_outside": True}], "controlled", 1, 1
+    )
+    assert (inside.arm, inside.control_percent) == ("controlnet-canny", 10)
+    assert (outside.arm, outside.control_percent) == ("controlnet-canny+outside", 100)
+    results = cells.run(world, [inside, outside], progress=False)
+    assert results["num_real"].tolist() == [4, 4]
+    assert cells._folder(world, inside) != cells._folder(world, outside)

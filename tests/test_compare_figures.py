@@ -31,6 +31,13 @@ def test_small_differences_pass_and_large_ones_do_not(compare, found, code):
     assert compare("arm,accuracy,gain_points\na,0.71,1.0\nb,,2\n", found) == code
 
 
+def test_ends_of_intervals_may_move_further_and_the_machine_is_not_compared(compare, tmp_path):
+    assert compare("low,mean\n0.60,0.71\n", "low,mean\n0.56,0.72\n") == 0
+    (tmp_path / "expected" / "table-a-1-hardware.csv").write_text("what,value\ncores,2\n")
+    (tmp_path / "found" / "table-a-1-hardware.csv").write_text("what,value\ncores,64\n")
+    assert main() == 0
+
+
 def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path), str(tmp_path)])
     assert main() == 1

@@ -20,6 +20,7 @@ def test_canny_draws_the_outline_in_white(ring):
     assert set(np.unique(edges)) == {0, 255}
     assert 0.05 < (edges > 0).mean() < 0.3
     assert control.canny(np.full_like(ring, 90)).max() == 0
+    assert control.canny(ring, 64).shape == (64, 64, 3)
 
 
 def test_a_silhouette_has_no_holes(ring):
@@ -46,5 +47,6 @@ def test_a_segmentation_map_has_a_colour_per_label(ring):
     labels = control.trimap(control.silhouette(ring))
     picture = control.segmentation_map(labels)
     assert picture.shape == (32, 32, 3)
+    assert control.segmentation_map(labels, 64).shape == (64, 64, 3)
     for label, colour in control.TRIMAP_COLOURS.items():
         assert (picture[labels == label] == colour).all()

@@ -66,6 +66,27 @@ def test_unknown_names_are_refused():
         datasets.load("fashion-mnist", classes=["bag", "hat"])
 
 
+def test_trimaps_follow_the_silhouette(data):
+    split = data.splits["test"]
+    some = datasets.load("fashion-mnist", ["bag"])
+    bags = np.flatnonzero(split.labels == 8)
+    for position in (0, 7):
+        image, trimap = split.load(bags[position]), split.trimap(bags[position])
+        assert set(np.unique(trimap)) == {1, 2, 3}
+        assert image[trimap == 2].mean() < 15 < image[trimap == 1].mean()
+        assert (some.splits["test"].trimap(position) == trimap).all()
+
+
+def test_digits_are_split_without_overlap_and_apart_from_the_corpus():
+    digits = datasets.load("digits")
+    corpus = set(datasets.digests(datasets.digits_halves()[0][0]))
+    seen = [set(datasets.digests(digits.splits[name].images())) for name in datasets.SPLITS]
+    assert [len(some) for some in seen] == [400, 100, 901 - 500]
+    assert len(set.union(*seen)) == 901
+    assert not corpus & set.union(*seen)
+    assert np.bincount(digits.splits["train"].labels).tolist() == [40] * 10
+
+
 def test_restriction_keeps_the_first_images_of_the_classes_asked_for(data):
     some = datasets.load("fashion-mnist", ["bag", "dress"], {"train": 3, "test": 2})
     assert some.class_names == ("bag", "dress")

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+from sklearn.metrics import jaccard_score
 
+from sdaug_utils import metrics
 from sdaug_utils.metrics import estimate, paired_difference
 
 
@@ -57,3 +59,42 @@ def test_intervals_are_the_same_every_time():
 def test_unpaired_runs_are_refused():
     with pytest.raises(ValueError, match="not paired"):
         paired_difference(planted(0.7), planted(0.7, num_draws=2))
+
+
+def test_a_single_score_per_draw_has_students_interval():
+    values = np.array([0.1, 0.2, 0.3, 0.2]).reshape(4, 1, 1)
+    result = estimate(values)
+    half = 3.182 * np.std([0.1, 0.2, 0.3, 0.2], ddof=1) / 2
+    assert (result.low, result.high) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-3)
+
+
+def test_jaccard_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, (5, 8, 8))
+    truth[4] = 1  # an image with one class only
+    guess = np.where(rng.random(truth.shape) < 0.7, truth, rng.integers(0, 3, truth.shape))
+    weighted, mean = metrics.jaccard(guess, truth, 3)
+    for i in range(5):
+        pair = truth[i].ravel(), guess[i].ravel()
+        assert weighted[i] == pytest.approx(jaccard_score(*pair, average="weighted"))
+        assert mean[i] == pytest.approx(jaccard_score(*pair, average="macro"))
+
+
+def test_attributes_measure_what_their_words_say():
+    plain = np.zeros((32, 32, 3), np.uint8)
+    plain[8:24, 8:24] = 100
+    bright, large, patterned = plain * 2, np.zeros_like(plain), plain.copy()
+    large[4:28, 4:28] = 100
+    patterned[8:24:2, 8:24] = 200
+    typical = metrics.typical_attributes([plain, plain, plain])
+    assert metrics.obeys(bright, "bright", typical)
+    assert not metrics.obeys(bright, "dark", typical)
+    assert metrics.obeys(large, "large", typical)
+    assert metrics.obeys(patterned, "patterned", typical)
+    assert not metrics.obeys(plain, "patterned", typical)
+
+
+def test_diversity_is_nothing_among_copies_and_one_among_strangers():
+    assert metrics.diversity(np.ones((3, 4))) == pytest.approx(0)
+    assert metrics.diversity(np.eye(3)) == pytest.approx(1)
+    assert metrics.similarity(np.eye(2), -np.eye(2)).tolist() == [[-1, 0], [0, -1]]

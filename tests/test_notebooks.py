@@ -1,24 +1,27 @@
 """Every notebook runs at the smoke profile, and its marked cells print what they printed before."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
 import run_all
+from sdaug_utils import figures, report
 
 NOTEBOOKS = sorted(run_all.NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_at_smoke(path, tmp_path):
-    overrides = run_all.check([path], "smoke", tmp_path)[path]
+    [job] = run_all.check([path], "smoke", tmp_path)
     copy = tmp_path / path.name
-    papermill.execute_notebook(path, copy, overrides, prepare_only=True, progress_bar=False)
+    papermill.execute_notebook(path, copy, job.overrides, prepare_only=True, progress_bar=False)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "--nbval-cell-timeout=300", copy],
         capture_output=True,
@@ -36,8 +39,45 @@ def test_committed_notebook_is_fit_to_be_read_on_the_web(path):
     assert "widgets" not in notebook.metadata
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs, "not executed"
+    for output in outputs:
+        output.get("data", {}).pop("image/png", None)  # its letters may spell anything
     text = str(outputs)
     assert not re.search(r"Warning|Traceback|/home/|/root/|/work/|/tmp/", text)
     checked = [cell for cell in notebook.cells if "NBVAL_CHECK_OUTPUT" in cell.source]
-    assert len(checked) >= 3
+    assert checked
     assert all(cell.outputs for cell in checked)
+
+
+def contents(path):
+    """A file as it is, and as it is committed if there is a repository.
+
+    Whoever runs the study on another machine gets numbers that differ in the last digits; they do
+    not make the committed notebooks stale.
+    """
+    name = path.relative_to(run_all.ROOT).as_posix()
+    shown = subprocess.run(["git", "show", f":{name}"], cwd=run_all.ROOT, capture_output=True)
+    return [path.read_bytes(), *([shown.stdout] if shown.returncode == 0 else [])]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path):
+    notebook = nbformat.read(path, as_version=4)
+    made_from = notebook.metadata["sdaug"]
+    stale = "is stale: renew it with 'make notebooks'"
+    assert made_from["code"] == run_all.source_digest(notebook), f"{path.stem} {stale}"
+    settings = run_all.settings_digest("miniature", path.stem)
+    assert made_from["settings"] == settings, f"{path.stem} {stale}"
+    assert made_from["numbers"], f"{path.stem} writes no numbers"
+    for name, digest in made_from["numbers"].items():
+        found = map(run_all.digest_of, contents(figures.DEFAULT_FOLDER / "miniature" / name))
+        assert digest in found, f"{path.stem}: {name} {stale}"
+
+
+def test_the_readme_shows_the_verdicts_that_the_notebooks_found():
+    folder = figures.DEFAULT_FOLDER / "miniature"
+    verdicts = pd.concat(map(pd.read_csv, sorted(folder.glob("verdicts-*.csv"))))
+    whole = pd.read_csv(folder / "claims.csv")
+    pd.testing.assert_frame_equal(verdicts.reset_index(drop=True), whole)
+    claims = [pd.read_csv(io.BytesIO(content)) for content in contents(folder / "claims.csv")]
+    readme = (run_all.ROOT / "README.md").read_text()
+    assert any(report.verdict_table(table) in readme for table in claims)

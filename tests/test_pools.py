@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdaug_utils import datasets, pools
+from sdaug_utils import control, datasets, pools
 from sdaug_utils.foundation import load_pipeline
 
 SPEC = {"class": "bag", "prompt": "a bag", "technique": "test"}
@@ -31,7 +31,7 @@ class FakeSampler:
 
 
 def grow(store, count, sampler=None, batch_size=3, max_attempts=5):
-    return pools.grow(store, SPEC, count, lambda: sampler, batch_size, max_attempts)
+    return pools.grow(store, SPEC, range(count), lambda: sampler, batch_size, max_attempts)
 
 
 def content(pool):
@@ -127,7 +127,12 @@ def test_a_pool_is_an_image_folder_with_metadata(store):
 
 def test_black_and_flagged_images_are_rejected(world):
     class Pipeline:
-        def __call__(self, prompt, num_images_per_prompt, **_):
+        device = "cpu"
+
+        def encode_prompt(self, *_):
+            return None, None
+
+        def __call__(self, **_):
             images = [Image.new("RGB", (8, 8), (level,) * 3) for level in (0, 90, 90)]
             return SimpleNamespace(images=images, nsfw_content_detected=[False, True, False])
 
@@ -146,7 +151,14 @@ def test_the_real_pipeline_makes_the_same_images_in_any_batch(world):
 
 
 @pytest.mark.parametrize(
-    "technique", ["stable-diffusion-prompt", "dreambooth", "textual-inversion"]
+    "technique",
+    [
+        "stable-diffusion-prompt",
+        "dreambooth",
+        "textual-inversion",
+        "controlnet-canny",
+        "controlnet-segmentation",
+    ],
 )
 def test_every_technique_fills_a_pool_per_class(world, technique):
     made = pools.technique_pools(world, technique, 0, 2, progress=False)
@@ -155,8 +167,8 @@ def test_every_technique_fills_a_pool_per_class(world, technique):
     before = [content(pool) for pool in made]
     grown = pools.technique_pools(world, technique, 0, 3, progress=False)
     assert [content(pool)[:2] for pool in grown] == before
-    other_draw = pools.technique_specs(world, technique, 1)
-    assert other_draw != pools.technique_specs(world, technique, 0)
+    first, second = (pools.technique_requests(world, technique, draw, 1) for draw in (0, 1))
+    assert all(a.spec != b.spec for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("technique", ["dreambooth", "textual-inversion"])
@@ -165,7 +177,84 @@ def test_personalisation_sees_nothing_outside_the_draws_subset(world, technique)
     for draw in (0, 1):
         subset = datasets.subset(train.labels, 10, draw)
         allowed = set(datasets.digests(train.images(subset)))
-        specs = pools.personalisation_specs(world, technique, draw)
-        seen = {digest for spec in specs for digest in spec["inputs"]}
+        requests = pools.technique_requests(world, technique, draw, 1)
+        seen = {digest for request in requests for digest in request.personalisation["inputs"]}
         assert seen <= allowed
         assert len(seen) == 4
+
+
+def test_control_images_come_from_the_subset_and_percentages_share_images(world):
+    train = world.data.splits["train"]
+    made = {
+        percent: pools.technique_pools(world, "controlnet-canny", 0, 5, percent, progress=False)
+        for percent in (100, 10)
+    }
+    for percent, of_classes in made.items():
+        inside = set(datasets.subset(train.labels, percent, 0))
+        for label, pool in enumerate(of_classes):
+            assert set(pool.control_rows) <= inside
+            assert {train.labels[row] for row in pool.control_rows} == {label}
+            assert len(set(pool.seeds)) == 5
+    few, all_of_them = made[10][0], made[100][0]
+    assert few.control_rows == (few.control_rows[0], few.control_rows[1]) * 2 + (
+        few.control_rows[0],
+    )
+    assert few.files[:2] == all_of_them.files[:2]
+    assert not set(few.files[2:]) & set(all_of_them.files)
+
+
+def test_images_follow_their_control(world):
+    settings = world.settings.controlnet.model_copy(
+        update={"num_inference_steps": 6, "guidance_scale": 1.5, "scheduler": "dpmsolver++-karras"}
+    )
+    settings = world.settings.model_copy(update={"controlnet": settings})
+    study = type(world)(world.profile, settings, world.data, world.store)
+    train = world.data.splits["train"]
+    [pool, _] = pools.technique_pools(study, "controlnet-segmentation", 0, 6, progress=False)
+
+    def overlap(image, row):
+        first, second = control.silhouette(image), control.silhouette(train.load(row))
+        return (first & second).sum() / (first | second).sum()
+
+    own = [overlap(*pair) for pair in zip(pool.images(), pool.control_rows, strict=True)]
+    assert np.mean(own) > 0.8
+
+
+def test_subjects_learnt_in_parts_are_those_learnt_together(world, tmp_path):
+    inversion = world.settings.textual_inversion.model_copy(update={"subjects_at_once": 1})
+    settings = world.settings.model_copy(update={"textual_inversion": inversion})
+    parts = type(world)(world.profile, settings, world.data, type(world.store)(tmp_path / "other"))
+    made = [
+        pools.technique_pools(study, "textual-inversion", 0, 1, progress=False)
+        for study in (world, parts)
+    ]
+    for first, second in zip(*made, strict=True):
+        assert first.files[0].parent.name == second.files[0].parent.name
+        images = [np.asarray(pool.images()[0], int) for pool in (first, second)]
+        assert np.abs(images[0] - images[1]).max() <= 2
+
+
+def test_models_are_shared_by_what_they_learn_from(world):
+    images = world.data.splits["train"].images([0, 1])
+    prompt = "A photo of a {}"
+    first, second = (
+        pools.personalised_request(world, "dreambooth", name, images, prompt, 2)
+        for name in ("one", "other")
+    )
+    assert first.personalisation == second.personalisation
+    assert first.spec["prompt"] == "A photo of a <funny-ret>"
+    other = pools.personalised_request(world, "dreambooth", "one", images[:1], prompt, 2)
+    assert other.personalisation != first.personalisation
+
+
+def test_what_is_made_and_what_is_reused_is_noted(world, tmp_path, monkeypatch):
+    ledger = tmp_path / "ledger"
+    monkeypatch.setenv("SDAUG_LEDGER", str(ledger))
+    for count in (2, 3):
+        pools.technique_pools(world, "dreambooth", 0, count, progress=False)
+        entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+        images = [entry for entry in entries if entry["kind"] == "images"]
+        models = {entry["key"] for entry in entries if entry["kind"] == "models" and entry["made"]}
+        assert len(models) == 2
+    class_images = world.settings.dreambooth.num_class_images
+    assert sum(len(entry["made"]) for entry in images) == 2 * 3 + class_images

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 
 import run_all
-from sdaug_utils import params
+from sdaug_utils import figures, params
 
 NAME = "03-training-percentage"
 
@@ -43,7 +43,7 @@ def test_bad_arguments_cost_a_second(monkeypatch, capsys, arguments, message):
     ("old", "new", "message"),
     [
         ("synthetic_per_class: 3", "synthetic_per_clas: 3", "synthetic_per_clas: unknown; valid"),
-        ("[100, 50, 25, 10]", "[100, 1]", "1 % of 20 images leaves class 0 empty"),
+        ("[100, 50, 25, 10]", "[100, 1]", "1 % of 20 real images leaves class 0 empty"),
         ("[trouser, bag]", "[trouser, hat]", "class 'hat' is unknown: choose from t-shirt"),
         ("[100, 50, 25, 10]", "[100, 5]", "num_input_images: 2, but the smallest real subset"),
         ("foundation: miniature", "foundation: nowhere", "'nowhere' is neither 'miniature' nor"),
@@ -84,15 +84,93 @@ def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
     ]
     book.cells = [cell]
     nbformat.write(book, tmp_path / "book.ipynb")
-    run_all.tidy(tmp_path / "book.ipynb")
+    (tmp_path / "fig.csv").write_text("a\n1\n")
+    run_all.tidy(tmp_path / "book.ipynb", "smoke", [tmp_path / "fig.csv"])
     tidied = nbformat.read(tmp_path / "book.ipynb", as_version=4)
-    assert tidied.metadata == {}
+    assert tidied.metadata == {
+        "sdaug": {
+            "code": run_all.source_digest(book),
+            "settings": run_all.settings_digest("smoke", "book"),
+            "numbers": {"fig.csv": run_all.digest_of((tmp_path / "fig.csv").read_bytes())},
+        }
+    }
     assert tidied.cells[0].metadata == {"tags": ["kept"]}
     assert [output.get("text") for output in tidied.cells[0].outputs] == [
         "100%\n",
         "one\ntwo\n",
         None,
     ]
+
+
+def test_the_code_of_a_notebook_has_a_digest_without_what_papermill_injects():
+    book = nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell("a = 1"), nbformat.v4.new_markdown_cell("text")]
+    before = run_all.source_digest(book)
+    injected = nbformat.v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]})
+    book.cells += [injected, nbformat.v4.new_markdown_cell("more")]
+    assert run_all.source_digest(book) == before
+    book.cells[0].source = "a = 3"
+    assert run_all.source_digest(book) != before
+
+
+def test_the_ledger_counts_each_artefact_once(tmp_path):
+    lines = [
+        {"kind": "images", "key": "a", "used": [0, 1, 2], "made": [2]},
+        {"kind": "images", "key": "a", "used": [0, 1], "made": []},
+        {"kind": "images", "key": "b", "used": [0], "made": [0]},
+        {"kind": "runs", "key": "c", "used": [0], "made": []},
+    ]
+    (tmp_path / "ledger").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made, reused = run_all.read_ledger(tmp_path / "ledger")
+    assert made == {"images": 2, "models": 0, "runs": 0}
+    assert reused == {"images": 2, "models": 0, "runs": 1}
+    assert run_all.read_ledger(tmp_path / "nothing")[0]["images"] == 0
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_dry_run_counts_what_is_missing_and_starts_nothing(monkeypatch, capsys, tmp_path):
+    arguments = ["run_all.py", "--profile", "smoke", "--only", "04", "05", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(tmp_path / "runs")])
+    assert run_all.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    [fourth] = [line for line in lines if line.startswith("04")]
+    [fifth] = [line for line in lines if line.startswith("05")]
+    # 3 techniques, 2 draws, 2 classes, 3 images; 2 personalised techniques, 2 draws, 2 classes
+    assert "36 / 36" in fourth
+    assert "8 / 8" in fourth
+    assert "28 / 28" in fourth
+    assert "0 / 36" in fifth  # experiment 04 has made them
+    assert "12 / 16" in fifth  # its baselines, too
+    assert any("2.0 times as many" in line for line in lines)
+    assert not list((tmp_path / "store").glob("pools/*"))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_dry_run_plans_every_notebook(monkeypatch, capsys, tmp_path):
+    arguments = ["run_all.py", "--profile", "smoke", "--dry-run", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert run_all.main() == 0
+    shown = capsys.readouterr().out
+    assert all(path.stem in shown for path in run_all.chosen_notebooks(None))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path / "figures"))
+    seen = []
+    monkeypatch.setattr(run_all, "check", lambda *a, **_: seen.append(a) or [])
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--protocol", "published", "--dry-run"])
+    assert run_all.main() == 0
+    assert figures.folder("miniature") == tmp_path / "figures" / "published" / "miniature"
+    assert seen[0][2].name == "miniature-published"
+
+
+def test_a_protocol_reaches_the_notebooks_that_have_one(tmp_path):
+    paths = run_all.chosen_notebooks(["01", "05"])
+    subjects, runs = run_all.check(paths, "smoke", tmp_path, "published")
+    assert "protocol" not in subjects.overrides
+    assert runs.parameters.protocol == "published"
+    assert runs.overrides["protocol"] == "published"
 
 
 def test_a_failing_notebook_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
@@ -107,6 +185,7 @@ def test_a_failing_notebook_does_not_stop_the_others(monkeypatch, capsys, tmp_pa
     output = tmp_path / "runs"
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--profile", "smoke", "--output", str(output)])
     assert run_all.main() == 1
+    assert (tmp_path / "figures" / "smoke" / "table-b-1-software.csv").exists()
     summary = capsys.readouterr().out
     assert "failed in cell 2: OSError: disk full" in summary
     assert any(line.startswith(passing) and line.endswith("  ok") for line in summary.splitlines())
@@ -114,3 +193,6 @@ def test_a_failing_notebook_does_not_stop_the_others(monkeypatch, capsys, tmp_pa
     assert any(o.get("ename") == "OSError" for c in partial["cells"] for o in c.get("outputs", []))
     executed = (output / f"{passing}.ipynb").read_text()
     assert "smoke 50" in executed
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--no-keep-going"])
+    assert run_all.main() == 1
+    assert passing not in capsys.readouterr().out

@@ -1,0 +1,124 @@
+"""What a whole run leaves: the verdict on every claim, and the machine that it ran on.
+
+python -m sdaug_utils.report README.md    renew the README's table of verdicts
+"""
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from sdaug_utils.claims import DATA_FOLDER
+from sdaug_utils.figures import folder, save_table
+from sdaug_utils.params import Settings
+
+TOOLS = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "opencv-python-headless",
+    "pillow",
+    "seaborn",
+    "matplotlib",
+)
+MANY_PARTS = 3
+START, END = "<!-- verdicts: made by 'make notebooks' -->", "<!-- end of verdicts -->"
+
+
+def hardware() -> dict[str, object]:
+    """Processor, cores, memory and GPU, without names or paths (thesis, table A.1)."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+    facts: dict[str, object] = {
+        "processor": model or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": None,
+    }
+    if shutil.which("nvidia-smi"):
+        import torch
+
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(0)
+            facts |= {
+                "gpu": gpu.name,
+                "gpu memory GiB": round(gpu.total_memory / 2**30, 1),
+                "CUDA capability": f"{gpu.major}.{gpu.minor}",
+                "multiprocessors": gpu.multi_processor_count,
+            }
+    return facts
+
+
+def software() -> dict[str, str]:
+    """Versions of Python and of the libraries that do the work (thesis, table B.1)."""
+    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+
+
+def hyperparameters(settings: Settings) -> dict[str, pd.DataFrame]:
+    """Tables 4.1 to 4.3: the thesis's values beside those in use, by file name."""
+    sampling = settings.sampling.model_dump()
+    in_use = {
+        "table-4-1-stable-diffusion": sampling,
+        "table-4-2-dreambooth": settings.dreambooth.model_dump(),
+        "table-4-3-textual-inversion": settings.textual_inversion.model_dump(),
+    }
+    published = yaml.safe_load((DATA_FOLDER / "hyperparameters.yaml").read_text())
+    tables = {}
+    for name, values in published.items():
+        ours = {"resolution": sampling["resolution"], **in_use[name]}
+        rows = [(key, str(value), str(ours[key])) for key, value in values.items()]
+        tables[name] = pd.DataFrame(rows, columns=["hyperparameter", "thesis", "in use"])
+    return tables
+
+
+def write_tables(profile: str) -> None:
+    """Tables A.1 and B.1 from this machine, and ``claims.csv`` from the notebooks' verdicts."""
+    for name, facts in (("table-a-1-hardware", hardware()), ("table-b-1-software", software())):
+        save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))
+    files = sorted(folder(profile).glob("verdicts-*.csv"))
+    if files:
+        save_table(profile, "claims", pd.concat(map(pd.read_csv, files)))
+
+
+def verdict_table(claims: pd.DataFrame) -> str:
+    """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim, in points.
+
+    Of a claim of many parts only the number that holds is shown.
+    """
+    rows = ["| | claim of the thesis | difference [95 %] | verdict |", "|---|---|---|---|"]
+    for (name, claim), parts in claims.groupby(["id", "claim"], sort=False):
+        differences = [
+            "–" if np.isnan(mean) else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            for mean, low, high in parts[["difference", "low", "high"]].to_numpy()
+        ]
+        if len(parts) > MANY_PARTS:
+            held = (parts["comparison_verdict"] == "supported").sum()
+            differences = [f"{held} of {len(parts)} parts supported"]
+        found = parts["verdict"].iloc[0]
+        rows.append(f"| {name} | {claim} | {'; '.join(differences)} | **{found}** |")
+    return "\n".join(rows)
+
+
+def renew(readme: Path, profile: str = "miniature") -> None:
+    """Put the table of verdicts between its marks in a Markdown file."""
+    claims = pd.read_csv(folder(profile) / "claims.csv")
+    before, rest = readme.read_text().split(START)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{START}\n{verdict_table(claims)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    renew(Path(sys.argv[1]))

@@ -1,0 +1,199 @@
+"""The segmenter: a DeepLabV3 head (Chen et al., 2017) on the frozen backbone.
+
+The backbone is in evaluation mode, so its feature maps are computed once per image; the head is
+trained on them. Labels are trimaps: 1 subject, 2 background, 3 border.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdaug_utils import augment
+from sdaug_utils.datasets import Images, Split, digests
+from sdaug_utils.foundation import device_of
+from sdaug_utils.metrics import jaccard
+from sdaug_utils.params import Protocol
+from sdaug_utils.study import Study
+from sdaug_utils.training import FEATURE_BATCH, batches, load_backbone, normalise, to_pixels
+
+CODE_VERSION = 2
+NUM_CLASSES = 3
+STAGE = 3  # the backbone's third to last resolution: the deepest before its channels triple
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What came of one training run."""
+
+    weighted_jaccard: np.ndarray  # (n_test,) of each test image, in 0 to 1
+    mean_iou: np.ndarray  # (n_test,)
+    labels: np.ndarray  # (n_test, height, width) predicted, 1 subject, 2 background, 3 border
+    validation_jaccard: float
+    num_updates: int
+    selected_step: int
+
+
+class FeatureMaps:
+    """Feature maps of images under the frozen backbone, kept in memory if they are small."""
+
+    def __init__(self, study: Study) -> None:
+        self.settings = study.settings.segmenter
+        self.device = device_of(study.settings)
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(n, channels, height, width), 32-bit floats, of 8-bit RGB images of any size."""
+        if not self.settings.keep_features:
+            parts = range(0, len(images), FEATURE_BATCH)
+            return torch.cat([self._maps(images[i : i + FEATURE_BATCH]) for i in parts]).float()
+        keys = digests(images)
+        missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
+        for start in range(0, len(missing), FEATURE_BATCH):
+            part = missing[start : start + FEATURE_BATCH]
+            maps = self._maps([images[i] for _, i in part])
+            kept = maps.half().cpu().contiguous().unbind()
+            self.known.update(zip((key for key, _ in part), kept, strict=True))
+        return torch.stack([self.known[key] for key in keys]).to(self.device).float()
+
+    @torch.no_grad()
+    def _maps(self, images: Sequence[np.ndarray]) -> Tensor:
+        resize = augment.build("none", self.settings.image_size)
+        pixels = to_pixels([augment.view(image, resize, 0) for image in images]).to(self.device)
+        backbone: Any = load_backbone(self.settings.backbone, self.settings.output_stride)
+        inputs = normalise(pixels, backbone.to(self.device))
+        if self.settings.backbone == "deeplabv3-resnet101":
+            return backbone(inputs)["out"]
+        return backbone.forward_intermediates(
+            inputs, indices=[STAGE], intermediates_only=True, stop_early=True
+        )[0]
+
+
+def new_head(num_features: int, channels: int, rates: Sequence[int]) -> nn.Sequential:
+    """torchvision's ``DeepLabHead`` with a choice of width: (n, features, h, w) to (n, 3, h, w)."""
+    from torchvision.models.segmentation.deeplabv3 import ASPP
+
+    return nn.Sequential(
+        ASPP(num_features, list(rates), channels),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, NUM_CLASSES, 1),
+    )
+
+
+def train(
+    maps: FeatureMaps,
+    images: Sequence[np.ndarray],
+    trimaps: Sequence[np.ndarray],
+    splits: Mapping[str, Split],
+    protocol: Protocol,
+    seed: int,
+) -> Segmented:
+    """Train a head by Adam; the validation loss decides.
+
+    ``controlled``: a fixed number of updates, the best weights are tested. ``published``: a look
+    at the validation loss after each epoch, an end after ``patience`` epochs without improvement,
+    the last weights are tested (thesis, section 4.2.2).
+
+    Args:
+        images: n 8-bit RGB arrays.
+        trimaps: n arrays (height, width) of labels 1 to 3; they are brought to one size by nearest
+            neighbour.
+        splits: ``validation`` and ``test`` are used.
+    """
+    settings, device = maps.settings, maps.device
+    side = settings.label_size
+    targets = _targets(trimaps, side)
+    held_out = {name: _held_out(splits[name], side) for name in ("validation", "test")}
+    epoch = -(-len(images) // settings.batch_size)
+    if protocol == "controlled":
+        last, every, patience = settings.max_train_steps, settings.validation_steps, None
+    else:
+        last, every, patience = settings.max_epochs * epoch, epoch, settings.patience
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        num_features = maps(images[:1]).shape[1]
+        head = new_head(num_features, settings.channels, settings.atrous_rates).to(device)
+        optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
+        best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
+        step = 0
+        for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
+            head.train()
+            features = maps(_taken(images, rows))
+            wanted = targets[rows].to(device)
+            loss = F.cross_entropy(_upsampled(head, features, side), wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % every == 0 or step == last:
+                score = _loss(head, maps, *held_out["validation"])
+                if score < best_loss:
+                    best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
+                elif patience and step - best_step >= patience * epoch:
+                    break
+    if protocol == "controlled":
+        head.load_state_dict(best)
+    predicted = {name: predict(head, maps, pair[0], side) for name, pair in held_out.items()}
+    validation, test = (
+        jaccard(predicted[name], held_out[name][1].numpy(), NUM_CLASSES)
+        for name in ("validation", "test")
+    )
+    selected = best_step if protocol == "controlled" else step
+    labels = (predicted["test"] + 1).astype(np.uint8)
+    return Segmented(test[0], test[1], labels, float(validation[0].mean()), step, selected)
+
+
+def _targets(trimaps: Sequence[np.ndarray], side: int) -> Tensor:
+    """Labels 0 to 2 of each pixel: (n, side, side)."""
+    resized = [
+        trimap
+        if trimap.shape == (side, side)
+        else cv2.resize(trimap, (side, side), interpolation=cv2.INTER_NEAREST)
+        for trimap in trimaps
+    ]
+    return torch.from_numpy(np.stack(resized).astype(np.int64) - 1)
+
+
+@cache
+def _held_out(split: Split, side: int) -> tuple[Images, Tensor]:
+    return split.images(), _targets([split.trimap(i) for i in range(len(split))], side)
+
+
+def _taken(images: Sequence[np.ndarray], rows: Tensor) -> Sequence[np.ndarray]:
+    if isinstance(images, Images):
+        return Images(tuple(images.items[row] for row in rows.tolist()))
+    return [images[row] for row in rows.tolist()]
+
+
+def _upsampled(head: nn.Module, features: Tensor, side: int) -> Tensor:
+    return F.interpolate(head(features), [side, side], mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def _loss(head: nn.Module, maps: FeatureMaps, images: Images, targets: Tensor) -> float:
+    head.eval()
+    total = 0.0
+    for start in range(0, len(images), FEATURE_BATCH):
+        part = slice(start, start + FEATURE_BATCH)
+        logits = _upsampled(head, maps(images[part]), targets.shape[-1])
+        total += F.cross_entropy(logits, targets[part].to(maps.device), reduction="sum").item()
+    return total / targets.numel()
+
+
+@torch.no_grad()
+def predict(head: nn.Module, maps: FeatureMaps, images: Images, side: int) -> np.ndarray:
+    """Labels 0 to 2 of each pixel: (n, side, side)."""
+    head.eval()
+    parts = []
+    for start in range(0, len(images), FEATURE_BATCH):
+        logits = _upsampled(head, maps(images[start : start + FEATURE_BATCH]), side)
+        parts.append(logits.argmax(dim=1).cpu().byte())
+    return torch.cat(parts).numpy()

@@ -1,0 +1,224 @@
+"""Subjects: a few real images each, models personalised on them, and how faithful the results are.
+
+Experiments 01 and 02 judge images; the thesis judged by eye.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sdaug_utils import params, training
+from sdaug_utils.datasets import subset
+from sdaug_utils.metrics import diversity, estimate, obeys, similarity, typical_attributes
+from sdaug_utils.params import Technique
+from sdaug_utils.pools import Pool, Request, fill, personalised_request
+from sdaug_utils.study import Study
+
+MEASURES = ("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A few real images that a model is personalised on, and what they are images of."""
+
+    name: str
+    labels: tuple[int, ...]  # the classes among the inputs
+    rows: tuple[int, ...]  # of the train split
+
+
+def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[Subject]:
+    """An image and its nearest neighbours within its class, for each of the first classes.
+
+    The image is the first of the thesis's shuffle. Nearness is the cosine of centred features.
+    """
+    train = study.data.splits["train"]
+    features = centred_features(study, train.images())
+    order = subset(train.labels, 100, draw=0)
+    subjects = []
+    for label, name in enumerate(study.data.class_names[:num_subjects]):
+        rows = order[train.labels[order] == label]
+        cosines = similarity(features[rows[:1]], features[rows])[0]
+        nearest = rows[np.argsort(-cosines, kind="stable")[:num_images]]
+        subjects.append(Subject(name, (label,), tuple(int(row) for row in nearest)))
+    return subjects
+
+
+def input_sets(study: Study, num_subjects: int) -> list[list[Subject]]:
+    """For each of the first classes four sets of inputs that grow less alike (thesis, 4.3.2).
+
+    Three images of the class; with two of the class nearest to it; with two of a farther class (the
+    one in the middle of the order); one image each of the class, the two others, and the two
+    farthest. Nearness is that of the classes' mean features.
+    """
+    train = study.data.splits["train"]
+    features = centred_features(study, train.images())
+    order = subset(train.labels, 100, draw=0)
+    of_class = [order[train.labels[order] == label] for label in range(len(study.data.class_names))]
+    means = np.stack([features[rows].mean(axis=0) for rows in of_class])
+    cosines = similarity(means, means)
+    subjects = []
+    for label, name in enumerate(study.data.class_names[:num_subjects]):
+        others = [int(k) for k in np.argsort(-cosines[label], kind="stable") if k != label]
+        near, middle = others[0], others[len(others) // 2]
+        far = [k for k in reversed(others) if k not in (near, middle)][:2]
+        one, two = [(label, 3)], [(near, 2)]
+        three = [(middle, 2)] if middle != near else []  # there are only two classes
+        mixed = [(k, 1) for k in dict.fromkeys((label, near, middle, *far))]
+        sets = [one, one + two, one + two + three, mixed]
+        subjects.append([_subject(f"{name}, set {i}", s, of_class) for i, s in enumerate(sets, 1)])
+    return subjects
+
+
+def _subject(name: str, parts: Sequence[tuple[int, int]], of_class: list[np.ndarray]) -> Subject:
+    rows = [int(row) for label, count in parts for row in of_class[label][:count]]
+    return Subject(name, tuple(dict.fromkeys(label for label, _ in parts)), tuple(rows))
+
+
+def images(
+    study: Study, technique: Technique, subjects: Sequence[Subject], p: params.Subjects
+) -> list[list[Pool]]:
+    """Images of each subject by each prompt: a list of pools per subject, in the prompts' order."""
+    requests = subject_requests(study, technique, subjects, p)
+    pools = fill(study, requests, technique)
+    return [pools[i : i + len(p.prompts)] for i in range(0, len(pools), len(p.prompts))]
+
+
+def subject_requests(
+    study: Study, technique: Technique, subjects: Sequence[Subject], p: params.Subjects
+) -> list[Request]:
+    """A pool for each subject and prompt, subject by subject."""
+    train = study.data.splits["train"]
+    return [
+        personalised_request(
+            study, technique, subject.name, train.images(subject.rows), prompt, p.images_per_prompt
+        )
+        for subject, prompt in itertools.product(subjects, p.prompts)
+    ]
+
+
+def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
+    """The same subjects with their first images only: nested sets of inputs."""
+    return [Subject(s.name, s.labels, s.rows[:number]) for s in subjects]
+
+
+def of_experiment(study: Study, p: params.Subjects) -> list[Subject]:
+    """The subjects of experiment 01 (each with its nested inputs) or 02 (each with its sets)."""
+    if isinstance(p, params.NumberOfImages):
+        whole = nearest_subjects(study, p.num_subjects, max(p.numbers_of_images))
+        return [part for number in p.numbers_of_images for part in with_first(whole, number)]
+    return [part for sets in input_sets(study, p.num_subjects) for part in sets]
+
+
+class Judge:
+    """Measures images against the real ones of their subject, by features and by a classifier."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.train = study.data.splits["train"]
+        classifier, features = study.settings.classifier, self._features(self.train.images())
+        self.mean = features.mean(axis=0)
+        self.num_classes = len(study.data.class_names)
+        settings, heads = classifier.controlled, []
+        training.train_head(
+            torch.from_numpy(features)[:, None],
+            torch.from_numpy(self.train.labels),
+            settings,
+            0,
+            self.num_classes,
+            settings.max_train_steps,
+            lambda step, head: heads.append(head),
+        )
+        self.head = heads[-1]  # a classifier of real images, all of the training split
+
+    def _features(self, some: Sequence[np.ndarray]) -> np.ndarray:
+        return training.image_features(self.study, some)[:, 0].numpy()
+
+    def __call__(
+        self,
+        pools: Sequence[Pool],
+        prompts: dict[str, Any],
+        subject: Subject,
+        yardstick: Subject | None = None,
+    ) -> dict[str, float]:
+        """What the images of one subject score, averaged over prompts.
+
+        ``fidelity``: mean cosine between features of images and of the subject's real images (those
+        of ``yardstick``, if it is given). ``nearest_input``: the cosine to the nearest input, high
+        for copies. ``prompt_fidelity``: the share that obeys the prompt's attribute, chance 0.5.
+        ``diversity``: one minus the mean cosine among images of one prompt. ``in_class``: the share
+        that a classifier of real images puts in a class of the inputs, minus chance.
+        """
+        inputs = self._centred(self.train.images(subject.rows))
+        real = self._centred(self.train.images((yardstick or subject).rows))
+        alike = np.flatnonzero(np.isin(self.train.labels, subject.labels))
+        typical = typical_attributes(self.train.images(alike))
+        fidelity, nearest, diverse, obeyed, right = [], [], [], [], []
+        for pool, attribute in zip(pools, prompts.values(), strict=True):
+            made = pool.images()
+            features = self._centred(made)
+            fidelity.append(similarity(features, real).mean())
+            nearest.append(similarity(features, inputs).max(axis=1).mean())
+            diverse.append(diversity(features))
+            if attribute:
+                obeyed += [obeys(image, attribute, typical) for image in made]
+            logits = self.head(torch.from_numpy(self._features(made)))
+            right += np.isin(logits.argmax(dim=1).numpy(), subject.labels).tolist()
+        return {
+            "fidelity": float(np.mean(fidelity)),
+            "prompt_fidelity": float(np.mean(obeyed)) if obeyed else np.nan,
+            "diversity": float(np.mean(diverse)),
+            "nearest_input": float(np.mean(nearest)),
+            "in_class": float(np.mean(right)) - len(subject.labels) / self.num_classes,
+        }
+
+    def among(self, subject: Subject) -> float:
+        """The mean cosine among a subject's own real images."""
+        return 1 - diversity(self._centred(self.train.images(subject.rows)))
+
+    def _centred(self, some: Sequence[np.ndarray]) -> np.ndarray:
+        return self._features(some) - self.mean
+
+
+def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Rows with a column per measure to results with one ``score`` each, as claims read them.
+
+    Each row needs ``arm`` and ``draw``, the number of its subject: pairs are of one subject.
+    """
+    table = pd.DataFrame(rows)
+    others = [column for column in table if column not in MEASURES]
+    long = table.melt(others, list(MEASURES), "measure", "score").dropna(subset="score")
+    arrays = pd.Series([np.array([value]) for value in long["score"]], index=long.index)
+    return long.assign(seed=0, scores=arrays)
+
+
+def summary(results: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Mean and 95 % interval over subjects of each measure, by arm and the column ``over``."""
+    rows = []
+    keys = ["arm", over, "measure"]
+    for names, group in results.groupby(keys, sort=False):
+        mean = estimate(np.stack(group.sort_values("draw")["scores"].to_list())[:, None])
+        rows.append(
+            {
+                **dict(zip(keys, names, strict=True)),
+                "mean": mean.mean,
+                "low": mean.low,
+                "high": mean.high,
+                "num_subjects": mean.num_runs,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def centred_features(study: Study, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Features of images minus the mean of the training images', (n, d).
+
+    Without the mean every cosine would be near 1: all images share most of their features.
+    """
+    train = study.data.splits["train"].images()
+    mean = training.image_features(study, train)[:, 0].mean(dim=0)
+    return (training.image_features(study, images)[:, 0] - mean).numpy()
