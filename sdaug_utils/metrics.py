@@ -42,8 +42,9 @@ def estimate(values: np.ndarray) -> Estimate:
     num_draws, num_images = per_draw.shape
     counts = (values.shape[0] * values.shape[1], num_draws, num_images)
     if num_images == 1:
-        student = stats.ttest_1samp(per_draw[:, 0], 0).confidence_interval(0.95)
-        return Estimate(float(per_draw.mean()), float(student.low), float(student.high), *counts)
+        mean, spread = per_draw.mean(), per_draw.std(ddof=1) / np.sqrt(num_draws)
+        half = stats.t.ppf(0.975, num_draws - 1) * spread
+        return Estimate(float(mean), float(mean - half), float(mean + half), *counts)
 
     per_draw = per_draw + (_enlargement(num_draws) - 1) * (
         per_draw.mean(axis=1, keepdims=True) - per_draw.mean()

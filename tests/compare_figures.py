@@ -3,8 +3,8 @@
     python tests/compare_figures.py EXPECTED_FOLDER FOLDER
 
 Numbers come out the same on one kind of machine. On another, sums are rounded in another order, and
-training, above all personalisation, goes slightly other ways. Tolerances: two points of accuracy
-and five of an interval's ends, six per cent of relative gain; 0.15 for what is judged on a handful
+training, above all personalisation, goes slightly other ways. Tolerances: three points of accuracy
+and six of an interval's ends, eight per cent of relative gain; 0.15 for what is judged on a handful
 of subjects with a dozen images each. Verdicts, and the updates after which training stopped early,
 may follow from such differences: they are not compared, nor is the description of the machine.
 """
@@ -23,11 +23,11 @@ def tolerance(name: str, column: str) -> float:
     if name.startswith(OF_SUBJECTS):
         return 0.15
     if "relative" in column:
-        return 6.0
+        return 8.0
     of_interval = column.endswith(("low", "high"))
     if "points" in column:
-        return 5.0 if of_interval else 2.0
-    return 0.05 if of_interval else 0.02
+        return 6.0 if of_interval else 3.0
+    return 0.06 if of_interval else 0.03
 
 
 def differences(expected: Path, found: Path) -> list[str]:

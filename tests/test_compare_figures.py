@@ -21,7 +21,7 @@ def compare(tmp_path, monkeypatch):
     [
         ("arm,accuracy,gain_points\na,0.715,1.5\nb,,2\n", 0),
         ("arm,accuracy,gain_points\na,0.75,1.5\nb,,2\n", 1),
-        ("arm,accuracy,gain_points\na,0.715,3.5\nb,,2\n", 1),
+        ("arm,accuracy,gain_points\na,0.715,4.5\nb,,2\n", 1),
         ("arm,accuracy,gain_points\na,0.715,1.5\nc,,2\n", 1),
         ("arm,accuracy,gain_points\na,,1.5\nb,0.7,2\n", 1),
         ("arm,accuracy,gain_points\na,0.715,1.5\n", 1),
