@@ -288,12 +288,13 @@ def main() -> int:
     for variable in ("SDAUG_STORE", "SDAUG_FIGURES"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
-    output = arguments.output or ROOT / "runs" / arguments.profile
+    name = arguments.profile
     if arguments.protocol:  # beside the default's figures, not over them
         from sdaug_utils import figures
 
-        output = arguments.output or ROOT / "runs" / f"{arguments.profile}-{arguments.protocol}"
+        name += f"-{arguments.protocol}"
         os.environ["SDAUG_FIGURES"] = str(figures.folder(arguments.protocol))
+    output = arguments.output or ROOT / "runs" / name
     if arguments.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:

@@ -256,9 +256,7 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
     real images there is no baseline, hence no gain. Published values are single runs on
     ``dataset``; None leaves them out.
     """
-    published = published_results(dataset or "")
-    keys = ["task", "technique", "real_percent", "synthetic_per_class"]
-    theirs = published.drop_duplicates(keys).set_index(keys)["value"]
+    theirs = _published_values(dataset or "")
     rows = []
     setting: Any
     for setting, group in results.groupby(
@@ -294,6 +292,12 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
     return pd.DataFrame(rows)
 
 
+def _published_values(dataset: str = "oxford-iiit-pet") -> pd.Series:
+    """The thesis's values by task, technique, real % and synthetic images per class."""
+    keys = ["task", "technique", "real_percent", "synthetic_per_class"]
+    return published_results(dataset).drop_duplicates(keys).set_index(keys)["value"]
+
+
 def published_settings(
     arms: Collection[str], task: str = "classification", dataset: str = "oxford-iiit-pet"
 ) -> pd.DataFrame:
@@ -311,17 +315,17 @@ def combinations(results: pd.DataFrame, augmentation: str) -> pd.DataFrame:
     points and in per cent, the accuracy without and with, their difference in points with its
     95 % interval, and in per cent.
     """
-    published = published_results()
+    theirs, rows = _published_values(), []
     keys = ["technique", "real_percent", "synthetic_per_class"]
-    theirs = published.drop_duplicates(keys).set_index(keys)["value"]
-    rows = []
     chosen = results[results["augmentation"] == augmentation]
     for (technique, percent, count), group in chosen.groupby(keys, sort=False):
         setting = {"real_percent": percent, "synthetic_per_class": count}
         without = scores(results, arm=technique, **setting)
         change = paired_difference(scores(group), without)
-        before = theirs.get((technique, percent, count), np.nan)
-        after = theirs.get((f"{technique}+{augmentation}", percent, count), np.nan)
+        before, after = (
+            theirs.get(("classification", name, percent, count), np.nan)
+            for name in (technique, f"{technique}+{augmentation}")
+        )
         rows.append(
             {
                 "technique": technique,

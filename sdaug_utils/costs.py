@@ -87,10 +87,10 @@ def needs(study: Study, p: params.Experiment) -> Needs:
     """All that a notebook asks for, given its parameters."""
     total = Needs()
     if isinstance(p, params.Subjects):
+        everyone = subjects.of_experiment(study, p)
         for technique in p.techniques:
-            for subject in subjects.of_experiment(study, p):
-                for request in subjects.subject_requests(study, technique, [subject], p):
-                    total.request(request)
+            for request in subjects.subject_requests(study, technique, everyone, p):
+                total.request(request)
         return total
     assert isinstance(p, params.Runs)
     every = experiments.cells(study, p)

@@ -20,8 +20,8 @@ Arm = dict[str, Any]
 
 def per_class(study: Study, real_percent: float, synthetic_percent: float) -> int:
     """Synthetic images per class that are ``synthetic_percent`` % of the real ones."""
-    per_class = len(study.data.splits["train"]) / len(study.data.class_names)
-    return max(1, round(per_class * real_percent / 100 * synthetic_percent / 100))
+    real_images = len(study.data.splits["train"]) / len(study.data.class_names)
+    return max(1, round(real_images * real_percent / 100 * synthetic_percent / 100))
 
 
 def baselines(
@@ -142,8 +142,8 @@ def check(study: Study, p: params.Experiment) -> None:
             if getattr(p, key) not in p.synthetic_percents:
                 known = ", ".join(f"{percent:g}" for percent in p.synthetic_percents)
                 raise InputError(f"{key}: {getattr(p, key):g} is not among {known}")
-    percents = {cell.real_percent for cell in cells(study, p)} - {0.0}
+    every = arms(study, p)
+    percents = {arm["real_percent"] for arm in every} - {0.0}
     if isinstance(p, params.TrainingPercentage):
         percents.add(p.protocols_at_percent)
-    techniques = {cell.technique for cell in cells(study, p)}
-    check_percents(study, sorted(percents), techniques)
+    check_percents(study, sorted(percents), {arm.get("technique") for arm in every})

@@ -15,10 +15,7 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.store import file_digest
 
 FOOD_TRAIN_PER_CLASS = 600  # of 750; the rest validates (thesis, section 4.2.1)
-OWN_SHARES = (
-    0.5,
-    0.75,
-)  # of a folder's images: up to the first to train on, to the second to validate
+OWN_SHARES = (0.5, 0.75)  # up to the first to train on, up to the second to validate
 
 
 def oxford_iiit_pet(folder: Path, download: bool) -> Dataset:

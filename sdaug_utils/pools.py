@@ -23,7 +23,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdaug_utils import control, personalise
-from sdaug_utils.datasets import Images, digests, personalisation_inputs, read_images, subset
+from sdaug_utils.datasets import (
+    Images,
+    decoded,
+    digests,
+    personalisation_inputs,
+    read_images,
+    subset,
+)
+from sdaug_utils.errors import InputError
 from sdaug_utils.foundation import (
     controlnet_name,
     controlnet_revision,
@@ -193,9 +201,8 @@ def _file_name(index: int) -> str:
 
 def _decodes(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError):  # what Pillow raises for truncated and for broken files
+        decoded(path)
+    except InputError:
         return False
     return True
 

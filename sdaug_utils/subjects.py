@@ -37,7 +37,7 @@ def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[S
     The image is the first of the thesis's shuffle. Nearness is the cosine of centred features.
     """
     train = study.data.splits["train"]
-    features = centred_features(study, train.images())
+    features = centred_features(study)
     order = subset(train.labels, 100, draw=0)
     subjects = []
     for label, name in enumerate(study.data.class_names[:num_subjects]):
@@ -56,7 +56,7 @@ def input_sets(study: Study, num_subjects: int) -> list[list[Subject]]:
     farthest. Nearness is that of the classes' mean features.
     """
     train = study.data.splits["train"]
-    features = centred_features(study, train.images())
+    features = centred_features(study)
     order = subset(train.labels, 100, draw=0)
     of_class = [order[train.labels[order] == label] for label in range(len(study.data.class_names))]
     means = np.stack([features[rows].mean(axis=0) for rows in of_class])
@@ -214,11 +214,10 @@ def summary(results: pd.DataFrame, over: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def centred_features(study: Study, images: Sequence[np.ndarray]) -> np.ndarray:
-    """Features of images minus the mean of the training images', (n, d).
+def centred_features(study: Study) -> np.ndarray:
+    """Features of the training images minus their mean, (n, d).
 
     Without the mean every cosine would be near 1: all images share most of their features.
     """
-    train = study.data.splits["train"].images()
-    mean = training.image_features(study, train)[:, 0].mean(dim=0)
-    return (training.image_features(study, images)[:, 0] - mean).numpy()
+    features = training.image_features(study, study.data.splits["train"].images())[:, 0]
+    return (features - features.mean(dim=0)).numpy()
