@@ -110,12 +110,13 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
             study.store.get("cells", spec(study, cell), partial(loader.train, cell))
             bar.update()
 
-        # A segmenter's dropout draws from the one global generator: no two at the same time.
+        # Heads on kept features are too small to gain from threads; a segmenter's dropout draws
+        # from the one global generator: no two at the same time.
+        whole = [c for c in missing if c.task == "classification" and c.protocol == "published"]
         for cell in missing:
-            if cell.task == "segmentation":
+            if cell not in whole:
                 train(cell)
-        classifiers = [cell for cell in missing if cell.task == "classification"]
-        in_parallel(study.settings, lambda i: train(classifiers[i]), range(len(classifiers)))
+        in_parallel(study.settings, lambda i: train(whole[i]), range(len(whole)))
     new = set(missing)
     rows = []
     for cell in cells:

@@ -121,7 +121,9 @@ def dreambooth(
         embeddings = pipeline.text_encoder(_token_ids(pipeline, prompts))[0]
 
     unet = copy.deepcopy(pipeline.unet).float().train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=settings.learning_rate, weight_decay=1e-2, fused=True
+    )
     size = settings.train_batch_size
     for _ in range(settings.max_train_steps):
         noisy, timesteps, target = instances(size)

@@ -36,6 +36,7 @@ BACKBONES = {
 }
 """What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
 FEATURE_BATCH = 64
+UPDATES = 50  # whose features are gathered at once
 CPU = torch.device("cpu")
 
 
@@ -216,14 +217,18 @@ def train_head(
     views = torch.randint(num_views, rows.shape, generator=generator)
     targets = F.one_hot(labels, num_classes).float()
     rate = settings.learning_rate / settings.batch_size
+    step = 0
     with torch.no_grad():
-        for step, (batch, view) in enumerate(zip(rows, views, strict=True), start=1):
-            inputs = features[batch, view]
-            error = head(inputs).softmax(dim=1) - targets[batch]
-            head.weight.addmm_(error.T, inputs, alpha=-rate)
-            head.bias.sub_(error.sum(dim=0), alpha=rate)
-            if step % every == 0:
-                evaluate(step, head)
+        weight, bias = head.weight.detach(), head.bias.detach()
+        for some_rows, some_views in zip(rows.split(UPDATES), views.split(UPDATES), strict=True):
+            gathered = features[some_rows, some_views], targets[some_rows]
+            for inputs, target in zip(*gathered, strict=True):
+                error = torch.addmm(bias, inputs, weight.T).softmax(dim=1).sub_(target)
+                weight.addmm_(error.T, inputs, alpha=-rate)
+                bias.sub_(error.sum(dim=0), alpha=rate)
+                step += 1
+                if step % every == 0:
+                    evaluate(step, head)
 
 
 def accuracy(head: nn.Module, features: Tensor, labels: Tensor) -> float:
