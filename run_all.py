@@ -4,6 +4,7 @@
     python run_all.py                         all notebooks, miniature profile
     python run_all.py --only 03 06            some of them
     python run_all.py --dry-run               what they need and how long it takes; starts nothing
+    python run_all.py --profile thesis --dataset FOLDER    on one's own images
 
 All parameters of all notebooks are checked before the first one starts. A notebook that fails does
 not stop the others, unless --no-keep-going says so: it is kept as far as it came, and the run ends
@@ -11,9 +12,11 @@ with exit code 1.
 """
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -55,6 +58,16 @@ def chosen_notebooks(only: list[str] | None) -> list[Path]:
     return [path for path in every if not only or path.stem.startswith(tuple(only))]
 
 
+def about(dataset: Path, paths: list[Path]) -> list[Path]:
+    """The notebooks that can run on a folder of one's own, which has one domain."""
+    left_out = {"09": "another domain"}
+    if not (dataset / "trimaps").is_dir():
+        left_out["08"] = "no folder 'trimaps'"
+    for number, reason in sorted(left_out.items()):
+        print(f"left out: {number} ({reason})")
+    return [path for path in paths if path.stem[:2] not in left_out]
+
+
 @dataclass
 class Job:
     """A notebook with what is injected into its parameters cell, and the whole of them, checked."""
@@ -70,12 +83,15 @@ def check(
     profile: str,
     output: Path,
     protocol: str | None = None,
-    download: bool = True,
+    dry: bool = False,
 ) -> list[Job]:
-    """Check everything that can be checked beforehand; no work starts but for downloads."""
-    from sdaug_utils import experiments, figures, foundation, params, store, study
+    """Check everything that can be checked beforehand; no work starts but for downloads.
 
-    jobs, opened = [], {}
+    A dry check downloads nothing: what is not here yet is planned for by its published size.
+    """
+    from sdaug_utils import costs, experiments, figures, foundation, params, store, study
+
+    jobs, opened, absent = [], {}, []
     for path in paths:
         values, overrides = params.parameters_cell(path), params.overrides(profile, path.stem)
         if profile != values.get("profile"):
@@ -84,49 +100,73 @@ def check(
             overrides["protocol"] = protocol
         checked = params.check_notebook(path.stem, values | overrides)
         domain = params.domain_of(path.stem)
-        if domain not in opened:
-            opened[domain] = study.open_study(profile, domain=domain, download=download)
+        if domain not in opened and dry:
+            opened[domain], missing = costs.planned(profile, domain)
+            absent += missing
+        elif domain not in opened:
+            opened[domain] = study.open_study(profile, domain=domain)
         jobs.append(Job(path, overrides, opened[domain], checked))
     for job in jobs:
         experiments.check(job.study, job.parameters)
-    settings = params.load_settings(profile)
-    foundation.revision(settings.foundation)
-    for name in ("controlnet-canny", "controlnet-segmentation"):
-        foundation.controlnet_revision(foundation.controlnet_name(settings, name), name)
+    if dry and absent:
+        print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
+    elif not dry:
+        settings = params.load_settings(profile)
+        foundation.revision(settings.foundation)
+        for name in ("controlnet-canny", "controlnet-segmentation"):
+            foundation.controlnet_revision(foundation.controlnet_name(settings, name), name)
     for folder in (output, figures.folder(profile)):
         store.require_writable(folder)
     return jobs
 
 
-def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) -> Report:
+class Kernel:
+    """A kernel of its own for each notebook, started while the one before is still at work.
+
+    By its turn it has imported what takes seconds. It talks through sockets in a folder, no ports:
+    several runs may share a host.
+    """
+
+    def __init__(self) -> None:
+        from jupyter_client import AsyncKernelManager, BlockingKernelClient
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.ledger = Path(self.folder.name) / "ledger"
+        self.manager = AsyncKernelManager(transport="ipc", ip=f"{self.folder.name}/kernel")
+        environment = os.environ | {"SDAUG_LEDGER": str(self.ledger)}
+        asyncio.run(self.manager.start_kernel(cwd=NOTEBOOKS, env=environment))
+        client = BlockingKernelClient()
+        client.load_connection_info(self.manager.get_connection_info())
+        client.start_channels(iopub=False, stdin=False, hb=False, control=False)
+        client.execute("import sdaug_utils.claims, sdaug_utils.figures", silent=True)
+        client.stop_channels()
+
+    def stop(self) -> None:
+        asyncio.run(self.manager.shutdown_kernel(now=True))
+        self.folder.cleanup()
+
+
+def execute(job: Job, kernel: Kernel, output: Path, profile: str) -> Report:
     """Run one notebook and say what became of it."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
 
     from sdaug_utils import figures
 
+    path = job.path
     target, began = output / path.name, time.time()
     target.unlink(missing_ok=True)
     (figures.folder(profile) / f"verdicts-{path.stem[:2]}.csv").unlink(missing_ok=True)
     status = "ok"
-    made, reused = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            ledger = os.environ["SDAUG_LEDGER"] = f"{scratch}/ledger"
-            # Sockets in a folder of their own, no ports: several runs may share a host.
-            kernel = Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"})
-            try:
-                papermill.execute_notebook(
-                    path, target, parameters, cwd=NOTEBOOKS, progress_bar=False, config=kernel
-                )
-            finally:
-                made, reused = read_ledger(Path(ledger))
-                del os.environ["SDAUG_LEDGER"]
+        papermill.execute_notebook(
+            path, target, job.overrides, cwd=NOTEBOOKS, progress_bar=False, km=kernel.manager
+        )
     except PapermillExecutionError as error:
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run
         status = f"failed: {type(error).__name__}: {error}"
+    made, reused = read_ledger(kernel.ledger)
     written = [
         file for file in figures.folder(profile).glob("*.*") if file.stat().st_mtime >= began
     ]
@@ -135,6 +175,27 @@ def execute(path: Path, parameters: dict[str, Any], output: Path, profile: str) 
     drawn = sorted(file.name for file in written if file.suffix == ".png")
     minutes = (time.time() - began) / 60
     return Report(path.stem, status.splitlines()[0], minutes, drawn, target, made, reused)
+
+
+def execute_all(jobs: list[Job], output: Path, profile: str, keep_going: bool) -> list[Report]:
+    """Run notebooks one after the other, to the first that fails or, to keep going, to the last."""
+    reports: list[Report] = []
+    kernel, following = Kernel() if jobs else None, None
+    try:
+        for number, job in enumerate(jobs, start=1):
+            print(f"{job.path.stem} …", flush=True)
+            following = Kernel() if number < len(jobs) else None
+            assert kernel is not None
+            reports.append(execute(job, kernel, output, profile))
+            kernel.stop()
+            kernel, following = following, None
+            if reports[-1].status != "ok" and not keep_going:
+                break
+    finally:
+        for left in (kernel, following):
+            if left:
+                left.stop()
+    return reports
 
 
 def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int]]:
@@ -233,35 +294,89 @@ def print_summary(reports: list[Report], profile: str) -> None:
     print(f"figures and their numbers: {_relative(figures.folder(profile))}")
 
 
-def print_plan(jobs: list[Job]) -> None:
-    """What the notebooks need, what of it the store has not got, and how long that takes."""
+def plan(jobs: list[Job]) -> list[Any]:
+    """For each notebook all that it needs, and what is missing when those before it have run."""
     from sdaug_utils import costs
 
-    head = f"{'notebook':<26} {'images':>13} {'models':>11} {'training runs':>15} {'minutes':>8}"
-    print(f"{head}\n{'':<26} {'missing / all':>13} {'':>11} {'':>15}")
     shared: dict[str, costs.Needs] = {}
-    separately, total = 0, 0.0
+    planned = []
     for job in jobs:
         needed = costs.needs(job.study, job.parameters)
         done = shared.setdefault(job.study.data.name, costs.Needs())
-        missing = needed.missing(job.study).without(done)
+        planned.append((needed, costs.missing(job.study, needed, done)))
         done.add(needed)
-        separately += needed.num_images
-        minutes = costs.minutes(job.study, missing)
-        total += minutes
+    return planned
+
+
+def print_plan(jobs: list[Job]) -> None:
+    """What the notebooks need, what the store has not got, how long that takes, and on what disk.
+
+    Where the models are those of the thesis, the hours in the thesis's own logs stand beside.
+    """
+    from sdaug_utils import costs
+
+    rates = costs.rates(params_of(jobs))
+    at_scale = costs.is_at_scale(params_of(jobs))
+    unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
+    print(
+        f"{'notebook':<26} {'images':>15} {'models':>11} {'training runs':>15} {unit:>10} "
+        f"{'GiB':>6}" + (f" {'thesis, hours':>14}" if at_scale else "")
+    )
+    print(f"{'':<26} {'missing / all':>15}")
+    totals, unshared = [0.0, 0.0, 0.0], 0
+    together: dict[str, costs.Needs] = {}
+    for job, (needed, missing) in zip(jobs, plan(jobs), strict=True):
+        together.setdefault(job.study.data.name, costs.Needs()).add(needed)
+        row = [
+            costs.hours(job.study, missing, rates) * per_hour,
+            costs.gibibytes(job.study, missing),
+            costs.thesis_hours(job.path.stem),
+        ]
+        totals = [total + value for total, value in zip(totals, row, strict=True)]
+        unshared += needed.unshared
         counts = [
             f"{getattr(missing, name)} / {getattr(needed, name)}"
             for name in ("num_images", "num_models", "num_runs")
         ]
         print(
-            f"{job.path.stem:<26} {counts[0]:>13} {counts[1]:>11} {counts[2]:>15} {minutes:>8.1f}"
+            f"{job.path.stem:<26} {counts[0]:>15} {counts[1]:>11} {counts[2]:>15} {row[0]:>10.1f} "
+            f"{row[1]:>6.1f}" + (f" {f'{row[2]:.1f}' if row[2] else '–':>14}" if at_scale else "")
         )
-    together = sum(needs.num_images for needs in shared.values())
-    print(f"\n{total:.0f} minutes on {costs.machine()}, whose rates were measured")
+    images = sum(needs.num_images for needs in together.values())
+    print(f"\n{totals[0]:.0f} {unit}, {totals[1]:.1f} GiB; rates: {rates.source}")
+    if at_scale:
+        print(
+            f"the thesis's logs: {totals[2]:.0f} hours, one run per setting; their gaps count as 0"
+        )
     print(
-        f"{together} images in all; without a shared store {separately}, "
-        f"{separately / max(together, 1):.1f} times as many"
+        f"{images} images in all; if each setting made its own, as in the thesis, {unshared}: "
+        f"{unshared / max(images, 1):.1f} times as many"
     )
+
+
+def params_of(jobs: list[Job]) -> Any:
+    """The settings that all jobs share."""
+    return jobs[0].study.settings
+
+
+def require_disk(jobs: list[Job]) -> None:
+    """Check that the disk can hold what the plan makes.
+
+    Raises:
+        InputError: it cannot.
+    """
+    from sdaug_utils import costs
+    from sdaug_utils.errors import InputError
+
+    root = jobs[0].study.store.root
+    planned = zip(jobs, plan(jobs), strict=True)
+    wanted = sum(costs.gibibytes(job.study, missing) for job, (_, missing) in planned)
+    free = shutil.disk_usage(root).free / costs.GIB
+    if wanted > free:
+        raise InputError(
+            f"not enough disk: the plan needs {wanted:.1f} GiB in {root}, where {free:.1f} are "
+            "free: set SDAUG_STORE to another folder, or dreambooth.keep_models: false"
+        )
 
 
 def _relative(path: Path) -> str:
@@ -273,6 +388,7 @@ def main() -> int:
     parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
     parser.add_argument("--protocol", choices=["published", "controlled"], help="how to train")
+    parser.add_argument("--dataset", type=Path, help="a folder of class folders, for the main data")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing")
     parser.add_argument(
         "--keep-going",
@@ -288,32 +404,32 @@ def main() -> int:
     for variable in ("SDAUG_STORE", "SDAUG_FIGURES"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
-    name = arguments.profile
-    if arguments.protocol:  # beside the default's figures, not over them
-        from sdaug_utils import figures
+    from sdaug_utils import costs, figures
 
-        name += f"-{arguments.protocol}"
-        os.environ["SDAUG_FIGURES"] = str(figures.folder(arguments.protocol))
+    name = arguments.profile
+    if arguments.dataset:
+        os.environ["SDAUG_DATASET"] = str(arguments.dataset.resolve())
+    for part in (arguments.protocol, arguments.dataset and arguments.dataset.resolve().name):
+        if part:  # beside the default's figures, not over them
+            name += f"-{part}"
+            os.environ["SDAUG_FIGURES"] = str(figures.folder(part))
     output = arguments.output or ROOT / "runs" / name
     if arguments.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         paths = chosen_notebooks(arguments.only)
-        jobs = check(
-            paths, arguments.profile, output, arguments.protocol, download=not arguments.dry_run
-        )
+        if arguments.dataset and not arguments.only:
+            paths = about(arguments.dataset, paths)
+        jobs = check(paths, arguments.profile, output, arguments.protocol, arguments.dry_run)
+        if jobs and not arguments.dry_run and costs.is_at_scale(params_of(jobs)):
+            require_disk(jobs)
     except InputError as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return 2
     if arguments.dry_run:
         print_plan(jobs)
         return 0
-    reports: list[Report] = []
-    for job in jobs:
-        print(f"{job.path.stem} …", flush=True)
-        reports.append(execute(job.path, job.overrides, output, arguments.profile))
-        if reports[-1].status != "ok" and not arguments.keep_going:
-            break
+    reports = execute_all(jobs, output, arguments.profile, arguments.keep_going)
     from sdaug_utils import report
 
     report.write_tables(arguments.profile)

@@ -17,7 +17,7 @@ from sdaug_utils import segmentation, training
 from sdaug_utils.datasets import digests, first_per_class, read_images, subset
 from sdaug_utils.foundation import device_of, in_parallel
 from sdaug_utils.params import Augmentation, Control, Parameters, Protocol, Technique
-from sdaug_utils.pools import Pool, technique_pools, technique_requests
+from sdaug_utils.pools import Pool, has_fewer_inputs, technique_pools, technique_requests
 from sdaug_utils.store import digest
 from sdaug_utils.study import Study
 
@@ -49,11 +49,15 @@ class Cell(Parameters):
         ]
         return "+".join(part for part in parts if part) or "baseline"
 
-    @property
-    def control_percent(self) -> float:
-        """The real percentage that control images come from, if there are any."""
-        inside = self.technique in get_args(Control) and not self.controls_from_outside
-        return self.real_percent if inside else 100
+
+def pool_percent(study: Study, cell: Cell) -> float:
+    """The real percentage that the images of a cell's pools come from; 100 if any will do."""
+    if cell.technique in get_args(Control):
+        return 100 if cell.controls_from_outside else cell.real_percent
+    if cell.technique and cell.real_percent:
+        few = has_fewer_inputs(study, cell.technique, cell.real_percent)
+        return cell.real_percent if few else 100
+    return 100
 
 
 def repeated(
@@ -183,7 +187,9 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         "rows": _real_rows(study, cell).tolist(),
         "backbone": training.BACKBONES[backbone],
         "settings": settings,
-        "pools": _pool_digests(study, cell.technique, cell.draw) if cell.technique else [],
+        "pools": _pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
+        if cell.technique
+        else [],
     }
 
 
@@ -203,8 +209,9 @@ def _folder(study: Study, cell: Cell) -> Path:
 
 
 @lru_cache(maxsize=256)
-def _pool_digests(study: Study, technique: Technique, draw: int) -> list[str]:
-    return [digest(request.spec) for request in technique_requests(study, technique, draw, 1)]
+def _pool_digests(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
+    requests = technique_requests(study, technique, draw, 1, percent)
+    return [digest(request.spec) for request in requests]
 
 
 @lru_cache(maxsize=8)
@@ -235,7 +242,8 @@ class _Loader:
     def cell_pools(self, cell: Cell) -> list[Pool]:
         if not cell.technique:
             return []
-        return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, cell.control_percent)
+        percent = pool_percent(self.study, cell)
+        return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, percent)
 
     def _pool_features(self, files: tuple[Path, ...], augmentation: Augmentation) -> Tensor:
         images = read_images(files)

@@ -119,15 +119,20 @@ def load(
         from sdaug_utils import photos
 
         whole = photos.LOADERS[name](PROJECT / folder, download)
-        return _part(whole, classes, max_images_per_class)
+        return restricted(whole, classes, max_images_per_class)
     if name not in LOADERS:
         raise InputError(f"data set '{name}' is unknown: choose from {', '.join(LOADERS)}")
-    return _part(LOADERS[name](), classes, max_images_per_class)
+    return restricted(LOADERS[name](), classes, max_images_per_class)
 
 
-def _part(
+def restricted(
     whole: Dataset, classes: Sequence[str] | None, max_images_per_class: dict[str, int] | None
 ) -> Dataset:
+    """Some classes of a data set, and the first images of each.
+
+    Raises:
+        InputError: unknown class or split.
+    """
     chosen = tuple(classes or whole.class_names)
     for class_name in chosen:
         if class_name not in whole.class_names:
@@ -230,12 +235,15 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
     return np.concatenate(chosen)
 
 
-def personalisation_inputs(labels: np.ndarray, num_images: int, draw: int) -> list[np.ndarray]:
-    """For each class the first images of its shuffled subset: inside the subset of every percent.
+def personalisation_inputs(
+    labels: np.ndarray, num_images: int, draw: int, percent: float = 100
+) -> list[np.ndarray]:
+    """For each class the first images of its shuffled subset of p %, at most ``num_images``.
 
-    At 5 % of 100 images these are the whole subset, as in the thesis.
+    At 5 % of 100 images these are the whole subset, as in the thesis, and the same for every p;
+    a class of 99 has only four at 5 %.
     """
-    order = subset(labels, 100, draw)
+    order = subset(labels, percent, draw)
     return [order[labels[order] == label][:num_images] for label in np.unique(labels)]
 
 

@@ -22,6 +22,7 @@ ARMS = {
     "autoaugment": ("AutoAugment", "#a1795a", "D"),
     "randaugment": ("RandAugment", "#c7a42e", "^"),
     "dreambooth": ("DreamBooth", "#c44e52", "v"),
+    "dreambooth-lora": ("DreamBooth by LoRA", "#e59a9c", "<"),
     "textual-inversion": ("Textual inversion", "#3a6fb0", "P"),
     "stable-diffusion-prompt": ("Stable Diffusion prompt", "#3f9b57", "X"),
     "controlnet-canny": ("ControlNet (Canny)", "#8a5aa8", "h"),

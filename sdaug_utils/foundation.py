@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
+from tqdm import tqdm
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Control, ControlNet, Sampling, Settings, Technique
@@ -47,6 +48,7 @@ def dtype_of(settings: Settings) -> torch.dtype:
     return torch.float32 if device_of(settings).type == "cpu" else torch.float16
 
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -63,6 +65,40 @@ def in_parallel(
     workers = torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         return list(executor.map(work, items))
+
+
+class Batch:
+    """How many items go through a model at once: half as many each time a GPU's memory is short."""
+
+    def __init__(self, size: int, name: str) -> None:
+        """``name`` is the parameter that sets the size."""
+        self.size, self.name = size, name
+
+    def run(
+        self, work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
+    ) -> list[Result]:
+        """The results of all items, which ``work`` gets in parts.
+
+        Raises:
+            InputError: the memory is too small even for one.
+        """
+        done: list[Result] = []
+        while len(done) < len(items):
+            part, short = items[len(done) : len(done) + self.size], None
+            try:
+                done += work(part)
+            except torch.OutOfMemoryError as error:
+                short = str(error).split(". ")[0]
+            if short:  # outside of the handler, which keeps the tensors of the failed pass alive
+                self._halve(len(part), short)
+        return done
+
+    def _halve(self, size: int, reason: str) -> None:
+        if size == 1:
+            raise InputError(f"{self.name}: the GPU's memory is too small even for one ({reason})")
+        self.size = size // 2
+        torch.cuda.empty_cache()
+        tqdm.write(f"{self.name}: {size} exceed the GPU's memory: going on with {self.size}")
 
 
 def locate(name: str, part: str = "") -> Path:
@@ -88,9 +124,12 @@ def locate(name: str, part: str = "") -> Path:
 @cache
 def _from_hub(name: str, part: str) -> Path:
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
     from huggingface_hub import constants, snapshot_download
 
     identifier, _, revision = name.partition("@")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the hub is out of reach is told below, in one line
     try:
         if part:
             files = ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -105,6 +144,8 @@ def _from_hub(name: str, part: str) -> Path:
             f"model '{name}': not in {constants.HF_HUB_CACHE} and not to be had from the hub: run "
             f"'hf download {identifier}{at}' where there is internet"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     return Path(folder)
 
 

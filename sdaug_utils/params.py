@@ -6,6 +6,7 @@ one per notebook that overrides the values in its ``parameters`` cell.
 
 import ast
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from sdaug_utils.errors import InputError
 
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
-Personalisation = Literal["dreambooth", "textual-inversion"]
+Personalisation = Literal["dreambooth", "dreambooth-lora", "textual-inversion"]
 Control = Literal["controlnet-canny", "controlnet-segmentation"]
 Technique = Literal["stable-diffusion-prompt", Personalisation, Control]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
@@ -79,12 +80,26 @@ class DreamBooth(Parameters):
     train_batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     max_train_steps: int = Field(ge=1)
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8 bit: another treatment, less memory
+    gradient_checkpointing: bool = False  # less memory, more time, the same model
+    keep_models: bool = True  # else a fine-tuned U-Net goes once the images asked for are made
 
     @model_validator(mode="after")
     def _prior_has_images(self) -> "DreamBooth":
         if self.prior_loss_weight > 0 and self.num_class_images == 0:
             raise ValueError("num_class_images must be positive when prior_loss_weight is")
         return self
+
+
+class LoRA(Parameters):
+    """DreamBooth by low-rank adapters (Hu et al., 2022), a technique of its own.
+
+    What is not here is as in :class:`DreamBooth`.
+    """
+
+    rank: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    max_train_steps: int = Field(default=400, ge=1)
 
 
 class TextualInversion(Parameters):
@@ -172,9 +187,11 @@ class Settings(Parameters):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
     attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
+    training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation, on a GPU
     sampling: Sampling
     controlnet: ControlNet
     dreambooth: DreamBooth
+    dreambooth_lora: LoRA = LoRA()
     textual_inversion: TextualInversion
     classifier: Classifier
     segmenter: Segmenter
@@ -342,11 +359,18 @@ def read_profile(profile: str) -> dict[str, Any]:
 def load_settings(profile: str) -> Settings:
     """The checked section ``common`` of a profile.
 
+    The environment's ``SDAUG_DATASET``, if it is set, is a folder of class folders that takes the
+    place of the main data set.
+
     Raises:
         InputError: unknown profile; unknown, missing or ill-typed key.
     """
     path = PARAMS_FOLDER / f"{profile}.yaml"
-    return _checked(Settings, read_profile(profile)["common"], str(path))
+    values = read_profile(profile)["common"]
+    if (own := os.environ.get("SDAUG_DATASET")) and isinstance(values.get("data"), dict):
+        main = {"name": "imagefolder", "classes": None, "max_images_per_class": None, "folder": own}
+        values = values | {"data": values["data"] | {"main": main}}
+    return _checked(Settings, values, str(path))
 
 
 def overrides(profile: str, notebook: str) -> dict[str, Any]:

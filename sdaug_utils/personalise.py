@@ -1,7 +1,8 @@
 """DreamBooth and textual inversion: teach the foundation model a subject from a few images."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 1
 EMBEDDING_FILE = "learned_embeds.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of the U-Net's attention, as in diffusers
 TEMPLATES = (
     "a photo of a {}",
     "a picture of a {}",
@@ -97,8 +100,12 @@ def dreambooth(
     resolution: int,
     seed: int,
     folder: Path,
+    lora_rank: int | None = None,
+    mixed_precision: bool = False,
 ) -> None:
     """Fine-tune the U-Net on images of a subject (Ruiz et al., 2023) and save it in ``folder``.
+
+    All of its weights; with a ``lora_rank``, low-rank adapters of its attention (Hu et al., 2022).
 
     Args:
         pipeline: left as it was.
@@ -106,6 +113,10 @@ def dreambooth(
         class_images: what the model made of ``class_prompt``, for prior preservation; may be
             empty when ``prior_loss_weight`` is 0.
         resolution: side of the square training images, in pixels.
+        mixed_precision: passes in half precision, weights in single precision.
+
+    Raises:
+        InputError: the 8-bit optimiser is asked for and bitsandbytes does not work here.
     """
     from diffusers import DDPMScheduler
 
@@ -120,10 +131,15 @@ def dreambooth(
         prompts = [settings.instance_prompt, settings.class_prompt]
         embeddings = pipeline.text_encoder(_token_ids(pipeline, prompts))[0]
 
-    unet = copy.deepcopy(pipeline.unet).float().train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=settings.learning_rate, weight_decay=1e-2, fused=True
-    )
+    unet = copy.deepcopy(pipeline.unet).float().train().requires_grad_(lora_rank is None)
+    if lora_rank:
+        _add_adapters(unet, lora_rank, seed)
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
+    optimizer = _adamw(settings.optimizer)(weights, lr=settings.learning_rate, weight_decay=1e-2)
+    half = half_precision(pipeline.device) if mixed_precision else None
+    scaler = torch.amp.GradScaler(pipeline.device.type, enabled=half == torch.float16)
     size = settings.train_batch_size
     for _ in range(settings.max_train_steps):
         noisy, timesteps, target = instances(size)
@@ -132,16 +148,66 @@ def dreambooth(
             examples = zip((noisy, timesteps, target), class_examples(size), strict=True)
             noisy, timesteps, target = (torch.cat(pair) for pair in examples)
             condition = embeddings.repeat_interleave(size, dim=0)
-        prediction = unet(noisy, timesteps, condition.float()).sample
+        with torch.autocast(pipeline.device.type, half, enabled=mixed_precision):
+            prediction = unet(noisy, timesteps, condition.float()).sample.float()
         loss = F.mse_loss(prediction[:size], target[:size])
         if prior:
             prior_loss = F.mse_loss(prediction[size:], target[size:])
             loss = loss + settings.prior_loss_weight * prior_loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
-    unet.eval().half().save_pretrained(folder / "unet")
+    if lora_rank:
+        _save_adapters(pipeline, unet, folder)
+    else:
+        unet.eval().half().save_pretrained(folder / "unet")
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """bfloat16, which needs no scaling of the loss, where there is hardware for it."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def _adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            "dreambooth.optimizer: adamw-8bit needs bitsandbytes and a GPU that it knows "
+            "('pip install bitsandbytes'); or choose adamw"
+        ) from error
+    return AdamW8bit
+
+
+def _add_adapters(unet: torch.nn.Module, rank: int, seed: int) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="gaussian",
+        target_modules=list(LORA_LAYERS),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet.add_adapter(config)  # type: ignore[operator]
+
+
+def _save_adapters(
+    pipeline: "diffusers.StableDiffusionPipeline", unet: torch.nn.Module, folder: Path
+) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
 
 
 def textual_inversion(
@@ -152,6 +218,7 @@ def textual_inversion(
     seeds: Sequence[int],
     folders: Sequence[Path],
     progress: str | bool = False,
+    mixed_precision: bool = False,
 ) -> None:
     """Learn an embedding for each of several subjects (Gal et al., 2023), all in one batch.
 
@@ -164,6 +231,7 @@ def textual_inversion(
         subjects: for each subject its 8-bit RGB images (height, width, 3).
         resolution: side of the square training images, in pixels.
         progress: the label of a progress bar over the steps, if one is wanted.
+        mixed_precision: passes in half precision, the embeddings in single precision.
 
     Raises:
         InputError: ``initializer_token`` is not one token of the model's vocabulary.
@@ -198,6 +266,8 @@ def textual_inversion(
     unet = copy.deepcopy(pipeline.unet).float().requires_grad_(False)
     size, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
     optimizer = torch.optim.AdamW([table], lr=settings.learning_rate, weight_decay=1e-2)
+    half = half_precision(pipeline.device) if mixed_precision else None
+    scaler = torch.amp.GradScaler(pipeline.device.type, enabled=half == torch.float16)
     templates = [np.random.default_rng(seed) for seed in seeds]
     for _ in trange(settings.max_train_steps, desc=str(progress), disable=not progress):
         for _ in range(accumulation):
@@ -211,10 +281,12 @@ def textual_inversion(
             tokens = tokenizer(
                 prompts, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids.to(pipeline.device)
-            prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
+            with torch.autocast(pipeline.device.type, half, enabled=mixed_precision):
+                prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample.float()
             loss = F.mse_loss(prediction, target) * len(subjects) / accumulation
-            loss.backward()
-        optimizer.step()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
             table[:first] = original
@@ -234,15 +306,22 @@ def apply(
     parts = dict(pipeline.components)
     parts["scheduler"] = copy.deepcopy(pipeline.scheduler)
     inverted = folder is not None and (folder / EMBEDDING_FILE).exists()
+    adapted = folder is not None and (folder / LORA_FILE).exists()
     if inverted:
         for name in ("tokenizer", "text_encoder"):
             parts[name] = copy.deepcopy(parts[name])
     elif folder is not None:
-        weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         parts["unet"] = copy.deepcopy(pipeline.unet)
-        parts["unet"].load_state_dict(weights)
+        if not adapted:
+            weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+            parts["unet"].load_state_dict(weights)
     personalised = type(pipeline)(**parts, requires_safety_checker=False)
     if inverted:
         personalised.load_textual_inversion(folder, weight_name=EMBEDDING_FILE)
+    elif adapted:
+        # low_cpu_mem_usage patches all of torch for a moment: not where other threads are at work
+        personalised.unet.load_lora_adapter(
+            folder, prefix="unet", weight_name=LORA_FILE, low_cpu_mem_usage=False
+        )
     personalised.set_progress_bar_config(disable=True)
     return personalised

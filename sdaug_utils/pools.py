@@ -10,6 +10,7 @@ cell takes only images whose controls lie inside its own real subset.
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -33,8 +34,10 @@ from sdaug_utils.datasets import (
 )
 from sdaug_utils.errors import InputError
 from sdaug_utils.foundation import (
+    Batch,
     controlnet_name,
     controlnet_revision,
+    device_of,
     dtype_of,
     in_parallel,
     load_pipeline,
@@ -58,6 +61,13 @@ if TYPE_CHECKING:
 CODE_VERSION = 2
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
 NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
+NOT_OF_THE_MODEL = {
+    "num_input_images",  # the inputs themselves are
+    "subjects_at_once",
+    "gradient_checkpointing",
+    "keep_models",
+    "optimizer",  # only where it is not the usual one
+}
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
 Sampler = Callable[[Sequence[int], Sequence[int]], list[Image.Image | None]]
@@ -287,10 +297,10 @@ def technique_pools(
 ) -> list[Pool]:
     """``count`` images of each class by one technique, for one draw of the real subset.
 
-    DreamBooth and textual inversion learn from the first images of the draw's shuffle, which
-    every real percentage of that draw contains; control images are those of the draw's subset of
-    ``real_percent``: nothing from outside a cell's subset leaks in. For the other techniques the
-    percentage changes nothing.
+    DreamBooth and textual inversion learn from the first images of the draw's subset of
+    ``real_percent``, and control images are those of it: nothing from outside a cell's subset leaks
+    in. Where every subset holds all their inputs, DreamBooth and textual inversion learn the same
+    at every percentage; for plain prompts it changes nothing.
     """
     requests = technique_requests(study, technique, draw, count, real_percent)
     return fill(study, requests, f"{technique}, draw {draw}" if progress else None)
@@ -303,7 +313,8 @@ def technique_requests(
     if technique in get_args(Personalisation):
         method = _method(study.settings, technique)
         train = study.data.splits["train"]
-        rows = personalisation_inputs(train.labels, method.num_input_images, draw)
+        number = method.num_input_images
+        rows = personalisation_inputs(train.labels, number, draw, real_percent)
         prompt = study.settings.sampling.prompt
         return [
             personalised_request(study, technique, name, train.images(some), prompt, count, draw)
@@ -315,6 +326,15 @@ def technique_requests(
         Request(_prompted_spec(study, technique, class_name, draw), range(count), technique)
         for class_name in study.data.class_names
     ]
+
+
+def has_fewer_inputs(study: Study, technique: Technique, real_percent: float) -> bool:
+    """Whether a class's real subset is smaller than what a personalised model is to learn from."""
+    if technique not in get_args(Personalisation):
+        return False
+    counts = np.bincount(study.data.splits["train"].labels)
+    wanted = _method(study.settings, technique).num_input_images
+    return math.floor(counts.min() * real_percent / 100 + 1e-9) < wanted
 
 
 def _prompted_spec(
@@ -339,22 +359,23 @@ def personalised_request(
     """
     settings = study.settings
     method = _method(settings, technique)
-    prior = technique == "dreambooth" and settings.dreambooth.prior_loss_weight > 0
+    prior = technique != "textual-inversion" and settings.dreambooth.prior_loss_weight > 0
     personalisation = {
         "version": personalise.CODE_VERSION,
         "technique": technique,
         "foundation": revision(settings.foundation),
         "dtype": str(dtype_of(settings)),
-        "settings": method.model_dump(exclude={"num_input_images", "subjects_at_once"}),
+        "settings": method.model_dump(exclude=NOT_OF_THE_MODEL),
         "resolution": settings.sampling.resolution,
         "class_images": digest(_class_images_spec(settings, draw)) if prior else None,
         "inputs": digests(inputs),
         "draw": draw,
+        **_unusual(settings, technique),
     }
     placeholder = (
-        settings.dreambooth.instance_prompt
-        if technique == "dreambooth"
-        else settings.textual_inversion.placeholder_token
+        settings.textual_inversion.placeholder_token
+        if technique == "textual-inversion"
+        else settings.dreambooth.instance_prompt
     )
     spec = pool_spec(
         settings,
@@ -368,7 +389,25 @@ def personalised_request(
 
 
 def _method(settings: Settings, technique: str) -> DreamBooth | TextualInversion:
-    return settings.dreambooth if technique == "dreambooth" else settings.textual_inversion
+    if technique == "textual-inversion":
+        return settings.textual_inversion
+    if technique == "dreambooth-lora":
+        return settings.dreambooth.model_copy(
+            update=settings.dreambooth_lora.model_dump(exclude={"rank"})
+        )
+    return settings.dreambooth
+
+
+def _unusual(settings: Settings, technique: str) -> dict[str, Any]:
+    """What makes a personalised model another treatment than the papers' own."""
+    unusual: dict[str, Any] = {}
+    if settings.training_precision == "mixed":
+        unusual["precision"] = str(personalise.half_precision(device_of(settings)))
+    if technique == "dreambooth-lora":
+        unusual["rank"] = settings.dreambooth_lora.rank
+    if technique != "textual-inversion" and settings.dreambooth.optimizer != "adamw":
+        unusual["optimizer"] = settings.dreambooth.optimizer
+    return unusual
 
 
 def _controlled_requests(
@@ -410,10 +449,12 @@ def _controlled_requests(
 def fill(study: Study, requests: Sequence[Request], label: str | None = None) -> list[Pool]:
     """Make what is missing of the requested pools, personalised models first.
 
-    All requests are of one technique. ``label`` names the progress bars; None shows none.
+    All requests are of one technique. ``label`` names the progress bars; None shows none. Where
+    fine-tuned models are not to be kept, each is made, used and deleted before the next.
     """
     settings, store = study.settings, study.store
     pipeline = _lazy_pipeline(settings, requests[0].technique)
+    passing = requests[0].technique == "dreambooth" and not settings.dreambooth.keep_models
     pools: dict[int, Pool] = {}
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
     total = 0
@@ -429,7 +470,8 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
             model = request.personalisation
             groups.setdefault(digest(model) if model else str(position), []).append(position)
     incomplete = [requests[position] for group in groups.values() for position in group]
-    _personalise(study, incomplete, pipeline, label)
+    if not passing:
+        _personalise(study, incomplete, pipeline, label)
     for request in requests:
         if request.personalisation:
             store.record("models", request.personalisation, [0], [])
@@ -441,18 +483,25 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
         )
 
     def make_sampler(request: Request, ready: Callable[[], Any]) -> Sampler:
-        return pipeline_sampler(
+        sampler = pipeline_sampler(
             ready(),
             request.spec["prompt"],
             _sampling(settings, request.technique),
             _control_images(study, request),
             settings.controlnet.conditioning_scale,
         )
+        return lambda indices, seeds: batch.run(
+            lambda part: sampler(*zip(*part, strict=True)), list(zip(indices, seeds, strict=True))
+        )
 
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and incomplete))
+    batch = Batch(settings.sampling.batch_size, "sampling.batch_size")
 
     def fill_group(number: int) -> None:
         group = list(groups.values())[number]
+        model = requests[group[0]].personalisation
+        if passing:
+            _personalise(study, [requests[group[0]]], pipeline, None)
         ready = cache(partial(ready_pipeline, requests[group[0]]))
         for position in group:
             request, sampling = requests[position], settings.sampling
@@ -465,6 +514,8 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
                 sampling.max_attempts,
                 bar,
             )
+        if passing and model:
+            store.drop(requests[group[0]].technique, model)
 
     with bar:
         in_parallel(settings, fill_group, range(len(groups)))
@@ -522,29 +573,38 @@ def _personalise(
     specs = [request.personalisation for request in wanted if request.personalisation]
     seeds = [int(key[:12], 16) for key in by_digest]
     resolution, technique = settings.sampling.resolution, wanted[0].technique
-    description = f"training: {label}"
+    description, mixed = f"training: {label}", settings.training_precision == "mixed"
 
     if technique == "textual-inversion":
         at_once = settings.textual_inversion.subjects_at_once
+        batch = Batch(at_once, "textual_inversion.subjects_at_once")
         for first in range(0, len(specs), at_once):
+
+            def learn(chosen: Sequence[tuple[int, Path]]) -> Sequence[tuple[int, Path]]:
+                personalise.textual_inversion(
+                    pipeline(),
+                    [wanted[i].inputs for i, _ in chosen],
+                    settings.textual_inversion,
+                    resolution,
+                    [seeds[i] for i, _ in chosen],
+                    [folder for _, folder in chosen],
+                    progress=label is not None and description,
+                    mixed_precision=mixed,
+                )
+                return chosen
 
             def invert(missing: list[int], folders: list[Path], first: int = first) -> None:
                 chosen = [first + position for position in missing]
-                personalise.textual_inversion(
-                    pipeline(),
-                    [wanted[i].inputs for i in chosen],
-                    settings.textual_inversion,
-                    resolution,
-                    [seeds[i] for i in chosen],
-                    folders,
-                    progress=label is not None and description,
-                )
+                batch.run(learn, list(zip(chosen, folders, strict=True)))
                 for i in chosen:
                     store.record("models", specs[i], [0], [0])
 
             store.get_all(technique, specs[first : first + at_once], invert)
         return
 
+    method = _method(settings, technique)
+    assert isinstance(method, DreamBooth)
+    rank = settings.dreambooth_lora.rank if technique == "dreambooth-lora" else None
     class_images = _class_images(study, wanted[0].spec["draw"], pipeline)
     with tqdm(total=len(specs), desc=description, disable=label is None) as bar:
 
@@ -554,10 +614,12 @@ def _personalise(
                     pipeline(),
                     wanted[position].inputs,
                     class_images,
-                    settings.dreambooth,
+                    method,
                     resolution,
                     seeds[position],
                     folder,
+                    rank,
+                    mixed,
                 )
                 store.record("models", specs[position], [0], [0])
 

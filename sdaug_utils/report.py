@@ -16,7 +16,9 @@ import yaml
 
 from sdaug_utils.claims import DATA_FOLDER
 from sdaug_utils.figures import folder, save_table
-from sdaug_utils.params import Settings
+from sdaug_utils.foundation import resolved
+from sdaug_utils.params import Settings, load_settings
+from sdaug_utils.training import BACKBONES
 
 TOOLS = (
     "torch",
@@ -84,9 +86,25 @@ def hyperparameters(settings: Settings) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def models(settings: Settings) -> dict[str, str]:
+    """The models in use: hub ids with the commit that they stand for, backbones' weights."""
+    named = {"text-to-image model": resolved(settings.foundation)}
+    for kind in ("canny", "segmentation"):
+        model = getattr(settings.controlnet, kind)
+        named[f"ControlNet ({kind})"] = resolved(model, f"controlnet-{kind}")
+    for task in ("classifier", "segmenter"):
+        backbone = getattr(settings, task).backbone
+        named[f"{task}'s backbone"] = f"{backbone} ({BACKBONES[backbone]})"
+    return named
+
+
 def write_tables(profile: str) -> None:
     """Tables A.1 and B.1 from this machine, and ``claims.csv`` from the notebooks' verdicts."""
-    for name, facts in (("table-a-1-hardware", hardware()), ("table-b-1-software", software())):
+    tables = {
+        "table-a-1-hardware": hardware(),
+        "table-b-1-software": software() | models(load_settings(profile)),
+    }
+    for name, facts in tables.items():
         save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))
     files = sorted(folder(profile).glob("verdicts-*.csv"))
     if files:

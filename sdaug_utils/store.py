@@ -126,6 +126,13 @@ class Store:
                 folder.replace(folders[i])
         return folders
 
+    def drop(self, kind: str, spec: Spec) -> None:
+        """Delete an artefact that can be made again."""
+        with self.lock(kind, spec):
+            folder = self.folder(kind, spec)
+            if folder.exists():
+                shutil.rmtree(folder.replace(folder.with_suffix(".partial")))
+
 
 class VectorCache:
     """Vectors by key in one SQLite file: features of images, each computed once."""

@@ -1,13 +1,18 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sdaug_utils import datasets
 from sdaug_utils.datasets import Dataset
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Domain, Settings, load_settings
 from sdaug_utils.store import Store
+
+FEWEST_INPUTS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +46,23 @@ def check_percents(
 ) -> None:
     """Check that every real subset has an image of each class and all that models learn from.
 
+    DreamBooth and textual inversion learn from fewer images of a class whose subset is smaller, but
+    from three at least, if they are not asked to learn from fewer (thesis: three to five).
+
     Raises:
-        InputError: a class would be empty, or DreamBooth or textual inversion would take more
-            images than the smallest subset has, that is, images from outside of it.
+        InputError: a class would be empty, or a personalised model would learn from too few images.
     """
-    labels = study.data.splits["train"].labels
-    smallest = min(len(datasets.subset(labels, percent)) for percent in percents)
-    per_class = smallest // len(study.data.class_names)
-    for name in ("dreambooth", "textual_inversion"):
+    counts = np.bincount(study.data.splits["train"].labels)
+    smallest = math.floor(counts.min() * min(percents) / 100 + 1e-9)
+    datasets.subset(study.data.splits["train"].labels, min(percents))
+    methods = {
+        "dreambooth": {"dreambooth", "dreambooth-lora"},
+        "textual_inversion": {"textual-inversion"},
+    }
+    for name, of_method in methods.items():
         wanted = getattr(study.settings, name).num_input_images
-        if name.replace("_", "-") in techniques and wanted > per_class:
+        if of_method & set(techniques) and smallest < min(wanted, FEWEST_INPUTS):
             raise InputError(
                 f"{name}.num_input_images: {wanted}, but the smallest real subset "
-                f"({min(percents):g} %) has {per_class} per class: choose at most that many"
+                f"({min(percents):g} %) has {smallest} of a class: choose at most that many"
             )

@@ -114,6 +114,17 @@ def of_experiment(study: Study, p: params.Subjects) -> list[Subject]:
     return [part for sets in input_sets(study, p.num_subjects) for part in sets]
 
 
+def stand_ins(study: Study, p: params.Subjects) -> list[Subject]:
+    """As many subjects as :func:`of_experiment` would give, chosen without a look at an image."""
+    sizes = p.numbers_of_images if isinstance(p, params.NumberOfImages) else [3, 5, 7, 5]
+    rows = np.flatnonzero(study.data.splits["train"].labels < p.num_subjects)
+    chosen = enumerate(itertools.product(range(p.num_subjects), sizes))
+    return [
+        Subject(f"subject {i}", (label,), tuple(int(row) for row in rows[i : i + size]))
+        for i, (label, size) in chosen
+    ]
+
+
 class Judge:
     """Measures images against the real ones of their subject, by features and by a classifier."""
 

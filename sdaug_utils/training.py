@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sdaug_utils import augment
 from sdaug_utils.datasets import digests
 from sdaug_utils.errors import InputError
-from sdaug_utils.foundation import device_of
+from sdaug_utils.foundation import device_of, in_parallel
 from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.store import VectorCache
 from sdaug_utils.study import Study
@@ -35,7 +35,7 @@ BACKBONES = {
     "deeplabv3-resnet101": "torchvision/COCO_WITH_VOC_LABELS_V1/586e9e4e",
 }
 """What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
-FEATURE_BATCH = 64
+FEATURE_BATCH = 32  # larger ones do not fit into a processor's cache
 UPDATES = 50  # whose features are gathered at once
 CPU = torch.device("cpu")
 
@@ -141,19 +141,13 @@ def image_features(
         (n, num_views, features), 32-bit floats.
     """
     classifier, device = study.settings.classifier, device_of(study.settings)
-    weights = BACKBONES[classifier.backbone][:20]
-    recipe = f"{CODE_VERSION}-{augment.CODE_VERSION}-{weights}-{classifier.image_size}"
-    keys = [
-        f"{recipe}/{digest}/{augmentation}/{number}"
-        for digest in digests(images)
-        for number in range(num_views)
-    ]
+    keys = _feature_keys(study, images, augmentation, num_views)
     vectors = VectorCache(study.store.root / "features.sqlite")
     found = vectors.read(keys)
     missing = [position for position, key in enumerate(keys) if key not in found]
     transform = augment.build(augmentation, classifier.image_size)
-    for start in range(0, len(missing), FEATURE_BATCH):
-        backbone = load_backbone(classifier.backbone).to(device)
+
+    def compute(start: int) -> None:
         batch = missing[start : start + FEATURE_BATCH]
         views = [
             augment.view(images[position // num_views], transform, _seed(keys[position]))
@@ -165,8 +159,31 @@ def image_features(
         made = {keys[position]: vector for position, vector in zip(batch, computed, strict=True)}
         vectors.write(made.items())
         found.update(made)
+
+    if missing:
+        backbone = load_backbone(classifier.backbone).to(device)
+        in_parallel(study.settings, compute, range(0, len(missing), FEATURE_BATCH))
     stacked = np.stack([found[key] for key in keys])
     return torch.from_numpy(stacked).view(len(images), num_views, -1)
+
+
+def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
+    """Whether the store has the features of all of some images, not augmented."""
+    keys = _feature_keys(study, images, "none", 1)
+    return len(VectorCache(study.store.root / "features.sqlite").read(keys)) == len(set(keys))
+
+
+def _feature_keys(
+    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, num_views: int
+) -> list[str]:
+    classifier = study.settings.classifier
+    weights = BACKBONES[classifier.backbone][:20]
+    recipe = f"{CODE_VERSION}-{augment.CODE_VERSION}-{weights}-{classifier.image_size}"
+    return [
+        f"{recipe}/{digest}/{augmentation}/{number}"
+        for digest in digests(images)
+        for number in range(num_views)
+    ]
 
 
 def _seed(key: str) -> int:

@@ -117,8 +117,8 @@ def test_controls_from_outside_are_an_arm_of_their_own(world):
     inside, outside = cells.repeated(
         [arm, {**arm, "controls_from_outside": True}], "controlled", 1, 1
     )
-    assert (inside.arm, inside.control_percent) == ("controlnet-canny", 10)
-    assert (outside.arm, outside.control_percent) == ("controlnet-canny+outside", 100)
+    assert (inside.arm, cells.pool_percent(world, inside)) == ("controlnet-canny", 10)
+    assert (outside.arm, cells.pool_percent(world, outside)) == ("controlnet-canny+outside", 100)
     results = cells.run(world, [inside, outside], progress=False)
     assert results["num_real"].tolist() == [4, 4]
     assert cells._folder(world, inside) != cells._folder(world, outside)

@@ -19,7 +19,7 @@ def call(monkeypatch, capsys, *arguments):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr(run_all, "execute", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(run_all, "execute_all", lambda *_: pytest.fail("work was started"))
 
 
 @pytest.mark.usefixtures("nothing_runs")

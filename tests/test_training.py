@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet34_Weights, resnet34
 
 from sdaug_utils import augment, training
 from sdaug_utils.params import Controlled, Published
@@ -117,8 +118,29 @@ def test_views_are_seeded_and_of_the_size_asked_for(world, name):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_published_training_equals_a_plain_loop(world):
-    """BatchNorm in train mode, no normalisation, last weights: the same bits as written out."""
+class RecordingSGD(torch.optim.SGD):
+    """Keeps the weights after each update."""
+
+    after: list = []  # noqa: RUF012
+
+    def step(self, *arguments):
+        super().step(*arguments)
+        weights = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        self.after.append(weights)
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet-lite0", "resnet34"])
+@pytest.mark.parametrize(("patience", "stops_early"), [(5, False), (1, True)])
+def test_published_training_equals_a_plain_loop(
+    world, monkeypatch, backbone, patience, stops_early
+):
+    """BatchNorm in train mode, no normalisation, last weights: the same bits at every update."""
+    torch.manual_seed(0)
+    random = resnet34().state_dict()
+    monkeypatch.setattr(ResNet34_Weights, "get_state_dict", lambda self, **_: random)
+    training.load_backbone.cache_clear()
+    monkeypatch.setattr(torch.optim, "SGD", RecordingSGD)
+    monkeypatch.setattr(RecordingSGD, "after", [])
     train, test = world.data.splits["train"], world.data.splits["test"]
     rows = np.array([0, 1, 2, 20, 21, 22])
     images, labels = train.images(rows), train.labels[rows]
@@ -128,22 +150,23 @@ def test_published_training_equals_a_plain_loop(world):
         labels,
         (validation.images(), validation.labels),
         test.images(),
-        "efficientnet-lite0",
+        backbone,
         32,
         "none",
-        PUBLISHED,
+        PUBLISHED.model_copy(update={"patience": patience, "max_epochs": 6}),
         5,
         2,
     )
 
-    network = copy.deepcopy(training.load_backbone("efficientnet-lite0"))
+    network = copy.deepcopy(training.load_backbone(backbone))
+    training.load_backbone.cache_clear()
     torch.manual_seed(5)
-    head = nn.Linear(1280, 2)
+    head = nn.Linear(network.num_features, 2)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    epochs, scores = 0, []
-    while epochs < 3 and not (epochs > 2 and max(scores[:-2]) >= max(scores[-2:])):
+    scores, updates = [], iter(RecordingSGD.after)
+    for epoch in range(6):
         network.train()
-        order = np.random.default_rng((5, epochs)).permutation(6)
+        order = np.random.default_rng((5, epoch)).permutation(6)
         for batch in (order[:4], order[4:]):
             with torch.no_grad():
                 features = network(pixels[batch])
@@ -151,19 +174,24 @@ def test_published_training_equals_a_plain_loop(world):
             head.zero_grad()
             loss.backward()
             with torch.no_grad():
-                for parameter in head.parameters():
+                for parameter, theirs in zip(head.parameters(), next(updates), strict=True):
                     parameter -= 1e-3 * parameter.grad
+                    assert torch.equal(parameter, theirs)
         network.eval()
         with torch.no_grad():
             seen = torch.from_numpy(np.stack(validation.images())).permute(0, 3, 1, 2) / 255
             scores.append((head(network(seen)).argmax(1).numpy() == validation.labels).mean())
-        epochs += 1
+        best_epoch = scores.index(max(scores))  # the first of equals
+        if epoch - best_epoch >= patience:
+            break
+    assert (len(scores) < 6) == stops_early
+    assert next(updates, None) is None
     with torch.no_grad():
         held = torch.from_numpy(np.stack(test.images())).permute(0, 3, 1, 2) / 255
         expected = head(network(held)).argmax(1).numpy()
     np.testing.assert_array_equal(outcome.predictions, expected)
     assert outcome.validation_accuracy == scores[-1]
-    assert outcome.num_updates == 2 * epochs
+    assert outcome.num_updates == 2 * len(scores)
 
 
 def test_published_training_leaves_the_shared_backbone_alone(world):

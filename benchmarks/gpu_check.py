@@ -1,0 +1,304 @@
+"""Run every technique at the size of Stable Diffusion 1.5 on a GPU; there is nothing to download.
+
+    python benchmarks/gpu_check.py    writes benchmarks/results/gpu.json
+
+The architecture is Stable Diffusion 1.5's, the weights are random: the images show noise, and take
+as long as others. Steps are fewer than the thesis's and times are scaled up. Checked: shapes and
+types, that the seeds of a pool do not depend on the batch, and that its images hardly do.
+``run_all.py --dry-run --profile thesis`` plans with what is measured here.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from machine import describe
+from torchvision.models import resnet34
+from torchvision.models.segmentation import deeplabv3_resnet101
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from sdaug_utils import augment, datasets, foundation, params, pools, training
+from sdaug_utils.params import Settings, Technique
+from sdaug_utils.store import Store
+from sdaug_utils.study import Study
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+FULL: dict[str, Any] = {
+    "unet": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+    },
+    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+    "heads": 12,
+    "vision": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "resolution": 512,
+}
+TINY: dict[str, Any] = {
+    "unet": {"sample_size": 16, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
+    "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
+    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    "heads": 4,
+    "vision": {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 56,
+    },
+    "resolution": 128,
+}
+STEPS = {"sampling": 20, "dreambooth": 20, "textual-inversion": 5}
+BATCH = 8
+CLASSES = ("dress", "bag")
+
+
+def build(folder: Path, sizes: dict[str, Any]) -> None:
+    """A pipeline with a safety checker, and a ControlNet, of random weights in half precision."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        **sizes["unet"], cross_attention_dim=sizes["text"]["hidden_size"], attention_head_dim=8
+    )
+    levels = len(sizes["vae"]["block_out_channels"])
+    vae = diffusers.AutoencoderKL(
+        **sizes["vae"],
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=sizes["resolution"],
+    )
+    vision = {**sizes["vision"], "image_size": 224}
+    checker = CLIPConfig(vision_config=vision, projection_dim=sizes["text"]["hidden_size"])
+    tokenizer = CLIPTokenizer.from_pretrained(foundation.MINIATURE_WEIGHTS / "tokenizer")
+    tokenizer.model_max_length = 77
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                **sizes["text"],
+                num_attention_heads=sizes["heads"],
+                max_position_embeddings=77,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=StableDiffusionSafetyChecker(checker),
+        feature_extractor=CLIPImageProcessor(
+            size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
+        ),
+    )
+    diffusers.ControlNetModel.from_unet(unet).half().save_pretrained(folder / "controlnet")
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
+        model.half()
+    pipeline.save_pretrained(folder / "pipeline")
+
+
+def open_check(folder: Path, sizes: dict[str, Any], device: str) -> Study:
+    """The thesis profile on the built models and two classes of the shipped photographs."""
+    thesis = params.load_settings("thesis")
+    controlnet = str(folder / "controlnet")
+    steps = {"num_inference_steps": STEPS["sampling"]}
+    sampling = {**steps, "resolution": sizes["resolution"], "batch_size": BATCH}
+    inversion = {"max_train_steps": STEPS["textual-inversion"], "initializer_token": "product"}
+    settings = thesis.model_copy(
+        update={
+            "foundation": str(folder / "pipeline"),
+            "device": device,
+            "sampling": thesis.sampling.model_copy(update=sampling),
+            "controlnet": thesis.controlnet.model_copy(
+                update={**steps, "canny": controlnet, "segmentation": controlnet}
+            ),
+            "dreambooth": thesis.dreambooth.model_copy(
+                update={"max_train_steps": STEPS["dreambooth"], "keep_models": True}
+            ),
+            "dreambooth_lora": thesis.dreambooth_lora.model_copy(
+                update={"max_train_steps": STEPS["dreambooth"]}
+            ),
+            "textual_inversion": thesis.textual_inversion.model_copy(update=inversion),
+        }
+    )
+    data = datasets.load("fashion-mnist", CLASSES, {"train": 5, "validation": 1, "test": 1})
+    return Study("thesis", settings, data, Store(folder / "store"))
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a piece of work takes, and its result."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def check_technique(study: Study, technique: Technique) -> dict[str, Any]:
+    """Make two batches of each class, one after the other, and look at what came out.
+
+    The first call may load, compile and fine-tune; the second one only samples.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    first, _ = timed(lambda: pools.technique_pools(study, technique, 0, BATCH, progress=False))
+    second, made = timed(
+        lambda: pools.technique_pools(study, technique, 0, 2 * BATCH, progress=False)
+    )
+    size = study.settings.sampling.resolution
+    assert all(image.shape == (size, size, 3) for pool in made for image in pool.images())
+    assert len({seed for pool in made for seed in pool.seeds}) == 2 * BATCH * len(CLASSES)
+    assert max(attempt for pool in made for attempt in pool.attempts) == 1
+    images = BATCH * len(CLASSES)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return {
+        "images per second": round(images / second, 2),
+        "seconds per model": round(max(0.0, first - second) / len(CLASSES), 2),
+        "peak memory GiB": round(peak, 2),
+    }
+
+
+def difference_between_batches(study: Study) -> float:
+    """Mean distance (grey levels) of the same images made in a batch and one by one."""
+    alone = study.settings.sampling.model_copy(update={"batch_size": 1})
+    settings = study.settings.model_copy(update={"sampling": alone})
+    elsewhere = replace(study, settings=settings, store=Store(study.store.root / "one by one"))
+    batch = pools.technique_pools(study, "stable-diffusion-prompt", 0, 4, progress=False)[0]
+    single = pools.technique_pools(elsewhere, "stable-diffusion-prompt", 0, 4, progress=False)[0]
+    assert batch.seeds == single.seeds, "seeds depend on the size of the batch"
+    pairs = zip(batch.images(), single.images(), strict=True)
+    return float(np.mean([np.abs(a.astype(float) - b).mean() for a, b in pairs]))
+
+
+def training_rates(settings: Settings, size: int, device: torch.device) -> dict[str, float]:
+    """Seconds per image of the classifier's and the segmenter's work, by random weights."""
+    photographs = np.random.default_rng(0).integers(0, 255, (64, 375, 500, 3), np.uint8)
+    resize = augment.build("none", size)
+
+    def pixels() -> torch.Tensor:
+        views = [augment.view(image, resize, 0) for image in photographs]
+        return training.to_pixels(views).to(device)
+
+    backbone = resnet34(num_classes=37).to(device).eval()
+    head = torch.randn(1000, 1, 512)
+    labels = torch.arange(1000) % 37
+    controlled = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
+    segmenter = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=3).to(device)
+    segmenter.backbone.requires_grad_(False)
+
+    @torch.no_grad()
+    def features() -> None:
+        backbone(pixels()).cpu()
+
+    def epoch() -> None:
+        for part in pixels().split(16):
+            with torch.no_grad():
+                backbone.train()(part)
+
+    def segment() -> None:
+        for part in pixels().split(16):
+            segmenter.train()(part)["out"].mean().backward()
+
+    rates = {}
+    for name, work in (
+        ("feature", features),
+        ("image, training of the whole network", epoch),
+        ("image, training of a segmenter", segment),
+    ):
+        work()
+        rates[name] = timed(work)[0] / len(photographs)
+    seconds, _ = timed(
+        lambda: training.train_head(head, labels, controlled, 0, 37, 500, lambda step, made: None)
+    )
+    return rates | {"image, training of a head": seconds / (500 * controlled.batch_size)}
+
+
+def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
+    """All techniques on models of the given sizes: what ``gpu.json`` holds."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        build(folder, sizes)
+        study = open_check(folder, sizes, device)
+        techniques = {}
+        for technique in get_args(Technique):
+            techniques[technique] = check_technique(study, technique)
+            print(f"{technique:<24} {techniques[technique]}", flush=True)
+        difference = difference_between_batches(study)
+        assert difference < 2, f"images depend on the batch: {difference:.1f} grey levels"
+        settings = study.settings
+    # What was sampled and learnt in fewer steps, as if it had been in all of the thesis's.
+    thesis = params.load_settings("thesis")
+    scale = thesis.sampling.num_inference_steps / STEPS["sampling"]
+
+    def per_image(name: str) -> float:
+        return scale / max(techniques[name]["images per second"], 0.01)
+
+    accumulation = settings.textual_inversion.gradient_accumulation_steps
+    seconds = {
+        "image by a prompt": per_image("stable-diffusion-prompt"),
+        "image of a personalised model": per_image("dreambooth"),
+        "image with a ControlNet": per_image("controlnet-canny"),
+        "latent, fine-tuning of the U-Net": techniques["dreambooth"]["seconds per model"]
+        / STEPS["dreambooth"],
+        "latent, textual inversion": techniques["textual-inversion"]["seconds per model"]
+        / (STEPS["textual-inversion"] * accumulation),
+        **training_rates(
+            settings,
+            settings.classifier.image_size if sizes is FULL else 32,
+            foundation.device_of(settings),
+        ),
+    }
+    return {
+        "machine": describe(),
+        "precision": str(foundation.dtype_of(settings)),
+        "techniques": techniques,
+        "grey levels between batches of 8 and of 1": round(difference, 3),
+        "seconds": {name: float(f"{value:.3g}") for name, value in seconds.items()},
+    }
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check.py: no CUDA GPU here", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    report = check(FULL, "cuda")
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The thesis profile's parts on their real interfaces, as small as they can be."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from torchvision.models import ResNet34_Weights, resnet34
+from torchvision.models.segmentation import (
+    DeepLabV3_ResNet101_Weights,
+    deeplabv3_resnet101,
+)
+
+import run_all
+from sdaug_utils import (
+    cells,
+    costs,
+    datasets,
+    foundation,
+    params,
+    personalise,
+    pools,
+    report,
+    segmentation,
+    training,
+)
+from sdaug_utils.errors import InputError
+from sdaug_utils.study import Study, check_percents
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def changed(study, **sections):
+    """A study with other settings: section by section, or a whole one."""
+    updates = {
+        name: getattr(study.settings, name).model_copy(update=value)
+        if isinstance(value, dict)
+        else value
+        for name, value in sections.items()
+    }
+    settings = study.settings.model_copy(update=updates)
+    return Study(study.profile, settings, study.data, study.store)
+
+
+@pytest.fixture
+def nothing_is_here(tmp_path, monkeypatch):
+    """No model in the hub's cache, no data set in the project."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "PROJECT", tmp_path)
+    for function in (foundation.revision, foundation.controlnet_revision, foundation._from_hub):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_is_here")
+def test_a_dry_run_needs_neither_data_nor_models(monkeypatch, capsys, tmp_path):
+    arguments = ["--profile", "thesis", "--dry-run", "--output", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--only", "01", "08", "09", *arguments])
+    assert run_all.main() == 0
+    shown = capsys.readouterr().out
+    assert "not here yet, planned by published sizes: stable-diffusion-v1-5" in shown
+    assert "oxford-iiit-pet, food-101" in shown
+    first, eighth, ninth = (
+        next(line for line in shown.splitlines() if line.startswith(number))
+        for number in ("01", "08", "09")
+    )
+    # 5 subjects, 4 numbers of images, 2 techniques; 4 prompts of 3 images
+    assert "480 / 480" in first
+    assert "40 / 40" in first
+    assert "24 / 24" in eighth
+    # 101 classes, 3 draws: 20 images by prompts, 20 that follow control images
+    assert "12120 / 12120" in ninth
+    assert "GPU hours" in shown
+    assert "by the thesis's logs" in shown
+    assert "times as many" in shown
+
+
+def test_hours_are_those_of_the_rates(world):
+    rates = costs.Rates("by hand", {"image by a prompt": 2.0, "feature": 0.0})
+    needs = costs.Needs()
+    for request in pools.technique_requests(world, "stable-diffusion-prompt", 0, 9):
+        needs.request(request)
+    assert costs.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
+    assert costs.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
+    assert costs.thesis_hours("01-number-of-images") == 0
+
+
+def test_a_model_that_is_not_kept_counts_again_for_a_pool_that_grows(world):
+    world = changed(world, dreambooth={"prior_loss_weight": 0.0, "keep_models": False})
+    few, many = costs.Needs(), costs.Needs()
+    for needs, count in ((few, 1), (many, 3)):
+        for request in pools.technique_requests(world, "dreambooth", 0, count):
+            needs.request(request)
+    assert costs.missing(world, many, few).num_models == 2
+    assert costs.missing(world, few, many).num_models == 0
+    kept = changed(world, dreambooth={"keep_models": True})
+    assert costs.missing(kept, many, few).num_models == 0
+
+
+def test_a_disk_that_is_too_small_stops_the_study_before_it_starts(monkeypatch, tmp_path):
+    jobs = run_all.check(run_all.chosen_notebooks(["04"]), "smoke", tmp_path)
+    run_all.require_disk(jobs)
+    usage = shutil._ntuple_diskusage(2**40, 2**40, 1000)
+    monkeypatch.setattr(run_all.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"not enough disk: the plan needs .* GiB in .* are free"):
+        run_all.require_disk(jobs)
+
+
+def test_a_batch_that_exceeds_the_memory_is_halved_down_to_one(capsys):
+    seen = []
+
+    def work(part):
+        seen.append(len(part))
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return [2 * item for item in part]
+
+    batch = foundation.Batch(8, "sampling.batch_size")
+    assert batch.run(work, range(10)) == [2 * item for item in range(10)]
+    assert seen == [8, 4, 2, 2, 2, 2, 2]
+    assert batch.run(work, [7]) == [14]
+    shown = capsys.readouterr().out
+    assert "sampling.batch_size: 8 exceed the GPU's memory: going on with 4" in shown
+
+    def too_small(part):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with pytest.raises(InputError, match="too small even for one"):
+        foundation.Batch(2, "sampling.batch_size").run(too_small, [1, 2])
+
+
+def test_a_pool_is_the_same_where_the_memory_is_short(world, tmp_path, monkeypatch):
+    whole = pools.technique_pools(world, "stable-diffusion-prompt", 0, 4, progress=False)
+    pipeline_sampler = pools.pipeline_sampler
+
+    def short(*arguments, **more):
+        sampler = pipeline_sampler(*arguments, **more)
+
+        def sample(indices, seeds):
+            if len(seeds) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return sampler(indices, seeds)
+
+        return sample
+
+    monkeypatch.setattr(pools, "pipeline_sampler", short)
+    elsewhere = Study(world.profile, world.settings, world.data, type(world.store)(tmp_path / "x"))
+    parts = pools.technique_pools(elsewhere, "stable-diffusion-prompt", 0, 4, progress=False)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.seeds == other.seeds
+        for a, b in zip(one.images(), other.images(), strict=True):
+            assert np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_fine_tuned_models_go_once_their_images_are_made(world, tmp_path):
+    kept = pools.technique_pools(world, "dreambooth", 0, 2, progress=False)
+    assert len(list((world.store.root / "dreambooth").glob("*/unet"))) == 2
+    elsewhere = Study(world.profile, world.settings, world.data, type(world.store)(tmp_path / "x"))
+    elsewhere = changed(elsewhere, dreambooth={"keep_models": False})
+    for count in (1, 2):
+        made = pools.technique_pools(elsewhere, "dreambooth", 0, count, progress=False)
+        assert not list((elsewhere.store.root / "dreambooth").glob("*/unet"))
+    for one, other in zip(kept, made, strict=True):
+        assert [file.read_bytes() for file in one.files] == [
+            file.read_bytes() for file in other.files
+        ]
+
+
+def test_lora_is_a_technique_of_its_own_and_small(world):
+    made = pools.technique_pools(world, "dreambooth-lora", 0, 2, progress=False)
+    assert [len(pool.files) for pool in made] == [2, 2]
+    [first, _] = (world.store.root / "dreambooth-lora").glob("*/pytorch_lora_weights.safetensors")
+    whole = foundation.MINIATURE_WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
+    assert first.stat().st_size < whole.stat().st_size / 10
+    assert not (first.parent / "unet").exists()
+    pipeline = foundation.load_pipeline(world.settings)
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    adapted = personalise.apply(pipeline, first.parent)
+    assert any("lora" in name for name in adapted.unet.state_dict())
+    assert all(
+        torch.equal(before[name], value) for name, value in pipeline.unet.state_dict().items()
+    )
+
+
+def test_lora_learns(world, tmp_path):
+    images = world.data.splits["train"].images(range(2))
+    settings = world.settings.dreambooth.model_copy(
+        update={"prior_loss_weight": 0.0, "max_train_steps": 30, "learning_rate": 1e-2}
+    )
+    pipeline = foundation.load_pipeline(world.settings)
+    for name in ("first", "second"):
+        personalise.dreambooth(pipeline, images, [], settings, 32, 7, tmp_path / name, lora_rank=2)
+    first, second = (
+        (tmp_path / name / personalise.LORA_FILE).read_bytes() for name in ("first", "second")
+    )
+    assert first == second
+    tuned = personalise.apply(pipeline, tmp_path / "first")
+    ups = [value for name, value in tuned.unet.state_dict().items() if "lora_B" in name]
+    assert ups
+    assert all(up.abs().max() > 0 for up in ups)  # they start at zero
+
+
+def test_mixed_precision_and_checkpointing_change_memory_and_hardly_the_model(world, tmp_path):
+    images = world.data.splits["train"].images(range(2))
+    pipeline = foundation.load_pipeline(world.settings)
+    plain = world.settings.dreambooth.model_copy(update={"prior_loss_weight": 0.0})
+    variants = {
+        "plain": (plain, False),
+        "checkpointing": (plain.model_copy(update={"gradient_checkpointing": True}), False),
+        "mixed": (plain, True),
+    }
+    weights = {}
+    for name, (settings, mixed) in variants.items():
+        folder = tmp_path / name
+        personalise.dreambooth(pipeline, images, [], settings, 32, 7, folder, mixed_precision=mixed)
+        weights[name] = personalise.apply(pipeline, folder).unet.state_dict()
+    for name, value in weights["plain"].items():
+        assert torch.equal(value, weights["checkpointing"][name])
+        assert (value - weights["mixed"][name]).abs().max() < 1e-3
+    assert any(not torch.equal(v, weights["mixed"][n]) for n, v in weights["plain"].items())
+
+
+def test_another_treatment_is_another_model_and_saving_memory_is_not(world):
+    def key(**sections):
+        request = pools.technique_requests(changed(world, **sections), "dreambooth", 0, 1)[0]
+        return request.personalisation
+
+    usual = key()
+    assert key(dreambooth={"keep_models": False, "gradient_checkpointing": True}) == usual
+    assert key(dreambooth={"optimizer": "adamw-8bit"}) != usual
+    assert key(training_precision="mixed") != usual
+
+
+def test_the_8_bit_optimiser_says_what_it_needs(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    world = changed(world, dreambooth={"optimizer": "adamw-8bit"})
+    with pytest.raises(InputError, match="adamw-8bit needs bitsandbytes"):
+        pools.technique_pools(world, "dreambooth", 0, 1, progress=False)
+
+
+def test_no_input_comes_from_outside_a_subset_that_is_smaller(world):
+    """Of 99 images, 5 % are four: the fifth input would be a leak."""
+    labels = np.repeat([0, 1], [100, 99])
+    train = world.data.splits["train"]
+    split = datasets.Split(lambda i: train.load(i % 40), labels, train.trimap, str)
+    settings = world.settings.model_copy(
+        update={"dreambooth": world.settings.dreambooth.model_copy(update={"num_input_images": 5})}
+    )
+    data = datasets.Dataset("99", world.data.class_names, {**world.data.splits, "train": split})
+    study = Study("smoke", settings, data, world.store)
+    for percent in (5, 10):
+        cell = cells.Cell(
+            protocol="controlled", real_percent=percent, draw=1, seed=0, technique="dreambooth"
+        )
+        assert cells.pool_percent(study, cell) == (5 if percent == 5 else 100)
+        inside = set(map(str, datasets.subset(labels, percent, 1)))
+        requests = pools.technique_requests(
+            study, "dreambooth", 1, 1, cells.pool_percent(study, cell)
+        )
+        assert [len(request.inputs) for request in requests] == ([5, 4] if percent == 5 else [5, 5])
+        assert all(set(datasets.digests(request.inputs)) <= inside for request in requests)
+    check_percents(study, [5], {"dreambooth"})
+    with pytest.raises(InputError, match="has 1 of a class"):
+        check_percents(study, [2], {"dreambooth"})
+
+
+@pytest.fixture
+def own_images(tmp_path, world):
+    """A folder of two class folders, ten images each."""
+    train = world.data.splits["train"]
+    for row in (*range(10), *range(20, 30)):
+        folder = tmp_path / "own" / ("tea_pot" if row < 20 else "mug")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(train.load(row)).save(folder / f"{row}.png")
+    return tmp_path / "own"
+
+
+def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch, capsys, tmp_path):
+    for variable in ("SDAUG_DATASET", "SDAUG_FIGURES"):  # the runner sets them: put them back
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    started = []
+    monkeypatch.setattr(run_all, "check", lambda paths, *rest: started.extend(paths) or [])
+    arguments = ["run_all.py", "--profile", "smoke", "--dataset", str(own_images), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(run_all, "print_plan", lambda jobs: None)
+    assert run_all.main() == 0
+    assert [path.stem[:2] for path in started] == [f"0{number}" for number in range(1, 8)]
+    assert "left out: 08 (no folder 'trimaps')" in capsys.readouterr().out
+    (own_images / "trimaps").mkdir()
+    assert [path.stem[:2] for path in run_all.about(own_images, started)][-1] == "07"
+    settings = params.load_settings("smoke")
+    assert settings.data["main"].name == "imagefolder"
+    assert settings.data["second"].name == "digits"
+    data = datasets.load(**settings.data["main"].model_dump(exclude={"download"}))
+    assert data.class_names == ("mug", "tea pot")
+    assert [len(data.splits[name]) for name in datasets.SPLITS] == [10, 4, 6]
+
+
+@pytest.fixture
+def random_weights(monkeypatch):
+    """torchvision's pinned weights as a download would leave them, but random."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(
+        ResNet34_Weights, "get_state_dict", lambda self, **_: resnet34().state_dict()
+    )
+    whole = deeplabv3_resnet101(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    ).state_dict()
+    monkeypatch.setattr(DeepLabV3_ResNet101_Weights, "get_state_dict", lambda self, **_: whole)
+    training.load_backbone.cache_clear()
+    yield
+    training.load_backbone.cache_clear()
+
+
+@pytest.mark.usefixtures("random_weights")
+def test_the_thesis_backbones_train_a_classifier_and_a_segmenter(world):
+    classifier = {"backbone": "resnet34"}
+    segmenter = {"backbone": "deeplabv3-resnet101", "keep_features": False, "image_size": 32}
+    world = changed(world, classifier=classifier, segmenter=segmenter)
+    assert training.load_backbone("resnet34")(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
+    maps = segmentation.FeatureMaps(world)(world.data.splits["train"].images(range(2)))
+    assert maps.shape == (2, 2048, 4, 4)
+    arms = [
+        {"protocol": "published", "real_percent": 20},
+        {"protocol": "controlled", "real_percent": 20},
+        {"protocol": "controlled", "real_percent": 20, "task": "segmentation"},
+    ]
+    results = cells.run(world, [cells.Cell(draw=0, seed=0, **arm) for arm in arms], progress=False)
+    assert results["test_score"].between(0, 1).all()
+    assert (results["num_updates"] > 0).all()
+
+
+def test_tables_name_the_models_and_their_revision(world):
+    named = report.models(params.load_settings("smoke"))
+    assert named["text-to-image model"] == "miniature"
+    assert named["classifier's backbone"].startswith("efficientnet-lite0 (579344")
+
+
+def test_a_gpu_check_runs_every_technique(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("gpu_check", BENCHMARKS / "gpu_check.py")
+    gpu_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    monkeypatch.setattr(gpu_check, "BATCH", 2)
+    monkeypatch.setattr(
+        gpu_check, "STEPS", {"sampling": 2, "dreambooth": 1, "textual-inversion": 1}
+    )
+    found = gpu_check.check(gpu_check.TINY, "cpu")
+    assert set(found["techniques"]) == {
+        "stable-diffusion-prompt",
+        "dreambooth",
+        "dreambooth-lora",
+        "textual-inversion",
+        "controlnet-canny",
+        "controlnet-segmentation",
+    }
+    assert set(found["seconds"]) == set(
+        json.loads((costs.DATA_FOLDER / "rates-a100.json").read_text())["seconds"]
+    )
+    assert all(value > 0 for name, value in found["seconds"].items() if name != "latent")
