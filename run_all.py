@@ -134,16 +134,23 @@ class Kernel:
         self.ledger = Path(self.folder.name) / "ledger"
         self.manager = AsyncKernelManager(transport="ipc", ip=f"{self.folder.name}/kernel")
         environment = os.environ | {"SDAUG_LEDGER": str(self.ledger)}
-        asyncio.run(self.manager.start_kernel(cwd=NOTEBOOKS, env=environment))
+        asyncio.run(self._start(environment))
         client = BlockingKernelClient()
         client.load_connection_info(self.manager.get_connection_info())
         client.start_channels(iopub=False, stdin=False, hb=False, control=False)
         client.execute("import sdaug_utils.claims, sdaug_utils.figures", silent=True)
         client.stop_channels()
 
+    async def _start(self, environment: dict[str, str]) -> None:
+        await self.manager.start_kernel(cwd=NOTEBOOKS, env=environment)
+
     def stop(self) -> None:
-        asyncio.run(self.manager.shutdown_kernel(now=True))
+        """End the kernel, whatever it is doing."""
+        asyncio.run(self._stop())
         self.folder.cleanup()
+
+    async def _stop(self) -> None:
+        await self.manager.shutdown_kernel(now=True)
 
 
 def execute(job: Job, kernel: Kernel, output: Path, profile: str) -> Report:

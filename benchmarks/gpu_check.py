@@ -73,6 +73,7 @@ TINY: dict[str, Any] = {
 }
 STEPS = {"sampling": 20, "dreambooth": 20, "textual-inversion": 5}
 BATCH = 8
+PHOTOGRAPHS = 64
 CLASSES = ("dress", "bag")
 
 
@@ -202,7 +203,7 @@ def difference_between_batches(study: Study) -> float:
 
 def training_rates(settings: Settings, size: int, device: torch.device) -> dict[str, float]:
     """Seconds per image of the classifier's and the segmenter's work, by random weights."""
-    photographs = np.random.default_rng(0).integers(0, 255, (64, 375, 500, 3), np.uint8)
+    photographs = np.random.default_rng(0).integers(0, 255, (PHOTOGRAPHS, 375, 500, 3), np.uint8)
     resize = augment.build("none", size)
 
     def pixels() -> torch.Tensor:

@@ -148,7 +148,7 @@ def save_sheets(study: Study, target: Path) -> None:
     rows = datasets.first_per_class(train.labels, 1)[:: max(1, 37 // SHOWN)][:SHOWN]
     size, resolution = settings.classifier.image_size, settings.sampling.resolution
     names: tuple[Augmentation, ...] = ("none", *AUGMENTATIONS)
-    views = {
+    views: dict[str, list[np.ndarray]] = {
         name: [
             augment.view(train.load(int(row)), augment.build(name, size), int(row)) for row in rows
         ]

@@ -189,15 +189,13 @@ def _adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
 def _add_adapters(unet: torch.nn.Module, rank: int, seed: int) -> None:
     from peft import LoraConfig
 
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        init_lora_weights="gaussian",
-        target_modules=list(LORA_LAYERS),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        unet.add_adapter(config)  # type: ignore[operator]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_LAYERS))
+    unet.add_adapter(config)  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # as peft does by "gaussian", but from a generator of our own
+        for name, weight in unet.named_parameters():
+            if "lora_A" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) / rank)
 
 
 def _save_adapters(

@@ -9,6 +9,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -100,7 +101,7 @@ def models(settings: Settings) -> dict[str, str]:
 
 def write_tables(profile: str) -> None:
     """Tables A.1 and B.1 from this machine, and ``claims.csv`` from the notebooks' verdicts."""
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "table-a-1-hardware": hardware(),
         "table-b-1-software": software() | models(load_settings(profile)),
     }

@@ -159,6 +159,7 @@ def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path)
     monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path / "figures"))
     seen = []
     monkeypatch.setattr(run_all, "check", lambda *a, **_: seen.append(a) or [])
+    monkeypatch.setattr(run_all, "print_plan", lambda jobs: None)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--protocol", "published", "--dry-run"])
     assert run_all.main() == 0
     assert figures.folder("miniature") == tmp_path / "figures" / "published" / "miniature"

@@ -347,6 +347,7 @@ def test_a_gpu_check_runs_every_technique(monkeypatch):
     gpu_check = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu_check)
     monkeypatch.setattr(gpu_check, "BATCH", 2)
+    monkeypatch.setattr(gpu_check, "PHOTOGRAPHS", 16)
     monkeypatch.setattr(
         gpu_check, "STEPS", {"sampling": 2, "dreambooth": 1, "textual-inversion": 1}
     )
