@@ -141,7 +141,7 @@ def test_a_dry_run_counts_what_is_missing_and_starts_nothing(monkeypatch, capsys
     assert "28 / 28" in fourth
     assert "0 / 36" in fifth  # experiment 04 has made them
     assert "12 / 16" in fifth  # its baselines, too
-    assert any("2.0 times as many" in line for line in lines)
+    assert any("4.0 times as many" in line for line in lines)
     assert not list((tmp_path / "store").glob("pools/*"))
 
 
