@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test notebooks lab lock clean
+.PHONY: study test notebooks lab pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py
@@ -24,6 +24,12 @@ lab: .venv/installed            ## open the notebooks
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+pets-check: .venv/installed     ## the thesis profile's path on real pets: make pets-check DATA=folder
+	$(BIN)/python benchmarks/pets_check.py "$(DATA)"
+
+gpu-check: .venv/installed      ## every technique at full size on this machine's GPU
+	$(BIN)/python benchmarks/gpu_check.py
 
 lock: .venv/installed           ## renew requirements.lock from pyproject.toml
 	$(BIN)/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'

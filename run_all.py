@@ -89,7 +89,7 @@ def check(
 
     A dry check downloads nothing: what is not here yet is planned for by its published size.
     """
-    from sdaug_utils import costs, experiments, figures, foundation, params, store, study
+    from sdaug_utils import costs, experiments, figures, foundation, params, store, study, training
 
     jobs, opened, absent = [], {}, []
     for path in paths:
@@ -115,6 +115,9 @@ def check(
         foundation.revision(settings.foundation)
         for name in ("controlnet-canny", "controlnet-segmentation"):
             foundation.controlnet_revision(foundation.controlnet_name(settings, name), name)
+        for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
+            if backbone != "efficientnet-lite0":  # whose weights come with the packages
+                training.load_backbone(backbone)
     for folder in (output, figures.folder(profile)):
         store.require_writable(folder)
     return jobs
@@ -398,6 +401,9 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path, help="a folder of class folders, for the main data")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing")
     parser.add_argument(
+        "--download-only", action="store_true", help="fetch models and data; start no notebook"
+    )
+    parser.add_argument(
         "--keep-going",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -435,6 +441,7 @@ def main() -> int:
         return 2
     if arguments.dry_run:
         print_plan(jobs)
+    if arguments.dry_run or arguments.download_only:
         return 0
     reports = execute_all(jobs, output, arguments.profile, arguments.keep_going)
     from sdaug_utils import report

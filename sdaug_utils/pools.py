@@ -11,7 +11,8 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -478,6 +479,8 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
 
     def ready_pipeline(request: Request) -> "diffusers.StableDiffusionPipeline":
         model = request.personalisation
+        if passing:
+            _personalise(study, [request], pipeline, None)
         return personalise.apply(
             pipeline(), store.folder(request.technique, model) if model else None
         )
@@ -499,27 +502,33 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
 
     def fill_group(number: int) -> None:
         group = list(groups.values())[number]
-        model = requests[group[0]].personalisation
-        if passing:
-            _personalise(study, [requests[group[0]]], pipeline, None)
-        ready = cache(partial(ready_pipeline, requests[group[0]]))
-        for position in group:
-            request, sampling = requests[position], settings.sampling
-            pools[position] = grow(
-                store,
-                request.spec,
-                request.indices,
-                partial(make_sampler, request, ready),
-                sampling.batch_size,
-                sampling.max_attempts,
-                bar,
-            )
-        if passing and model:
-            store.drop(requests[group[0]].technique, model)
+        first = requests[group[0]]
+        ready = cache(partial(ready_pipeline, first))
+        with _passing(store, first) if passing else nullcontext():
+            for position in group:
+                request, sampling = requests[position], settings.sampling
+                pools[position] = grow(
+                    store,
+                    request.spec,
+                    request.indices,
+                    partial(make_sampler, request, ready),
+                    sampling.batch_size,
+                    sampling.max_attempts,
+                    bar,
+                )
 
     with bar:
         in_parallel(settings, fill_group, range(len(groups)))
     return [_with_controls(pools[i], request) for i, request in enumerate(requests)]
+
+
+@contextmanager
+def _passing(store: Store, request: Request) -> Iterator[None]:
+    """Keep a request's model for as long as one process uses it, then delete it."""
+    assert request.personalisation is not None
+    with store.lock("passing-models", request.personalisation):
+        yield
+        store.drop(request.technique, request.personalisation)
 
 
 def _with_controls(pool: Pool, request: Request) -> Pool:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,18 @@ def test_fine_tuned_models_go_once_their_images_are_made(world, tmp_path):
         assert [file.read_bytes() for file in one.files] == [
             file.read_bytes() for file in other.files
         ]
+
+
+def test_two_processes_may_pass_on_the_same_model(world):
+    world = changed(world, dreambooth={"keep_models": False, "prior_loss_weight": 0.0})
+    with ThreadPoolExecutor(2) as executor:
+        both = executor.map(
+            lambda count: pools.technique_pools(world, "dreambooth", 0, count, progress=False),
+            (1, 3),
+        )
+        few, many = both
+    assert [len(pool.files) for pool in (*few, *many)] == [1, 1, 3, 3]
+    assert not list((world.store.root / "dreambooth").glob("*/unet"))
 
 
 def test_lora_is_a_technique_of_its_own_and_small(world):
