@@ -119,7 +119,7 @@ def control_obedience(
         **pipeline.components, controlnet=controlnet, requires_safety_checker=False
     )
     controlled.set_progress_bar_config(disable=True)
-    sampling = study.settings.sampling
+    settings, prompt = study.settings.controlnet, study.settings.sampling.prompt
     report, sheets = {}, []
     for name, scale in (("with", 1.0), ("without", 0.0)):
         results = []
@@ -127,10 +127,10 @@ def control_obedience(
             part = slice(start, start + 50)
             names = [study.data.class_names[validation.labels[row]] for row in rows[part]]
             results += controlled(
-                [sampling.prompt.format(class_name) for class_name in names],
+                [prompt.format(class_name) for class_name in names],
                 image=[Image.fromarray(control) for control in controls[part]],
-                num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
                 controlnet_conditioning_scale=scale,
                 generator=[torch.Generator().manual_seed(int(row)) for row in rows[part]],
             ).images
