@@ -233,6 +233,8 @@ def load_pipeline(
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    # It warns of how a new token's embedding is initialised, though the learnt one follows at once.
+    transformers.utils.logging.set_verbosity_error()
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         locate(settings.foundation),
         dtype=dtype_of(settings),

@@ -43,6 +43,8 @@ def test_committed_notebook_is_fit_to_be_read_on_the_web(path):
         output.get("data", {}).pop("image/png", None)  # its letters may spell anything
     text = str(outputs)
     assert not re.search(r"Warning|Traceback|/home/|/root/|/work/|/tmp/", text)
+    shown = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert all(re.search(r"100%\|.*(it/s|s/it)\]", line) for line in shown.splitlines()), shown
     checked = [cell for cell in notebook.cells if "NBVAL_CHECK_OUTPUT" in cell.source]
     assert checked
     assert all(cell.outputs for cell in checked)
