@@ -156,7 +156,7 @@ class Kernel:
         await self.manager.shutdown_kernel(now=True)
 
 
-def execute(job: Job, kernel: Kernel, output: Path, profile: str) -> Report:
+def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Report:
     """Run one notebook and say what became of it."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -167,7 +167,9 @@ def execute(job: Job, kernel: Kernel, output: Path, profile: str) -> Report:
     target, began = output / path.name, time.time()
     target.unlink(missing_ok=True)
     (figures.folder(profile) / f"verdicts-{path.stem[:2]}.csv").unlink(missing_ok=True)
-    status = "ok"
+    status, none = "ok", dict.fromkeys(KINDS, 0)
+    if kernel is None:
+        return Report(path.stem, "failed: no kernel", 0, [], target, none, none)
     try:
         papermill.execute_notebook(
             path, target, job.overrides, cwd=NOTEBOOKS, progress_bar=False, km=kernel.manager
@@ -177,12 +179,11 @@ def execute(job: Job, kernel: Kernel, output: Path, profile: str) -> Report:
     except Exception as error:  # a kernel that died: the other notebooks still run
         status = f"failed: {type(error).__name__}: {error}"
     made, reused = read_ledger(kernel.ledger)
-    written = [
-        file for file in figures.folder(profile).glob("*.*") if file.stat().st_mtime >= began
-    ]
+    written = files_written(kernel.ledger)
     if target.exists():
-        tidy(target, profile, [file for file in written if file.suffix == ".csv"])
-    drawn = sorted(file.name for file in written if file.suffix == ".png")
+        numbers = [name for name in written if name.endswith(".csv")]
+        tidy(target, profile, [figures.folder(profile) / name for name in numbers])
+    drawn = [name for name in written if name.endswith(".png")]
     minutes = (time.time() - began) / 60
     return Report(path.stem, status.splitlines()[0], minutes, drawn, target, made, reused)
 
@@ -190,30 +191,41 @@ def execute(job: Job, kernel: Kernel, output: Path, profile: str) -> Report:
 def execute_all(jobs: list[Job], output: Path, profile: str, keep_going: bool) -> list[Report]:
     """Run notebooks one after the other, to the first that fails or, to keep going, to the last."""
     reports: list[Report] = []
-    kernel, following = Kernel() if jobs else None, None
+    ahead: Kernel | None = None
     try:
         for number, job in enumerate(jobs, start=1):
             print(f"{job.path.stem} …", flush=True)
-            following = Kernel() if number < len(jobs) else None
-            assert kernel is not None
-            reports.append(execute(job, kernel, output, profile))
-            kernel.stop()
-            kernel, following = following, None
+            kernel, ahead = ahead or start_kernel(), None
+            try:
+                ahead = start_kernel() if number < len(jobs) else None
+                reports.append(execute(job, kernel, output, profile))
+            finally:
+                if kernel:
+                    kernel.stop()
             if reports[-1].status != "ok" and not keep_going:
                 break
     finally:
-        for left in (kernel, following):
-            if left:
-                left.stop()
+        if ahead:
+            ahead.stop()
     return reports
+
+
+def start_kernel() -> Kernel | None:
+    """A kernel, or None where none would start: its notebook's turn brings another try."""
+    try:
+        return Kernel()
+    except Exception as error:
+        print(f"no kernel: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
 
 
 def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int]]:
     """How many artefacts of each kind a notebook made, and how many more it used."""
     used: dict[tuple[str, str], set[int]] = {}
     made: dict[tuple[str, str], set[int]] = {}
-    for line in ledger.read_text().splitlines() if ledger.exists() else []:
-        entry = json.loads(line)
+    for entry in _entries(ledger):
+        if "file" in entry:
+            continue
         key = (entry["kind"], entry["key"])
         used.setdefault(key, set()).update(entry["used"])
         made.setdefault(key, set()).update(entry["made"])
@@ -222,6 +234,15 @@ def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int]]:
         totals[0][key[0]] += len(made[key])
         totals[1][key[0]] += len(items - made[key])
     return totals
+
+
+def files_written(ledger: Path) -> list[str]:
+    """Names of the figures and tables that a notebook wrote."""
+    return sorted({entry["file"] for entry in _entries(ledger) if "file" in entry})
+
+
+def _entries(ledger: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
 
 
 def source_digest(notebook: Any) -> str:
@@ -434,7 +455,8 @@ def main() -> int:
         if arguments.dataset and not arguments.only:
             paths = about(arguments.dataset, paths)
         jobs = check(paths, arguments.profile, output, arguments.protocol, arguments.dry_run)
-        if jobs and not arguments.dry_run and costs.is_at_scale(params_of(jobs)):
+        works = not (arguments.dry_run or arguments.download_only)
+        if jobs and works and costs.is_at_scale(params_of(jobs)):
             require_disk(jobs)
     except InputError as error:
         print(f"run_all.py: {error}", file=sys.stderr)

@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py    writes benchmarks/results/gpu.json
 
 The architecture is Stable Diffusion 1.5's, the weights are random: the images show noise, and take
-as long as others. Steps are fewer than the thesis's and times are scaled up. Checked: shapes and
-types, that the seeds of a pool do not depend on the batch, and that its images hardly do.
+as long as others. Steps are fewer than the thesis's and times are scaled up. Checked: shapes, the
+U-Net's type, that the seeds of a pool do not depend on the batch and its images hardly do, and that
+a fine-tuned U-Net that is not to be kept goes.
 ``run_all.py --dry-run --profile thesis`` plans with what is measured here.
 """
 
@@ -34,7 +35,8 @@ from transformers import (
 )
 
 from sdaug_utils import augment, datasets, foundation, params, pools, training
-from sdaug_utils.params import Settings, Technique
+from sdaug_utils.params import Personalisation, Settings, Technique
+from sdaug_utils.pools import Pool
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study
 
@@ -71,7 +73,7 @@ TINY: dict[str, Any] = {
     },
     "resolution": 128,
 }
-STEPS = {"sampling": 20, "dreambooth": 20, "textual-inversion": 5}
+STEPS = {"sampling": 20, "training": 10}
 BATCH = 4
 PHOTOGRAPHS = 64
 CLASSES = ("dress", "bag")
@@ -132,7 +134,7 @@ def open_check(folder: Path, sizes: dict[str, Any], device: str) -> Study:
     controlnet = str(folder / "controlnet")
     steps = {"num_inference_steps": STEPS["sampling"]}
     sampling = {**steps, "resolution": sizes["resolution"], "batch_size": BATCH}
-    inversion = {"max_train_steps": STEPS["textual-inversion"], "initializer_token": "product"}
+    steps_of_training = {"max_train_steps": STEPS["training"]}
     settings = thesis.model_copy(
         update={
             "foundation": str(folder / "pipeline"),
@@ -142,12 +144,12 @@ def open_check(folder: Path, sizes: dict[str, Any], device: str) -> Study:
                 update={**steps, "canny": controlnet, "segmentation": controlnet}
             ),
             "dreambooth": thesis.dreambooth.model_copy(
-                update={"max_train_steps": STEPS["dreambooth"], "keep_models": True}
+                update={**steps_of_training, "keep_models": True}
             ),
-            "dreambooth_lora": thesis.dreambooth_lora.model_copy(
-                update={"max_train_steps": STEPS["dreambooth"]}
+            "dreambooth_lora": thesis.dreambooth_lora.model_copy(update=steps_of_training),
+            "textual_inversion": thesis.textual_inversion.model_copy(
+                update={**steps_of_training, "initializer_token": "product"}
             ),
-            "textual_inversion": thesis.textual_inversion.model_copy(update=inversion),
         }
     )
     data = datasets.load("fashion-mnist", CLASSES, {"train": 5, "validation": 1, "test": 1})
@@ -165,28 +167,62 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def check_technique(study: Study, technique: Technique) -> dict[str, Any]:
-    """Make two batches of each class, one after the other, and look at what came out.
+def fill(study: Study, technique: Technique, draw: int, count: int) -> tuple[float, list[Pool]]:
+    """Seconds that it takes to have so many images of each class, and the pools."""
+    return timed(lambda: pools.technique_pools(study, technique, draw, count, progress=False))
 
-    The first call may load, compile and fine-tune; the second one only samples.
+
+def with_steps(study: Study, steps: int) -> Study:
+    """The same study with so many steps of whatever fine-tuning."""
+    methods = ("dreambooth", "dreambooth_lora", "textual_inversion")
+    update = {
+        name: getattr(study.settings, name).model_copy(update={"max_train_steps": steps})
+        for name in methods
+    }
+    return replace(study, settings=study.settings.model_copy(update=update))
+
+
+def check_technique(study: Study, technique: Technique) -> dict[str, Any]:
+    """Make images of each class, in batches, and look at what came out.
+
+    Rates are from differences, so that what is loaded, copied or saved once does not count: of
+    twice as many images, and of models that are fine-tuned for twice as many steps.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    first, _ = timed(lambda: pools.technique_pools(study, technique, 0, BATCH, progress=False))
-    second, made = timed(
-        lambda: pools.technique_pools(study, technique, 0, 2 * BATCH, progress=False)
-    )
+    fill(study, technique, 0, BATCH)  # the first call warms up
+    once, _ = fill(study, technique, 0, 2 * BATCH)
+    twice, made = fill(study, technique, 0, 4 * BATCH)
     size = study.settings.sampling.resolution
     assert all(image.shape == (size, size, 3) for pool in made for image in pool.images())
-    assert len({seed for pool in made for seed in pool.seeds}) == 2 * BATCH * len(CLASSES)
+    assert len({seed for pool in made for seed in pool.seeds}) == 4 * BATCH * len(CLASSES)
     assert max(attempt for pool in made for attempt in pool.attempts) == 1
     images = BATCH * len(CLASSES)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {
-        "images per second": round(images / second, 2),
-        "seconds per model": round(max(0.0, first - second) / len(CLASSES), 2),
-        "peak memory GiB": round(peak, 2),
-    }
+    found: dict[str, Any] = {"seconds per image": positive(twice - once) / images}
+    if technique in get_args(Personalisation):
+        short, _ = fill(with_steps(study, STEPS["training"]), technique, 1, 1)
+        long, _ = fill(with_steps(study, 2 * STEPS["training"]), technique, 1, 1)
+        per_class = positive(long - short) / len(CLASSES)
+        found["seconds per training step"] = per_class / STEPS["training"]
+    found = {name: float(f"{value:.3g}") for name, value in found.items()}
+    if torch.cuda.is_available():
+        found["peak memory GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
+
+
+def positive(seconds: float) -> float:
+    """A difference of times; noise may bring a small one below zero."""
+    return max(seconds, 1e-3)
+
+
+def check_passing_model(study: Study) -> None:
+    """The thesis profile's own way: a fine-tuned U-Net goes once its images are made."""
+    saving = {"keep_models": False, "gradient_checkpointing": True, "max_train_steps": 1}
+    dreambooth = study.settings.dreambooth.model_copy(update=saving)
+    passing = replace(study, settings=study.settings.model_copy(update={"dreambooth": dreambooth}))
+    before = set((study.store.root / "dreambooth").glob("*/unet"))
+    fill(passing, "dreambooth", 2, 1)
+    assert set((study.store.root / "dreambooth").glob("*/unet")) == before
 
 
 def difference_between_batches(study: Study) -> float:
@@ -254,6 +290,9 @@ def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         for technique in get_args(Technique):
             techniques[technique] = check_technique(study, technique)
             print(f"{technique:<24} {techniques[technique]}", flush=True)
+        check_passing_model(study)
+        precision = foundation.load_pipeline(study.settings).unet.dtype
+        assert precision == foundation.dtype_of(study.settings)
         difference = difference_between_batches(study)
         assert difference < 2, f"images depend on the batch: {difference:.1f} grey levels"
         settings = study.settings
@@ -261,18 +300,16 @@ def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
     thesis = params.load_settings("thesis")
     scale = thesis.sampling.num_inference_steps / STEPS["sampling"]
 
-    def per_image(name: str) -> float:
-        return scale / max(techniques[name]["images per second"], 0.01)
-
     accumulation = settings.textual_inversion.gradient_accumulation_steps
+    per_step = {
+        name: found.get("seconds per training step", 0.0) for name, found in techniques.items()
+    }
     seconds = {
-        "image by a prompt": per_image("stable-diffusion-prompt"),
-        "image of a personalised model": per_image("dreambooth"),
-        "image with a ControlNet": per_image("controlnet-canny"),
-        "latent, fine-tuning of the U-Net": techniques["dreambooth"]["seconds per model"]
-        / STEPS["dreambooth"],
-        "latent, textual inversion": techniques["textual-inversion"]["seconds per model"]
-        / (STEPS["textual-inversion"] * accumulation),
+        "image by a prompt": scale * techniques["stable-diffusion-prompt"]["seconds per image"],
+        "image of a personalised model": scale * techniques["dreambooth"]["seconds per image"],
+        "image with a ControlNet": scale * techniques["controlnet-canny"]["seconds per image"],
+        "latent, fine-tuning of the U-Net": per_step["dreambooth"],
+        "latent, textual inversion": per_step["textual-inversion"] / accumulation,
         **training_rates(
             settings,
             settings.classifier.image_size if sizes is FULL else 32,
@@ -281,7 +318,7 @@ def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
     }
     return {
         "machine": describe(),
-        "precision": str(foundation.dtype_of(settings)),
+        "precision": str(precision),
         "techniques": techniques,
         "grey levels between batches of 4 and of 1": round(difference, 3),
         "seconds": {name: float(f"{value:.3g}") for name, value in seconds.items()},

@@ -127,7 +127,7 @@ def accuracies(study: Study) -> dict[str, float]:
 
 
 def segment(study: Study) -> dict[str, float]:
-    """Weighted Jaccard index and mean IoU of the segmenter, and of a guess of background alone."""
+    """Weighted Jaccard index and mean IoU of the segmenter; the background's share of pixels."""
     splits = study.data.splits
     train, test = splits["train"], splits["test"]
     trimaps = [train.trimap(i) for i in range(len(train))]

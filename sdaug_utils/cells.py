@@ -106,7 +106,8 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     """
     loader = _Loader(study)
     missing = [cell for cell in cells if not _folder(study, cell).exists()]
-    for cell in missing:
+    # The largest pools first: a model that is not kept makes all its images at once.
+    for cell in sorted(missing, key=lambda cell: -cell.synthetic_per_class):
         loader.prepare(cell)
     with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
 

@@ -81,7 +81,7 @@ class Needs:
         """What the store has not got yet."""
         root = study.store.root
         there = {
-            key: set(read_pool(root / "pools" / key, sorted(self.images[key])))
+            key: set(read_pool(root / "pools" / key, sorted(self.images[key]), decode=False))
             for key in self.images
         }
         return Needs(
@@ -163,6 +163,8 @@ def planned(profile: str, domain: Domain = "main") -> tuple[Study, list[str]]:
     """
     settings, absent = params.load_settings(profile), []
     changes: dict[str, Any] = {}
+    if is_at_scale(settings) and settings.device == settings.precision == "auto":
+        changes["precision"] = "float16"  # the GPU host's, though the plan be made elsewhere
     try:
         foundation.revision(settings.foundation)
     except InputError:
@@ -224,8 +226,9 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
 
     A fine-tuned U-Net that is not kept has to be made again for every pool that grows.
     """
-    rest = wanted.missing(study).without(done)
+    rest = wanted.without(done).missing(study)
     if not study.settings.dreambooth.keep_models:
+        rest.models = {key: kind for key, kind in rest.models.items() if kind != "dreambooth"}
         for key, indices in rest.images.items():
             model = wanted.model_of.get(key)
             if indices and model and wanted.models[model] == "dreambooth":

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sdaug_utils.store import note
+
 DEFAULT_FOLDER = Path(__file__).parents[1] / "figures"
 ARMS = {
     "baseline": ("Baseline", "black", "o"),
@@ -59,6 +61,7 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
     target = folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     figure.savefig(target / f"{name}.png")
+    note({"file": f"{name}.png"})
     figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None})
     if data is not None:
         save_table(profile, name, data)
@@ -69,6 +72,7 @@ def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     target = folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     data.to_csv(target / f"{name}.csv", index=False, float_format="%.4f", lineterminator="\n")
+    note({"file": f"{name}.csv"})
 
 
 def curves(

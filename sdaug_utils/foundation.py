@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 from tqdm import tqdm
@@ -128,17 +128,20 @@ def _from_hub(name: str, part: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     identifier, _, revision = name.partition("@")
+    wanted: dict[str, Any] = {"revision": revision or None}
+    fetch: Callable[..., str] = snapshot_download
+    if part:
+        wanted["allow_patterns"] = ["config.json", "diffusion_pytorch_model.safetensors"]
+    else:
+        wanted["use_safetensors"], fetch = True, DiffusionPipeline.download
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the hub is out of reach is told below, in one line
     try:
-        if part:
-            files = ["config.json", "diffusion_pytorch_model.safetensors"]
-            folder = snapshot_download(identifier, revision=revision or None, allow_patterns=files)
-        else:
-            folder = DiffusionPipeline.download(
-                identifier, revision=revision or None, use_safetensors=True
-            )
-    except (OSError, ValueError) as error:
+        try:
+            folder = fetch(identifier, **wanted)
+        except Exception:  # of any kind: a firewall's time-out is no OSError
+            folder = fetch(identifier, local_files_only=True, **wanted)
+    except Exception as error:
         at = f" --revision {revision}" if revision else ""
         raise InputError(
             f"model '{name}': not in {constants.HF_HUB_CACHE} and not to be had from the hub: run "

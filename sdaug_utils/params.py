@@ -187,7 +187,7 @@ class Settings(Parameters):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
     attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
-    training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation, on a GPU
+    training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
     sampling: Sampling
     controlnet: ControlNet
     dreambooth: DreamBooth

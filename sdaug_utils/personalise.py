@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 1
 EMBEDDING_FILE = "learned_embeds.safetensors"
+ENCODED_AT_ONCE = 8  # images: class images are many
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of the U-Net's attention, as in diffusers
 TEMPLATES = (
@@ -47,8 +48,12 @@ def encode_images(
     ]
     levels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     pixels = levels.float() / 127.5 - 1
-    distribution = pipeline.vae.encode(pixels.to(pipeline.device, pipeline.dtype)).latent_dist
-    return distribution.mean.float(), distribution.std.float()
+    means, deviations = [], []
+    for part in pixels.split(ENCODED_AT_ONCE):
+        latents = pipeline.vae.encode(part.to(pipeline.device, pipeline.dtype)).latent_dist
+        means.append(latents.mean.float())
+        deviations.append(latents.std.float())
+    return torch.cat(means), torch.cat(deviations)
 
 
 class NoisyLatents:
@@ -168,7 +173,7 @@ def dreambooth(
 
 def half_precision(device: torch.device) -> torch.dtype:
     """bfloat16, which needs no scaling of the loss, where there is hardware for it."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 

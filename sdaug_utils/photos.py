@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from sdaug_utils.datasets import FIRST_SUBSET_SEED, SPLITS, Dataset, Split, decoded, read_rgb
 from sdaug_utils.errors import InputError
@@ -149,7 +150,11 @@ LOADERS: dict[str, Callable[[Path, bool], Dataset]] = {
 
 def _opened(kind: Any, folder: Path, split: str, download: bool) -> Any:
     try:
-        return kind(folder, split=split, download=download)
+        if not download:
+            return kind(folder, split=split)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock"):  # jobs of an array start at the same time
+            return kind(folder, split=split, download=True)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(
             f"data.folder: {folder}: not the layout of torchvision's {kind.__name__} "

@@ -108,15 +108,21 @@ def image_seed(spec: Spec, index: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def read_pool(folder: Path, indices: Sequence[int] | None = None) -> dict[int, dict[str, str]]:
-    """The rows of ``metadata.csv`` whose images are whole, by index; all of them by default."""
+def read_pool(
+    folder: Path, indices: Sequence[int] | None = None, decode: bool = True
+) -> dict[int, dict[str, str]]:
+    """The rows of ``metadata.csv`` whose images are whole, by index; all of them by default.
+
+    Without ``decode`` an image need only be there: enough for a plan.
+    """
     listing = folder / "metadata.csv"
     if not listing.exists():
         return {}
     with listing.open(newline="") as file:
         rows = {int(row["file_name"].removesuffix(".png")): row for row in csv.DictReader(file)}
     wanted = rows if indices is None else indices
-    return {i: rows[i] for i in wanted if i in rows and _decodes(folder / _file_name(i))}
+    is_whole = _decodes if decode else Path.exists
+    return {i: rows[i] for i in wanted if i in rows and is_whole(folder / _file_name(i))}
 
 
 def grow(
@@ -150,9 +156,10 @@ def grow(
                 leftover.unlink()  # of a process that was killed while it wrote
             record = json.dumps({**spec, "batch_size": batch_size}, indent=2)
             write_atomically(folder / "spec.json", lambda path: path.write_text(record))
-            sampler = make_sampler()
+            sampler = make_sampler() if missing else None  # another process may have made them
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
+                assert sampler is not None
                 everything |= _make_batch(spec, batch, sampler, folder, max_attempts)
                 _write_metadata(folder, everything)
                 if progress:
@@ -239,9 +246,10 @@ def pipeline_sampler(
                 "image": [Image.fromarray(image) for image in chosen],
                 "controlnet_conditioning_scale": conditioning_scale,
             }
-        embeddings = pipeline.encode_prompt(
-            prompt, pipeline.device, len(seeds), sampling.guidance_scale > 1
-        )  # once for all images: they share the prompt
+        with torch.no_grad():  # once for all images: they share the prompt
+            embeddings = pipeline.encode_prompt(
+                prompt, pipeline.device, len(seeds), sampling.guidance_scale > 1
+            )
         result = pipeline(
             prompt_embeds=embeddings[0],
             negative_prompt_embeds=embeddings[1],
@@ -493,9 +501,7 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
             _control_images(study, request),
             settings.controlnet.conditioning_scale,
         )
-        return lambda indices, seeds: batch.run(
-            lambda part: sampler(*zip(*part, strict=True)), list(zip(indices, seeds, strict=True))
-        )
+        return _within(batch, sampler)
 
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and incomplete))
     batch = Batch(settings.sampling.batch_size, "sampling.batch_size")
@@ -520,6 +526,13 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
     with bar:
         in_parallel(settings, fill_group, range(len(groups)))
     return [_with_controls(pools[i], request) for i, request in enumerate(requests)]
+
+
+def _within(batch: Batch, sampler: Sampler) -> Sampler:
+    """A sampler that halves its batches where memory is short."""
+    return lambda indices, seeds: batch.run(
+        lambda part: sampler(*zip(*part, strict=True)), list(zip(indices, seeds, strict=True))
+    )
 
 
 @contextmanager
@@ -650,11 +663,12 @@ def _class_images(
     prompt = settings.dreambooth.class_prompt
     if settings.dreambooth.prior_loss_weight == 0:
         return []
+    batch = Batch(settings.sampling.batch_size, "sampling.batch_size")
     pool = grow(
         study.store,
         _class_images_spec(settings, draw),
         range(settings.dreambooth.num_class_images),
-        lambda: pipeline_sampler(pipeline(), prompt, settings.sampling),
+        lambda: _within(batch, pipeline_sampler(pipeline(), prompt, settings.sampling)),
         settings.sampling.batch_size,
         settings.sampling.max_attempts,
     )

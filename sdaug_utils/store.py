@@ -79,14 +79,8 @@ class Store:
         return self.root / kind / digest(spec)
 
     def record(self, kind: str, spec: Spec, used: Sequence[int], made: Sequence[int]) -> None:
-        """Note what was used and what had to be made, for the runner's summary.
-
-        Lines go into the file that the environment's ``SDAUG_LEDGER`` names, if it does.
-        """
-        if path := os.environ.get("SDAUG_LEDGER"):
-            entry = {"kind": kind, "key": digest(spec), "used": list(used), "made": list(made)}
-            with open(path, "a") as ledger:
-                ledger.write(json.dumps(entry) + "\n")
+        """Note what was used and what had to be made, for the runner's summary."""
+        note({"kind": kind, "key": digest(spec), "used": list(used), "made": list(made)})
 
     def lock(self, kind: str, spec: Spec) -> FileLock:
         """A lock between processes for one artefact."""
@@ -164,6 +158,13 @@ class VectorCache:
         rows = [(key, np.asarray(vector, np.float32).tobytes()) for key, vector in vectors]
         with closing(self._connect()) as connection, connection:
             connection.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+
+
+def note(entry: Spec) -> None:
+    """Add a line to the file that the environment's ``SDAUG_LEDGER`` names, if it does."""
+    if path := os.environ.get("SDAUG_LEDGER"):
+        with open(path, "a") as ledger:
+            ledger.write(json.dumps(entry) + "\n")
 
 
 def require_writable(folder: Path) -> None:

@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import constants
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -163,6 +163,20 @@ def test_a_missing_model_says_where_it_was_looked_for_and_how_to_get_it(cache, n
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="hf download some-lab/nothing"):
         foundation.controlnet_revision(name, "controlnet-canny")
+
+
+def test_a_hub_that_does_not_answer_leaves_the_cache(hub_study, monkeypatch):
+    download = DiffusionPipeline.download
+
+    def timing_out(*arguments, local_files_only=False, **more):
+        if not local_files_only:
+            raise RuntimeError("timed out")
+        return download(*arguments, local_files_only=True, **more)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", timing_out)
+    assert foundation.revision(hub_study.settings.foundation) == COMMIT
+    with pytest.raises(InputError, match="hf download some-lab/nothing"):
+        foundation.revision("some-lab/nothing")
 
 
 def test_xformers_that_does_not_work_is_one_line(world, monkeypatch):

@@ -2,6 +2,7 @@ import json
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 
 import run_all
@@ -125,6 +126,21 @@ def test_the_ledger_counts_each_artefact_once(tmp_path):
     assert made == {"images": 2, "models": 0, "runs": 0}
     assert reused == {"images": 2, "models": 0, "runs": 1}
     assert run_all.read_ledger(tmp_path / "nothing")[0]["images"] == 0
+
+
+def test_the_ledger_names_the_files_that_a_notebook_wrote(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDAUG_LEDGER", str(tmp_path / "ledger"))
+    figures.save_table("smoke", "table-x", pd.DataFrame({"a": [1]}))
+    assert run_all.files_written(tmp_path / "ledger") == ["table-x.csv"]
+    assert run_all.read_ledger(tmp_path / "ledger")[0]["images"] == 0
+
+
+def test_a_kernel_that_does_not_start_fails_its_notebook_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_all, "Kernel", lambda: 1 / 0)
+    jobs = [run_all.Job(path, {}, None, None) for path in run_all.chosen_notebooks(["01", "02"])]
+    reports = run_all.execute_all(jobs, tmp_path, "smoke", keep_going=True)
+    assert [report.status for report in reports] == ["failed: no kernel"] * 2
+    assert len(run_all.execute_all(jobs, tmp_path, "smoke", keep_going=False)) == 1
 
 
 @pytest.mark.usefixtures("nothing_runs")
