@@ -19,6 +19,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from sdaug_utils import augment, control, datasets, figures, segmentation, training
+from sdaug_utils.errors import InputError
 from sdaug_utils.params import Augmentation, Data, load_settings
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study
@@ -195,4 +196,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"pets_check.py: {error}")
