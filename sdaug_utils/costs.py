@@ -18,7 +18,6 @@ from sdaug_utils.store import Store, digest
 from sdaug_utils.study import Study, open_study
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
-CLASSES = {"oxford-iiit-pet": 37, "food-101": 101}
 UNET_BYTES = 1.72e9  # of Stable Diffusion 1.5, in half precision
 PNG_BYTES = 1.8  # per pixel of a photograph
 GIB = 2**30
@@ -282,7 +281,8 @@ def thesis_hours(experiment: str) -> float:
     runs = pd.read_csv(DATA_FOLDER / "published_results.csv")
     runs = runs[runs["experiment"] == experiment].drop_duplicates("run")
     per_class = runs[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
-    generation = per_class.fillna(0).sum(axis=1) * runs["dataset"].map(CLASSES)
+    num_classes = runs["dataset"].map({name: count for name, (count, _) in photos.SIZES.items()})
+    generation = per_class.fillna(0).sum(axis=1) * num_classes
     return float(runs["elapsed_train_seconds"].fillna(0).sum() + generation.sum()) / 3600
 
 

@@ -209,6 +209,11 @@ def _digits() -> Dataset:
 LOADERS: dict[str, Callable[[], Dataset]] = {"fashion-mnist": _fashion_mnist, "digits": _digits}
 
 
+def subset_size(num_images: int, percent: float) -> int:
+    """How many of a class's images p % are, rounded down."""
+    return math.floor(num_images * percent / 100 + 1e-9)
+
+
 def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
     """Indices of p % of the images of each class, nested: 5 % is inside 10 % and so on.
 
@@ -225,7 +230,7 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
         order = np.random.default_rng((FIRST_SUBSET_SEED + draw, label)).permutation(
             np.flatnonzero(labels == label)
         )
-        count = math.floor(len(order) * percent / 100 + 1e-9)
+        count = subset_size(len(order), percent)
         if count == 0:
             raise InputError(
                 f"{percent:g} % of {len(order)} real images leaves class {label} empty: "

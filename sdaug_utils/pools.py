@@ -10,7 +10,6 @@ cell takes only images whose controls lie inside its own real subset.
 import csv
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from sdaug_utils.datasets import (
     personalisation_inputs,
     read_images,
     subset,
+    subset_size,
 )
 from sdaug_utils.errors import InputError
 from sdaug_utils.foundation import (
@@ -156,11 +156,10 @@ def grow(
                 leftover.unlink()  # of a process that was killed while it wrote
             record = json.dumps({**spec, "batch_size": batch_size}, indent=2)
             write_atomically(folder / "spec.json", lambda path: path.write_text(record))
-            sampler = make_sampler() if missing else None  # another process may have made them
+            sampler = cache(make_sampler)  # another process may have made what was missing
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
-                assert sampler is not None
-                everything |= _make_batch(spec, batch, sampler, folder, max_attempts)
+                everything |= _make_batch(spec, batch, sampler(), folder, max_attempts)
                 _write_metadata(folder, everything)
                 if progress:
                     progress.update(len(batch))
@@ -343,7 +342,7 @@ def has_fewer_inputs(study: Study, technique: Technique, real_percent: float) ->
         return False
     counts = np.bincount(study.data.splits["train"].labels)
     wanted = _method(study.settings, technique).num_input_images
-    return math.floor(counts.min() * real_percent / 100 + 1e-9) < wanted
+    return subset_size(int(counts.min()), real_percent) < wanted
 
 
 def _prompted_spec(

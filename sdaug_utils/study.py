@@ -1,6 +1,5 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -52,9 +51,9 @@ def check_percents(
     Raises:
         InputError: a class would be empty, or a personalised model would learn from too few images.
     """
-    counts = np.bincount(study.data.splits["train"].labels)
-    smallest = math.floor(counts.min() * min(percents) / 100 + 1e-9)
-    datasets.subset(study.data.splits["train"].labels, min(percents))
+    labels = study.data.splits["train"].labels
+    datasets.subset(labels, min(percents))  # refuses to leave a class empty
+    smallest = datasets.subset_size(int(np.bincount(labels).min()), min(percents))
     methods = {
         "dreambooth": {"dreambooth", "dreambooth-lora"},
         "textual_inversion": {"textual-inversion"},
