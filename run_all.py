@@ -13,7 +13,6 @@ with exit code 1.
 
 import argparse
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -22,15 +21,26 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sdaug_utils import params, store
+from sdaug_utils.errors import InputError
+
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
-
-
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
+NOTHING = dict.fromkeys(KINDS, 0)
+
+
+@dataclass
+class Job:
+    """A notebook with what is injected into its parameters cell, and the whole of them, checked."""
+
+    path: Path
+    overrides: dict[str, Any]
+    study: Any
+    parameters: Any
 
 
 @dataclass
@@ -44,12 +54,11 @@ class Report:
     where: Path
     made: dict[str, int]  # by kind
     reused: dict[str, int]
+    artefacts: set[str]  # of the store, that it used
 
 
 def chosen_notebooks(only: list[str] | None) -> list[Path]:
     """The notebooks in order, or those whose names begin with one of ``only``."""
-    from sdaug_utils.errors import InputError
-
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
     for prefix in only or []:
         if not any(path.stem.startswith(prefix) for path in every):
@@ -68,16 +77,6 @@ def about(dataset: Path, paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.stem[:2] not in left_out]
 
 
-@dataclass
-class Job:
-    """A notebook with what is injected into its parameters cell, and the whole of them, checked."""
-
-    path: Path
-    overrides: dict[str, Any]
-    study: Any
-    parameters: Any
-
-
 def check(
     paths: list[Path],
     profile: str,
@@ -89,9 +88,12 @@ def check(
 
     A dry check downloads nothing: what is not here yet is planned for by its published size.
     """
-    from sdaug_utils import costs, experiments, figures, foundation, params, store, study, training
+    from sdaug_utils import experiments, plan, study
+    from sdaug_utils.evidence import figures
 
-    jobs, opened, absent = [], {}, []
+    jobs: list[Job] = []
+    opened: dict[str, study.Study] = {}
+    absent: list[str] = []
     for path in paths:
         values, overrides = params.parameters_cell(path), params.overrides(profile, path.stem)
         if profile != values.get("profile"):
@@ -101,7 +103,7 @@ def check(
         checked = params.check_notebook(path.stem, values | overrides)
         domain = params.domain_of(path.stem)
         if domain not in opened and dry:
-            opened[domain], missing = costs.planned(profile, domain)
+            opened[domain], missing = plan.planned(profile, domain)
             absent += missing
         elif domain not in opened:
             opened[domain] = study.open_study(profile, domain=domain)
@@ -111,16 +113,29 @@ def check(
     if dry and absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not dry:
-        settings = params.load_settings(profile)
-        foundation.revision(settings.foundation)
-        for name in ("controlnet-canny", "controlnet-segmentation"):
-            foundation.controlnet_revision(foundation.controlnet_name(settings, name), name)
-        for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
-            if backbone != "efficientnet-lite0":  # whose weights come with the packages
-                training.load_backbone(backbone)
+        require_models(params.load_settings(profile))
     for folder in (output, figures.folder(profile)):
         store.require_writable(folder)
     return jobs
+
+
+def require_models(settings: params.Settings) -> None:
+    """Find or download all models that a profile names.
+
+    Raises:
+        InputError: one is missing or corrupt.
+    """
+    from sdaug_utils.generation import foundation
+    from sdaug_utils.registry import techniques
+    from sdaug_utils.training import features
+
+    foundation.revision(settings.foundation)
+    for technique in techniques().values():
+        for model in technique.models(settings).values():
+            foundation.revision(*model)
+    for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
+        if backbone != "efficientnet-lite0":  # whose weights come with the packages
+            features.load_backbone(backbone)
 
 
 class Kernel:
@@ -141,7 +156,7 @@ class Kernel:
         client = BlockingKernelClient()
         client.load_connection_info(self.manager.get_connection_info())
         client.start_channels(iopub=False, stdin=False, hb=False, control=False)
-        client.execute("import sdaug_utils.claims, sdaug_utils.figures", silent=True)
+        client.execute("import sdaug_utils.plan, sdaug_utils.evidence.figures", silent=True)
         client.stop_channels()
 
     async def _start(self, environment: dict[str, str]) -> None:
@@ -161,15 +176,14 @@ def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Repo
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from sdaug_utils import figures
+    from sdaug_utils.evidence import figures
 
-    path = job.path
-    target, began = output / path.name, time.time()
+    path, folder = job.path, figures.folder(profile)
+    target, began, status = output / path.name, time.time(), "ok"
     target.unlink(missing_ok=True)
-    (figures.folder(profile) / f"verdicts-{path.stem[:2]}.csv").unlink(missing_ok=True)
-    status, none = "ok", dict.fromkeys(KINDS, 0)
+    (folder / f"verdicts-{path.stem[:2]}.csv").unlink(missing_ok=True)
     if kernel is None:
-        return Report(path.stem, "failed: no kernel", 0, [], target, none, none)
+        return Report(path.stem, "failed: no kernel", 0, [], target, NOTHING, NOTHING, set())
     try:
         papermill.execute_notebook(
             path, target, job.overrides, cwd=NOTEBOOKS, progress_bar=False, km=kernel.manager
@@ -178,14 +192,13 @@ def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Repo
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run
         status = f"failed: {type(error).__name__}: {error}"
-    made, reused = read_ledger(kernel.ledger)
+    made, reused, artefacts = read_ledger(kernel.ledger)
     written = files_written(kernel.ledger)
     if target.exists():
-        numbers = [name for name in written if name.endswith(".csv")]
-        tidy(target, profile, [figures.folder(profile) / name for name in numbers])
+        tidy(target, profile, [folder / name for name in written if name.endswith(".csv")])
     drawn = [name for name in written if name.endswith(".png")]
-    minutes = (time.time() - began) / 60
-    return Report(path.stem, status.splitlines()[0], minutes, drawn, target, made, reused)
+    minutes, status = (time.time() - began) / 60, status.splitlines()[0]
+    return Report(path.stem, status, minutes, drawn, target, made, reused, artefacts)
 
 
 def execute_all(jobs: list[Job], output: Path, profile: str, keep_going: bool) -> list[Report]:
@@ -219,21 +232,20 @@ def start_kernel() -> Kernel | None:
         return None
 
 
-def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """How many artefacts of each kind a notebook made, and how many more it used."""
+def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int], set[str]]:
+    """How many things of each kind a notebook made, how many more it used, and which artefacts."""
     used: dict[tuple[str, str], set[int]] = {}
     made: dict[tuple[str, str], set[int]] = {}
     for entry in _entries(ledger):
-        if "file" in entry:
-            continue
-        key = (entry["kind"], entry["key"])
-        used.setdefault(key, set()).update(entry["used"])
-        made.setdefault(key, set()).update(entry["made"])
-    totals = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        if "artefact" in entry:
+            key = (entry["what"], entry["artefact"])
+            used.setdefault(key, set()).update(entry["used"])
+            made.setdefault(key, set()).update(entry["made"])
+    totals = dict(NOTHING), dict(NOTHING)
     for key, items in used.items():
         totals[0][key[0]] += len(made[key])
         totals[1][key[0]] += len(items - made[key])
-    return totals
+    return *totals, {artefact for _, artefact in used}
 
 
 def files_written(ledger: Path) -> list[str]:
@@ -241,8 +253,9 @@ def files_written(ledger: Path) -> list[str]:
     return sorted({entry["file"] for entry in _entries(ledger) if "file" in entry})
 
 
-def _entries(ledger: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+def _entries(ledger: Path) -> Iterator[dict[str, Any]]:
+    if ledger.exists():
+        yield from map(json.loads, ledger.read_text().splitlines())
 
 
 def source_digest(notebook: Any) -> str:
@@ -252,21 +265,14 @@ def source_digest(notebook: Any) -> str:
         for cell in notebook.cells
         if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
     ]
-    return digest_of("\n\n".join(cells).encode())
-
-
-def digest_of(content: bytes) -> str:
-    """A hash of a file's content."""
-    return hashlib.sha256(content).hexdigest()[:20]
+    return store.digest_of("\n\n".join(cells).encode())
 
 
 def settings_digest(profile: str, notebook: str) -> str:
     """A hash of what a profile sets for a notebook."""
-    from sdaug_utils import params
-
     sections = params.read_profile(profile)
     chosen = [sections["common"], sections.get(notebook, {})]
-    return digest_of(json.dumps(chosen, sort_keys=True).encode())
+    return store.digest_of(json.dumps(chosen, sort_keys=True).encode())
 
 
 def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
@@ -276,37 +282,23 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     which code and settings, and which numbers behind the figures, the outputs belong to.
     """
     import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    notebook = nbformat.read(path, as_version=4)
+    read = nbformat.read(path, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor(enabled=True)(read, {})
     notebook.metadata["sdaug"] = {
         "code": source_digest(notebook),
         "settings": settings_digest(profile, path.stem),
-        "numbers": {file.name: digest_of(file.read_bytes()) for file in sorted(numbers)},
+        "numbers": {file.name: store.file_digest(file) for file in sorted(numbers)},
     }
-    for key in ("papermill", "widgets"):
-        notebook.metadata.pop(key, None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = list(_merged_streams(cell.outputs))
+    for part in (notebook, *notebook.cells):
+        for key in ("papermill", "widgets", "execution"):
+            part.metadata.pop(key, None)
     nbformat.write(notebook, path)
 
 
-def _merged_streams(outputs: list[Any]) -> Iterator[Any]:
-    import nbformat
-
-    for (kind, name), group in groupby(outputs, lambda o: (o.output_type, o.get("name"))):
-        if kind != "stream":
-            yield from group
-            continue
-        text = "".join(output.text for output in group)
-        lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
-        yield nbformat.v4.new_output("stream", name=name, text="\n".join(lines))
-
-
 def print_summary(reports: list[Report], profile: str) -> None:
-    from sdaug_utils import figures
+    from sdaug_utils.evidence import figures
 
     print(f"\n{'notebook':<26} {'minutes':>7}  status")
     for report in reports:
@@ -325,18 +317,18 @@ def print_summary(reports: list[Report], profile: str) -> None:
     print(f"figures and their numbers: {_relative(figures.folder(profile))}")
 
 
-def plan(jobs: list[Job]) -> list[Any]:
+def planned(jobs: list[Job]) -> list[Any]:
     """For each notebook all that it needs, and what is missing when those before it have run."""
-    from sdaug_utils import costs
+    from sdaug_utils import plan
 
-    shared: dict[str, costs.Needs] = {}
-    planned = []
+    shared: dict[str, plan.Needs] = {}
+    pairs = []
     for job in jobs:
-        needed = costs.needs(job.study, job.parameters)
-        done = shared.setdefault(job.study.data.name, costs.Needs())
-        planned.append((needed, costs.missing(job.study, needed, done)))
+        needed = plan.needs(job.study, job.parameters)
+        done = shared.setdefault(job.study.data.name, plan.Needs())
+        pairs.append((needed, plan.missing(job.study, needed, done)))
         done.add(needed)
-    return planned
+    return pairs
 
 
 def print_plan(jobs: list[Job]) -> None:
@@ -344,10 +336,10 @@ def print_plan(jobs: list[Job]) -> None:
 
     Where the models are those of the thesis, the hours in the thesis's own logs stand beside.
     """
-    from sdaug_utils import costs
+    from sdaug_utils import plan
 
-    rates = costs.rates(params_of(jobs))
-    at_scale = costs.is_at_scale(params_of(jobs))
+    settings = jobs[0].study.settings
+    rates, at_scale = plan.rates(settings), plan.is_at_scale(settings)
     unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
     print(
         f"{'notebook':<26} {'images':>15} {'models':>11} {'training runs':>15} {unit:>10} "
@@ -355,39 +347,32 @@ def print_plan(jobs: list[Job]) -> None:
     )
     print(f"{'':<26} {'missing / all':>15}")
     totals, unshared = [0.0, 0.0, 0.0], 0
-    together: dict[str, costs.Needs] = {}
-    for job, (needed, missing) in zip(jobs, plan(jobs), strict=True):
-        together.setdefault(job.study.data.name, costs.Needs()).add(needed)
-        row = [
-            costs.hours(job.study, missing, rates) * per_hour,
-            costs.gibibytes(job.study, missing),
-            costs.thesis_hours(job.path.stem),
-        ]
-        totals = [total + value for total, value in zip(totals, row, strict=True)]
-        unshared += needed.unshared
-        counts = [
-            f"{getattr(missing, name)} / {getattr(needed, name)}"
-            for name in ("num_images", "num_models", "num_runs")
-        ]
-        print(
-            f"{job.path.stem:<26} {counts[0]:>15} {counts[1]:>11} {counts[2]:>15} {row[0]:>10.1f} "
-            f"{row[1]:>6.1f}" + (f" {f'{row[2]:.1f}' if row[2] else '–':>14}" if at_scale else "")
+    together: dict[str, plan.Needs] = {}
+    for job, (needed, missing) in zip(jobs, planned(jobs), strict=True):
+        together.setdefault(job.study.data.name, plan.Needs()).add(needed)
+        time, disk, theirs = (
+            plan.hours(job.study, missing, rates) * per_hour,
+            plan.gibibytes(job.study, missing),
+            plan.thesis_hours(job.path.stem),
         )
-    images = sum(needs.num_images for needs in together.values())
+        totals = [sum(pair) for pair in zip(totals, (time, disk, theirs), strict=True)]
+        unshared += needed.unshared
+        pairs = zip(missing.counts(), needed.counts(), strict=True)
+        images, models, runs = (f"{rest} / {whole}" for rest, whole in pairs)
+        print(
+            f"{job.path.stem:<26} {images:>15} {models:>11} {runs:>15} {time:>10.1f} {disk:>6.1f}"
+            + (f" {f'{theirs:.1f}' if theirs else '–':>14}" if at_scale else "")
+        )
+    total = sum(needs.counts()[0] for needs in together.values())
     print(f"\n{totals[0]:.0f} {unit}, {totals[1]:.1f} GiB; rates: {rates.source}")
     if at_scale:
         print(
             f"the thesis's logs: {totals[2]:.0f} hours, one run per setting; their gaps count as 0"
         )
     print(
-        f"{images} images in all; if each setting made its own, as in the thesis, {unshared}: "
-        f"{unshared / max(images, 1):.1f} times as many"
+        f"{total} images in all; if each setting made its own, as in the thesis, {unshared}: "
+        f"{unshared / max(total, 1):.1f} times as many"
     )
-
-
-def params_of(jobs: list[Job]) -> Any:
-    """The settings that all jobs share."""
-    return jobs[0].study.settings
 
 
 def require_disk(jobs: list[Job]) -> None:
@@ -396,13 +381,12 @@ def require_disk(jobs: list[Job]) -> None:
     Raises:
         InputError: it cannot.
     """
-    from sdaug_utils import costs
-    from sdaug_utils.errors import InputError
+    from sdaug_utils import plan
 
     root = jobs[0].study.store.root
-    planned = zip(jobs, plan(jobs), strict=True)
-    wanted = sum(costs.gibibytes(job.study, missing) for job, (_, missing) in planned)
-    free = shutil.disk_usage(root).free / costs.GIB
+    pairs = zip(jobs, planned(jobs), strict=True)
+    wanted = sum(plan.gibibytes(job.study, missing) for job, (_, missing) in pairs)
+    free = shutil.disk_usage(root).free / plan.GIB
     if wanted > free:
         raise InputError(
             f"not enough disk: the plan needs {wanted:.1f} GiB in {root}, where {free:.1f} are "
@@ -432,13 +416,11 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
     arguments = parser.parse_args()
-
-    from sdaug_utils.errors import InputError
-
     for variable in ("SDAUG_STORE", "SDAUG_FIGURES"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
-    from sdaug_utils import costs, figures
+    from sdaug_utils import plan
+    from sdaug_utils.evidence import figures, report
 
     name = arguments.profile
     if arguments.dataset:
@@ -456,7 +438,7 @@ def main() -> int:
             paths = about(arguments.dataset, paths)
         jobs = check(paths, arguments.profile, output, arguments.protocol, arguments.dry_run)
         works = not (arguments.dry_run or arguments.download_only)
-        if jobs and works and costs.is_at_scale(params_of(jobs)):
+        if jobs and works and plan.is_at_scale(jobs[0].study.settings):
             require_disk(jobs)
     except InputError as error:
         print(f"run_all.py: {error}", file=sys.stderr)
@@ -466,9 +448,9 @@ def main() -> int:
     if arguments.dry_run or arguments.download_only:
         return 0
     reports = execute_all(jobs, output, arguments.profile, arguments.keep_going)
-    from sdaug_utils import report
-
-    report.write_tables(arguments.profile)
+    used = set[str]().union(*(report.artefacts for report in reports))
+    root = store.Store().root
+    report.write_tables(arguments.profile, [root / artefact for artefact in used])
     print_summary(reports, arguments.profile)
     return 0 if all(report.status == "ok" for report in reports) else 1
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from machine import describe
+from sdaug_utils.pools import Pool
 from torchvision.models import resnet34
 from torchvision.models.segmentation import deeplabv3_resnet101
 from transformers import (
@@ -36,7 +37,6 @@ from transformers import (
 
 from sdaug_utils import augment, datasets, foundation, params, pools, training
 from sdaug_utils.params import Personalisation, Settings, Technique
-from sdaug_utils.pools import Pool
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from machine import describe
+from sdaug_utils.foundation import load_pipeline
 
 from sdaug_utils import datasets, personalise, pools, segmentation, training
-from sdaug_utils.foundation import load_pipeline
 from sdaug_utils.params import load_settings
 from sdaug_utils.store import Store
 from sdaug_utils.study import open_study

@@ -18,14 +18,14 @@ from captions import ATTRIBUTES, measure
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from make_data import read_idx
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from torch import Tensor
-
-from sdaug_utils import figures, training
 from sdaug_utils.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.datasets import pad_to_rgb
 from sdaug_utils.foundation import load_pipeline
 from sdaug_utils.pools import pipeline_sampler
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from sdaug_utils import figures, training
 from sdaug_utils.study import Study, open_study
 
 SEEDS = range(5)

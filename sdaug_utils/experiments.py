@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from sdaug_utils import params
-from sdaug_utils.cells import Cell, repeated
+from sdaug_utils.data.datasets import subset, subset_size
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Augmentation, Protocol, Technique
-from sdaug_utils.study import Study, check_percents
+from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training.cells import Cell, repeated
 
+FEWEST_INPUTS = 3
 Arm = dict[str, Any]
 
 
@@ -146,4 +149,28 @@ def check(study: Study, p: params.Experiment) -> None:
     percents = {arm["real_percent"] for arm in every} - {0.0}
     if isinstance(p, params.TrainingPercentage):
         percents.add(p.protocols_at_percent)
-    check_percents(study, sorted(percents), {arm.get("technique") for arm in every})
+    check_percents(study, sorted(percents), {arm.get("technique") for arm in every} - {None})
+
+
+def check_percents(study: Study, percents: list[float], names: set[str | None]) -> None:
+    """Check that every real subset has an image of each class and all that models learn from.
+
+    A personalised model learns from fewer images of a class whose subset is smaller, but from three
+    at least, if it is not asked to learn from fewer (thesis: three to five).
+
+    Raises:
+        InputError: a class would be empty, or a personalised model would learn from too few images.
+    """
+    labels = study.data.splits["train"].labels
+    subset(labels, min(percents))  # refuses to leave a class empty
+    smallest = subset_size(int(np.bincount(labels).min()), min(percents))
+    for name in names:
+        technique = techniques()[str(name)]
+        if technique.inputs != "first":
+            continue
+        key, wanted = technique.num_inputs(study.settings)
+        if smallest < min(wanted, FEWEST_INPUTS):
+            raise InputError(
+                f"{key}: {wanted}, but the smallest real subset ({min(percents):g} %) has "
+                f"{smallest} of a class: choose at most that many"
+            )

@@ -7,19 +7,47 @@ one per notebook that overrides the values in its ``parameters`` cell.
 import ast
 import json
 import os
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from sdaug_utils.errors import InputError
+from sdaug_utils.registry import techniques
 
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
-Personalisation = Literal["dreambooth", "dreambooth-lora", "textual-inversion"]
-Control = Literal["controlnet-canny", "controlnet-segmentation"]
-Technique = Literal["stable-diffusion-prompt", Personalisation, Control]
+
+def _registered(name: str) -> str:
+    return _among(name, list(techniques()))
+
+
+def _that_learns(name: str) -> str:
+    return _among(name, [known for known, technique in techniques().items() if technique.learns])
+
+
+def _among(name: str, names: list[str]) -> str:
+    if name not in names:
+        listed = ", ".join(map(repr, names))
+        raise PydanticCustomError("technique", "Input should be {names}", {"names": listed})
+    return name
+
+
+Technique = Annotated[str, AfterValidator(_registered)]
+Personalisation = Annotated[str, AfterValidator(_that_learns)]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment"]
 Protocol = Literal["published", "controlled"]
@@ -55,65 +83,6 @@ class Sampling(Parameters):
     batch_size: int = Field(ge=1)
     max_attempts: int = Field(ge=1)
     safety_checker: bool  # on by default; only models that have one check
-
-
-class ControlNet(Parameters):
-    """How images that follow a control image are drawn (thesis, section 4.3.6)."""
-
-    canny: str
-    segmentation: str
-    palette: Literal["miniature", "ade20k-animal", "ade20k-food"]  # what it was trained on
-    num_inference_steps: int = Field(ge=1)
-    guidance_scale: float = Field(ge=1)
-    scheduler: Scheduler
-    conditioning_scale: float = Field(gt=0)
-
-
-class DreamBooth(Parameters):
-    """Fine-tuning of the U-Net (Ruiz et al., 2023; thesis, table 4.2)."""
-
-    instance_prompt: str
-    class_prompt: str
-    prior_loss_weight: float = Field(ge=0)
-    num_class_images: int = Field(ge=0)
-    num_input_images: int = Field(ge=1, le=5)
-    train_batch_size: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    max_train_steps: int = Field(ge=1)
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8 bit: another treatment, less memory
-    gradient_checkpointing: bool = False  # less memory, more time, the same model
-    keep_models: bool = True  # else a fine-tuned U-Net goes once the images asked for are made
-
-    @model_validator(mode="after")
-    def _prior_has_images(self) -> "DreamBooth":
-        if self.prior_loss_weight > 0 and self.num_class_images == 0:
-            raise ValueError("num_class_images must be positive when prior_loss_weight is")
-        return self
-
-
-class LoRA(Parameters):
-    """DreamBooth by low-rank adapters (Hu et al., 2022), a technique of its own.
-
-    What is not here is as in :class:`DreamBooth`.
-    """
-
-    rank: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    max_train_steps: int = Field(default=400, ge=1)
-
-
-class TextualInversion(Parameters):
-    """Learning one embedding (Gal et al., 2023; thesis, table 4.3)."""
-
-    placeholder_token: str
-    initializer_token: str
-    learnable_property: Literal["object"]
-    num_input_images: int = Field(ge=1, le=5)
-    train_batch_size: int = Field(ge=1)
-    gradient_accumulation_steps: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    max_train_steps: int = Field(ge=1)
-    subjects_at_once: int = Field(ge=1)  # learnt in one batch; what is learnt is the same
 
 
 class Controlled(Parameters):
@@ -180,7 +149,7 @@ class Data(Parameters):
 
 
 class Settings(Parameters):
-    """Section ``common`` of a profile: what all notebooks share."""
+    """Section ``common`` of a profile: what all notebooks share, and a section per technique."""
 
     data: dict[Domain, Data]
     foundation: str
@@ -189,12 +158,12 @@ class Settings(Parameters):
     attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
     training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
     sampling: Sampling
-    controlnet: ControlNet
-    dreambooth: DreamBooth
-    dreambooth_lora: LoRA = LoRA()
-    textual_inversion: TextualInversion
     classifier: Classifier
     segmenter: Segmenter
+
+    if TYPE_CHECKING:  # techniques' sections, known by registration
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @field_validator("data")
     @classmethod
@@ -365,12 +334,23 @@ def load_settings(profile: str) -> Settings:
     Raises:
         InputError: unknown profile; unknown, missing or ill-typed key.
     """
-    path = PARAMS_FOLDER / f"{profile}.yaml"
     values = read_profile(profile)["common"]
     if (own := os.environ.get("SDAUG_DATASET")) and isinstance(values.get("data"), dict):
         main = {"name": "imagefolder", "classes": None, "max_images_per_class": None, "folder": own}
         values = values | {"data": values["data"] | {"main": main}}
-    return _checked(Settings, values, str(path))
+    return _checked(_settings(), values, str(PARAMS_FOLDER / f"{profile}.yaml"))
+
+
+@cache
+def _settings() -> type[Settings]:
+    """:class:`Settings` with the sections of all techniques; one may be left out if it can be."""
+    sections: dict[str, Any] = {}
+    for technique in techniques().values():
+        if technique.section:
+            name, model = technique.section
+            required = any(field.is_required() for field in model.model_fields.values())
+            sections[name] = (model, ... if required else model())
+    return create_model("Settings", __base__=Settings, **sections)
 
 
 def overrides(profile: str, notebook: str) -> dict[str, Any]:
@@ -387,17 +367,13 @@ def parameters_cell(path: Path) -> dict[str, Any]:
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             try:
-                return _assignments("".join(cell["source"]))
+                source: list[Any] = ast.parse("".join(cell["source"])).body
+                return {line.targets[0].id: ast.literal_eval(line.value) for line in source}
             except (AttributeError, SyntaxError, ValueError) as error:
                 raise InputError(
                     f"{path}: parameters cell: only 'name = value': {error}"
                 ) from error
     raise InputError(f"{path}: no cell is tagged 'parameters'")
-
-
-def _assignments(source: str) -> dict[str, Any]:
-    statements: list[Any] = ast.parse(source).body
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in statements}
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
@@ -413,15 +389,32 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
     """Collect and check the parameters that a notebook has set, given its ``globals()``.
 
     The ``parameters`` cell and what papermill has injected count whole, so that a key no code reads
-    is an error.
+    is an error; what they held before they were run again does not.
     """
-    injected: dict[str, Any] = {}
+    parameters: set[str] = set()
+    injected: set[str] = set()
     for source in namespace.get("In", []):
-        if source.startswith(("# Parameters", "profile =")):
-            injected |= _assignments(source)
+        names = set(_assigned(source))
+        if source.startswith("# Parameters\n"):  # papermill's own mark
+            injected = names
+        elif "profile" in names:
+            parameters, injected = names, set()
     known = EXPERIMENTS[notebook].model_fields
-    values = {name: value for name, value in namespace.items() if name in known}
-    return check_notebook(notebook, injected | values)
+    chosen = parameters | injected | (known.keys() & namespace.keys())
+    return check_notebook(notebook, {name: namespace.get(name) for name in chosen})
+
+
+def _assigned(source: str) -> Iterator[str]:
+    """The names that a cell assigns at its top level; none if it holds more than Python."""
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError:
+        return
+    for line in lines:
+        if isinstance(line, ast.Assign):
+            yield from (target.id for target in line.targets if isinstance(target, ast.Name))
+        elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            yield line.target.id
 
 
 Model = TypeVar("Model", bound=Parameters)

@@ -1,22 +1,24 @@
 """What was made once is not made again.
 
 An artefact is a folder named by the hash of everything that determines it. It is written beside
-its final place and renamed, so it is whole or absent; ``spec.json`` inside says what made it.
+its final place and renamed, so it is whole or absent; ``spec.json`` inside says what determines it
+and, under ``made_with``, which libraries and device made it. Those are not in its key: a patch
+release does not throw the store away.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
+from sdaug_utils.compute import made_with
 from sdaug_utils.errors import InputError
 
 Spec = Mapping[str, Any]
@@ -25,19 +27,29 @@ Spec = Mapping[str, Any]
 def digest(spec: Spec) -> str:
     """A hash of 20 hexadecimal digits of a specification that JSON can hold."""
     canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
+    return digest_of(canonical.encode())
+
+
+def digest_of(content: bytes) -> str:
+    """A hash of 20 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def array_digest(array: np.ndarray) -> str:
     """A hash of the shape, type and content of an array, such as an image's pixels."""
     header = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()[:20]
+    return digest_of(header + np.ascontiguousarray(array).tobytes())
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digest(path: Path) -> str:
     """A hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:20]
+    return sha256(path)[:20]
 
 
 def verify_checksums(folder: Path) -> dict[str, str]:
@@ -55,7 +67,7 @@ def verify_checksums(folder: Path) -> dict[str, str]:
         path = folder / name
         if not path.exists():
             raise InputError(f"{path}: missing; restore it with git")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        if sha256(path) != expected:
             raise InputError(f"{path}: corrupt (its SHA-256 is not the listed one); restore it")
         checksums[name] = expected
     return checksums
@@ -78,15 +90,19 @@ class Store:
         """Where the artefact is, or will be."""
         return self.root / kind / digest(spec)
 
-    def record(self, kind: str, spec: Spec, used: Sequence[int], made: Sequence[int]) -> None:
-        """Note what was used and what had to be made, for the runner's summary."""
-        note({"kind": kind, "key": digest(spec), "used": list(used), "made": list(made)})
+    def record(self, what: str, folder: Path, used: Sequence[int], made: Sequence[int]) -> None:
+        """Note which items of an artefact were used, and which had to be made, for the runner."""
+        artefact = folder.relative_to(self.root).as_posix()
+        note({"what": what, "artefact": artefact, "used": list(used), "made": list(made)})
 
-    def lock(self, kind: str, spec: Spec) -> FileLock:
-        """A lock between processes for one artefact."""
-        folder = self.folder(kind, spec)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder.with_suffix(".lock"))
+    @contextmanager
+    def lock(self, kind: str, *specs: Spec) -> Iterator[None]:
+        """A lock between processes for some artefacts, in one order for all: no deadlock."""
+        with ExitStack() as stack:
+            for key in sorted({digest(spec) for spec in specs}):
+                (self.root / kind).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(self.root / kind / f"{key}.lock"))
+            yield
 
     def get(self, kind: str, spec: Spec, make: Callable[[Path], None]) -> Path:
         """The folder of an artefact, made by ``make(folder)`` if it is not there yet."""
@@ -105,15 +121,13 @@ class Store:
         folders = [self.folder(kind, spec) for spec in specs]
         if all(folder.exists() for folder in folders):
             return folders
-        with ExitStack() as stack:
-            for spec in sorted(specs, key=digest):  # one order for all processes: no deadlock
-                stack.enter_context(self.lock(kind, spec))
+        with self.lock(kind, *specs):
             missing = [i for i, folder in enumerate(folders) if not folder.exists()]
             partial = [folders[i].with_suffix(".partial") for i in missing]
             for i, folder in zip(missing, partial, strict=True):
                 shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
                 folder.mkdir(parents=True)
-                (folder / "spec.json").write_text(json.dumps(specs[i], indent=2, sort_keys=True))
+                write_spec(folder, specs[i])
             if missing:
                 make(missing, partial)
             for i, folder in zip(missing, partial, strict=True):
@@ -128,36 +142,24 @@ class Store:
                 shutil.rmtree(folder.replace(folder.with_suffix(".partial")))
 
 
-class VectorCache:
-    """Vectors by key in one SQLite file: features of images, each computed once."""
+def write_spec(folder: Path, spec: Spec) -> None:
+    """Say in ``spec.json`` what determines an artefact, and all that it was made with so far."""
+    path = folder / "spec.json"
+    makers = json.loads(path.read_text()).get("made_with", []) if path.exists() else []
+    makers += [made_with()] if made_with() not in makers else []
+    text = json.dumps({**spec, "made_with": makers}, indent=2, sort_keys=True)
+    write_atomically(path, lambda beside: beside.write_text(text))
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        with closing(self._connect()) as connection, connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, v BLOB)")
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=60)
-
-    def read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """The vectors that are there, 32-bit floats."""
-        found: dict[str, np.ndarray] = {}
-        with closing(self._connect()) as connection:
-            for start in range(0, len(keys), 500):
-                some = list(keys[start : start + 500])
-                marks = ",".join("?" * len(some))
-                rows = connection.execute(
-                    f"SELECT key, v FROM vectors WHERE key IN ({marks})", some
-                )
-                found.update((key, np.frombuffer(blob, np.float32)) for key, blob in rows)
-        return found
-
-    def write(self, vectors: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Add vectors; those already there stay."""
-        rows = [(key, np.asarray(vector, np.float32).tobytes()) for key, vector in vectors]
-        with closing(self._connect()) as connection, connection:
-            connection.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+def makers(artefacts: Iterable[Path]) -> list[dict[str, str]]:
+    """The different sets of libraries and devices that some artefacts were made with."""
+    found = [
+        json.dumps(maker, sort_keys=True)
+        for folder in artefacts
+        if (folder / "spec.json").exists()
+        for maker in json.loads((folder / "spec.json").read_text()).get("made_with", [])
+    ]
+    return [json.loads(maker) for maker in sorted(set(found))]
 
 
 def note(entry: Spec) -> None:

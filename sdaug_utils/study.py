@@ -1,17 +1,11 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from sdaug_utils import datasets
-from sdaug_utils.datasets import Dataset
-from sdaug_utils.errors import InputError
+from sdaug_utils.data import datasets
+from sdaug_utils.data.images import Dataset
 from sdaug_utils.params import Domain, Settings, load_settings
 from sdaug_utils.store import Store
-
-FEWEST_INPUTS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,30 +32,3 @@ def open_study(
     fetch = chosen.download and download
     data = datasets.load(**chosen.model_dump(exclude={"download"}), download=fetch)
     return Study(profile, settings, data, store or Store())
-
-
-def check_percents(
-    study: Study, percents: Sequence[float], techniques: Collection[str | None]
-) -> None:
-    """Check that every real subset has an image of each class and all that models learn from.
-
-    DreamBooth and textual inversion learn from fewer images of a class whose subset is smaller, but
-    from three at least, if they are not asked to learn from fewer (thesis: three to five).
-
-    Raises:
-        InputError: a class would be empty, or a personalised model would learn from too few images.
-    """
-    labels = study.data.splits["train"].labels
-    datasets.subset(labels, min(percents))  # refuses to leave a class empty
-    smallest = datasets.subset_size(int(np.bincount(labels).min()), min(percents))
-    methods = {
-        "dreambooth": {"dreambooth", "dreambooth-lora"},
-        "textual_inversion": {"textual-inversion"},
-    }
-    for name, of_method in methods.items():
-        wanted = getattr(study.settings, name).num_input_images
-        if of_method & set(techniques) and smallest < min(wanted, FEWEST_INPUTS):
-            raise InputError(
-                f"{name}.num_input_images: {wanted}, but the smallest real subset "
-                f"({min(percents):g} %) has {smallest} of a class: choose at most that many"
-            )

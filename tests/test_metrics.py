@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from sdaug_utils.metrics import estimate, paired_difference
 from sklearn.metrics import jaccard_score
 
 from sdaug_utils import metrics
-from sdaug_utils.metrics import estimate, paired_difference
 
 
 def planted(accuracy, num_draws=3, num_seeds=2, num_images=2000, seed=0, spread=0.0):

@@ -9,7 +9,6 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
-
 from sdaug_utils.datasets import DIGIT_CLASSES, FASHION_CLASSES, MINIATURE_DATA
 from sdaug_utils.foundation import MINIATURE_WEIGHTS
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
+from sdaug_utils.foundation import load_pipeline
 
 from sdaug_utils import personalise
 from sdaug_utils.errors import InputError
-from sdaug_utils.foundation import load_pipeline
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from sdaug_utils.foundation import load_pipeline
 
 from sdaug_utils import control, datasets, pools
-from sdaug_utils.foundation import load_pipeline
 
 SPEC = {"class": "bag", "prompt": "a bag", "technique": "test"}
 

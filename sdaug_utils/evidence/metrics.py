@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from scipy import stats
 
-from sdaug_utils.control import silhouette
+from sdaug_utils.data.control import silhouette
 from sdaug_utils.params import Attribute
 
 NUM_RESAMPLES = 1000
@@ -69,27 +69,6 @@ def estimate(values: np.ndarray) -> Estimate:
 def _enlargement(num_draws: int) -> float:
     quantile = stats.t.ppf(0.975, num_draws - 1) / stats.norm.ppf(0.975)
     return float(quantile * np.sqrt(num_draws / (num_draws - 1)))
-
-
-def jaccard(
-    predicted: np.ndarray, truth: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Jaccard index (intersection over union) of each of n label images (n, height, width).
-
-    Returns:
-        (n,) averaged over classes, weighted by how many pixels of the truth are theirs (thesis,
-        section 4.2.4), and (n,) averaged over the classes that occur, unweighted: mean IoU.
-    """
-    axes = tuple(range(1, truth.ndim))
-    both, either, support = (np.empty((num_classes, len(truth))) for _ in range(3))
-    for label in range(num_classes):
-        guessed, wanted = predicted == label, truth == label
-        both[label] = (guessed & wanted).sum(axis=axes)
-        either[label] = (guessed | wanted).sum(axis=axes)
-        support[label] = wanted.sum(axis=axes)
-    index = both / np.maximum(either, 1)
-    weighted = (index * support).sum(axis=0) / support.sum(axis=0)
-    return weighted, index.sum(axis=0) / (either > 0).sum(axis=0)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:

@@ -1,22 +1,20 @@
-"""Real images: splits, nested subsets, trimaps."""
+"""Data sets by name, and the real subsets of a study: the miniature's and photographs on disk."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
-from sdaug_utils import control
+from sdaug_utils.data import control, photos
+from sdaug_utils.data.images import SPLITS, Dataset, Split, shuffled
 from sdaug_utils.errors import InputError
-from sdaug_utils.store import array_digest, file_digest, verify_checksums
+from sdaug_utils.store import verify_checksums
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 MINIATURE_DATA = PROJECT / "miniature" / "data"
-SPLITS = ("train", "validation", "test")
 FASHION_CLASSES = (
     "t-shirt",
     "trouser",
@@ -34,71 +32,6 @@ DIGIT_CLASSES = tuple(
     for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 )
 DIGITS_SEED = 2023
-FIRST_SUBSET_SEED = 41  # the thesis's own shuffle; draw d uses 41 + d
-
-
-@dataclass(frozen=True, eq=False)
-class Images(Sequence[np.ndarray]):
-    """8-bit RGB arrays, each loaded when it is looked at: a data set need not fit into memory.
-
-    An item has a function that loads it, one that gives its digest, and what both are called with.
-    """
-
-    items: tuple[tuple[Callable[[Any], np.ndarray], Callable[[Any], str], Any], ...]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Images": ...
-    def __getitem__(self, index: int | slice) -> "np.ndarray | Images":
-        if isinstance(index, slice):
-            return Images(self.items[index])
-        load, _, key = self.items[index]
-        return load(key)
-
-    def __add__(self, other: "Images") -> "Images":
-        return Images(self.items + other.items)
-
-    def digests(self) -> list[str]:
-        """A hash of each image's content."""
-        return [digest(key) for _, digest, key in self.items]
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Labelled images, loaded when asked for.
-
-    ``load(i)`` returns image i as 8-bit RGB of shape (height, width, 3); ``labels`` has shape (n,).
-    ``trimap(i)`` returns its trimap, 8-bit labels of shape (height, width): 1 subject,
-    2 background, 3 border, as in Oxford-IIIT Pet. ``digest(i)`` is a hash of image i's content, by
-    default of its pixels.
-    """
-
-    load: Callable[[int], np.ndarray]
-    labels: np.ndarray
-    trimap: Callable[[int], np.ndarray]
-    digest: Callable[[int], str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices: Sequence[int] | np.ndarray | None = None) -> Images:
-        """The images at ``indices``, all by default."""
-        digest = self.digest or (lambda i: array_digest(self.load(i)))
-        rows = range(len(self)) if indices is None else indices
-        return Images(tuple((self.load, digest, int(i)) for i in rows))
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set with the splits ``train``, ``validation`` and ``test``."""
-
-    name: str
-    class_names: tuple[str, ...]
-    splits: dict[str, Split]
 
 
 def load(
@@ -116,8 +49,6 @@ def load(
         InputError: unknown data set, class or split; a file is missing or corrupt.
     """
     if folder is not None:
-        from sdaug_utils import photos
-
         whole = photos.LOADERS[name](PROJECT / folder, download)
         return restricted(whole, classes, max_images_per_class)
     if name not in LOADERS:
@@ -145,14 +76,15 @@ def restricted(
             raise InputError(
                 f"max_images_per_class: '{split}' is unknown: choose from {', '.join(SPLITS)}"
             )
+    numbers = [whole.class_names.index(name) for name in chosen]
     splits = {
-        split: _restrict(whole.splits[split], [whole.class_names.index(c) for c in chosen], limit)
-        for split, limit in ((split, limits.get(split)) for split in SPLITS)
+        name: _restrict(split, numbers, limits.get(name), f"{whole.name}, {name}")
+        for name, split in whole.splits.items()
     }
     return Dataset(whole.name, chosen, splits)
 
 
-def _restrict(split: Split, classes: Sequence[int], limit: int | None) -> Split:
+def _restrict(split: Split, classes: Sequence[int], limit: int | None, name: str) -> Split:
     indices = first_per_class(split.labels, limit, classes)
     positions = {label: position for position, label in enumerate(classes)}
     labels = np.array([positions[label] for label in split.labels[indices]])
@@ -162,6 +94,7 @@ def _restrict(split: Split, classes: Sequence[int], limit: int | None) -> Split:
         labels,
         lambda i: split.trimap(indices[i]),
         digest and (lambda i: digest(indices[i])),
+        name,
     )
 
 
@@ -226,10 +159,7 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
         InputError: a class would get no image.
     """
     chosen = []
-    for label in np.unique(labels):
-        order = np.random.default_rng((FIRST_SUBSET_SEED + draw, label)).permutation(
-            np.flatnonzero(labels == label)
-        )
+    for label, order in zip(np.unique(labels), shuffled(labels, draw), strict=True):
         count = subset_size(len(order), percent)
         if count == 0:
             raise InputError(
@@ -285,38 +215,3 @@ def pad_to_rgb(grey: np.ndarray, size: int = 32) -> np.ndarray:
     padded = np.zeros((size, size), np.uint8)
     padded[top : top + grey.shape[0], left : left + grey.shape[1]] = grey
     return np.repeat(padded[..., None], 3, axis=2)
-
-
-def read_images(files: Sequence[Path]) -> Images:
-    """Images in files of any mode, as 8-bit RGB; their digests are those of the files."""
-    return Images(tuple((read_rgb, file_digest, file) for file in files))
-
-
-def read_rgb(file: Path) -> np.ndarray:
-    """An image file as an 8-bit RGB array of shape (height, width, 3).
-
-    Raises:
-        InputError: it is missing or does not decode.
-    """
-    return np.asarray(decoded(file).convert("RGB"))
-
-
-def decoded(file: Path) -> Image.Image:
-    """An image file in its own mode.
-
-    Raises:
-        InputError: it is missing or does not decode.
-    """
-    try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{file}: missing or does not decode ({error})") from error
-    return image
-
-
-def digests(images: Sequence[np.ndarray]) -> list[str]:
-    """A hash of each image's content: of its file, if it comes from one, else of its pixels."""
-    if isinstance(images, Images):
-        return images.digests()
-    return [array_digest(image) for image in images]

@@ -1,10 +1,11 @@
 """The thesis's claims as tests on results: supported, contradicted, inconclusive.
 
-The claims are data (``data/claims.yaml``), as are the thesis's own results
-(``data/published_results.csv``: 125 runs read from its text and its public logs, with flags).
+The claims are data (``tables/claims.yaml``), as are the thesis's own results
+(``tables/published_results.csv``: 125 runs read from its text and its public logs, with flags).
 """
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,27 +13,18 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.cells import SETTING, scores
-from sdaug_utils.metrics import Estimate, contrast, estimate, paired_difference, slope_weights
+from sdaug_utils.evidence.metrics import (
+    Estimate,
+    contrast,
+    estimate,
+    paired_difference,
+    slope_weights,
+)
+from sdaug_utils.training.cells import SETTING, scores
 
-DATA_FOLDER = Path(__file__).parent / "data"
+TABLES = Path(__file__).parent / "tables"
 OF_SUBJECTS = ("num_inputs", "input_set", "measure")
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
-
-JUDGED_COLUMNS = (
-    "id",
-    "section",
-    "claim",
-    "comparison",
-    "difference",
-    "low",
-    "high",
-    "num_draws",
-    "num_runs",
-    "num_test_images",
-    "comparison_verdict",
-    "verdict",
-)
 
 
 class NotRun(KeyError):
@@ -48,7 +40,7 @@ def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
 
     The accuracy (or Jaccard index) is that of the logs, else that of the text.
     """
-    table = pd.read_csv(DATA_FOLDER / "published_results.csv", dtype={"run": str})
+    table = pd.read_csv(TABLES / "published_results.csv", dtype={"run": str})
     flagged = table["flags"].fillna("").str.contains(NOT_EVIDENCE)
     table = table[~flagged & (table["dataset"] == dataset)].drop_duplicates("run")
     # The text says segmentation maps, the code took Canny edges: the same question all the same.
@@ -61,9 +53,36 @@ def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
 
 
 def read_claims(experiment: str) -> list[dict[str, Any]]:
-    """The claims that an experiment decides: those whose id begins as its name does."""
-    claims = yaml.safe_load((DATA_FOLDER / "claims.yaml").read_text())
-    return [claim for claim in claims if claim["id"].startswith(experiment[:2])]
+    """The claims that an experiment decides: those whose id begins as its name does.
+
+    A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``.
+    """
+    data = yaml.safe_load((TABLES / "claims.yaml").read_text())
+    claims = []
+    for claim in data["claims"]:
+        number = claim["id"].split("-")[0]
+        if experiment.startswith(number):
+            section = f"4.3.{int(number) if number.isdigit() else 3}"
+            parts = claim.get("comparisons", [claim])
+            every = [one for part in parts for one in _expanded(part, data["names"])]
+            claims.append({**claim, "section": section, "comparisons": every})
+    return claims
+
+
+def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """A comparison for each combination of the values that it lists under ``each``."""
+    columns = comparison.get("each", {})
+    for values in itertools.product(*columns.values()):
+        chosen = dict(zip(columns, values, strict=True))
+        shown = {column: names.get(value, value) for column, value in chosen.items()}
+        filled: dict[str, Any] = {"what": comparison["what"].format(**shown)}
+        for key in ("first", "second"):
+            if selector := comparison.get(key):
+                filled[key] = {
+                    column: chosen[column] if value == "each" else value
+                    for column, value in selector.items()
+                }
+        yield {**comparison, **filled}
 
 
 def verdict(low: float, high: float, expect: Expectation, margin: float = 0.0) -> Verdict:
@@ -172,42 +191,58 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """
     rows = []
     for claim in read_claims(experiment):
-        parts: list[dict[str, Any]] = []
+        differences: list[Estimate] = []
+        outcomes: list[Verdict] = []
         for comparison in claim["comparisons"]:
-            expect, margin = comparison["expect"], comparison.get("margin", 0.0)
-            outcome: Verdict = "not tested"
             try:
-                difference = compared(results, comparison)
-                outcome = verdict(difference.low, difference.high, expect, margin)
+                found = compared(results, comparison)
+                margin = comparison.get("margin", 0.0)
+                outcomes.append(verdict(found.low, found.high, comparison["expect"], margin))
             except NotRun:
-                difference = Estimate(np.nan, np.nan, np.nan, 0, 0, 0)
-            parts.append(
-                {
-                    **{key: claim[key] for key in ("id", "section", "claim")},
-                    "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
-                    "difference": difference.mean,
-                    "low": difference.low,
-                    "high": difference.high,
-                    "num_draws": difference.num_draws,
-                    "num_runs": difference.num_runs,
-                    "num_test_images": difference.num_images,
-                    "comparison_verdict": outcome,
-                }
+                found = Estimate(np.nan, np.nan, np.nan, 0, 0, 0)
+                outcomes.append("not tested")
+            differences.append(found)
+        rows += [
+            {
+                **{key: claim[key] for key in ("id", "section", "claim")},
+                "comparison": f"{comparison['what']}: {_bound(comparison)}",
+                "difference": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "num_draws": found.num_draws,
+                "num_runs": found.num_runs,
+                "num_test_images": found.num_images,
+                "comparison_verdict": outcome,
+                "verdict": all_of(outcomes),
+            }
+            for comparison, found, outcome in zip(
+                claim["comparisons"], differences, outcomes, strict=True
             )
-        whole = all_of([part["comparison_verdict"] for part in parts])
-        rows += [{**part, "verdict": whole} for part in parts]
-    return pd.DataFrame(rows, columns=JUDGED_COLUMNS)
+        ]
+    return pd.DataFrame(rows)
 
 
-def _bound(expect: Expectation, margin: float) -> str:
-    points = f"{100 * margin:g} points"
+def _bound(comparison: dict[str, Any]) -> str:
+    expect, points = comparison["expect"], f"{100 * comparison.get('margin', 0.0):g} points"
+    if expect in ("above", "below") or points == "0 points":
+        return f"{expect} 0"
+    return {"within": f"within ± {points}", "between": f"between 0 and {points}"}.get(
+        expect, f"{expect} {points}"
+    )
+
+
+def _gain(prefix: str, change: Estimate) -> dict[str, float]:
+    """A difference of scores in absolute points, with its 95 % interval, as columns of a table."""
+    names = [f"{prefix}points{end}" for end in ("", "_low", "_high")]
     return {
-        "above": "above 0",
-        "below": "below 0",
-        "within": f"within ± {points}",
-        "at most": f"at most {points}" if margin else "at most 0",
-        "between": f"between 0 and {points}",
-    }[expect]
+        name: 100 * value
+        for name, value in zip(names, (change.mean, change.low, change.high), strict=True)
+    }
+
+
+def _published_gain(prefix: str, value: float, baseline: float) -> dict[str, float]:
+    points, relative = 100 * (value - baseline), 100 * (value / baseline - 1)
+    return {f"{prefix}points": points, f"{prefix}relative": relative}
 
 
 def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
@@ -232,20 +267,11 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
                 "baseline_accuracy": second.mean(),
                 "updates": updates[arm],
                 "accuracy": first.mean(),
-                **_points(estimate(gains[-1])),
+                **_gain("gain_", estimate(gains[-1])),
             }
         )
-    difference = _points(estimate(gains[0] - gains[1]))
-    rows.append({"protocol": "published − controlled", **difference})
-    return pd.DataFrame(rows)
-
-
-def _points(gain: Estimate) -> dict[str, float]:
-    return {
-        "gain_points": 100 * gain.mean,
-        "gain_points_low": 100 * gain.low,
-        "gain_points_high": 100 * gain.high,
-    }
+    difference = _gain("gain_", estimate(gains[0] - gains[1]))
+    return pd.DataFrame([*rows, {"protocol": "published − controlled", **difference}])
 
 
 def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> pd.DataFrame:
@@ -256,8 +282,7 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
     real images there is no baseline, hence no gain. Published values are single runs on
     ``dataset``; None leaves them out.
     """
-    theirs = _published_values(dataset or "")
-    rows = []
+    theirs, rows = _published_values(dataset or ""), []
     setting: Any
     for setting, group in results.groupby(
         ["task", "arm", "real_percent", "synthetic_per_class"], sort=False
@@ -265,30 +290,29 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
         task, arm, percent, count = setting
         values = scores(group)
         score, value = estimate(values), theirs.get((task, arm, percent, count), np.nan)
-        row = {
-            "arm": arm,
-            "real_percent": percent,
-            "synthetic_per_class": count,
-            "published": value,
-            "published_gain_points": np.nan,
-            "published_gain_relative": np.nan,
-            "score": score.mean,
-            "score_low": score.low,
-            "score_high": score.high,
-            **dict.fromkeys(("gain_points", "gain_points_low", "gain_points_high"), np.nan),
-            "gain_relative": np.nan,
-            "num_draws": values.shape[0],
-            "num_seeds": values.shape[1],
-            "num_test_images": values.shape[2],
-        }
+        base_value = theirs.get((task, "baseline", percent, 0), np.nan) if percent else np.nan
+        gain, relative = Estimate(np.nan, np.nan, np.nan, 0, 0, 0), np.nan
         if percent > 0:
             baseline = scores(results, arm="baseline", real_percent=percent)
             gain = paired_difference(values, baseline)
-            row |= _points(gain) | {"gain_relative": 100 * gain.mean / baseline.mean()}
-            baseline_value = theirs.get((task, "baseline", percent, 0), np.nan)
-            row["published_gain_points"] = 100 * (value - baseline_value)
-            row["published_gain_relative"] = 100 * (value / baseline_value - 1)
-        rows.append(row)
+            relative = 100 * gain.mean / baseline.mean()
+        rows.append(
+            {
+                "arm": arm,
+                "real_percent": percent,
+                "synthetic_per_class": count,
+                "published": value,
+                **_published_gain("published_gain_", value, base_value),
+                "score": score.mean,
+                "score_low": score.low,
+                "score_high": score.high,
+                **_gain("gain_", gain),
+                "gain_relative": relative,
+                "num_draws": score.num_draws,
+                "num_seeds": score.num_runs // score.num_draws,
+                "num_test_images": score.num_images,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -330,13 +354,10 @@ def combinations(results: pd.DataFrame, augmentation: str) -> pd.DataFrame:
             {
                 "technique": technique,
                 **setting,
-                "published_points": 100 * (after - before),
-                "published_relative": 100 * (after / before - 1),
+                **_published_gain("published_", after, before),
                 "without": without.mean(),
                 "with": scores(group).mean(),
-                "points": 100 * change.mean,
-                "points_low": 100 * change.low,
-                "points_high": 100 * change.high,
+                **_gain("", change),
                 "relative": 100 * change.mean / without.mean(),
             }
         )

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from sdaug_utils.datasets import FIRST_SUBSET_SEED, SPLITS, Dataset, Split, decoded, read_rgb
+from sdaug_utils.data.images import SPLITS, Dataset, Split, decoded, read_rgb, shuffled
 from sdaug_utils.errors import InputError
 from sdaug_utils.store import file_digest
 
 FOOD_TRAIN_PER_CLASS = 600  # of 750; the rest validates (thesis, section 4.2.1)
-OWN_SHARES = (0.5, 0.75)  # up to the first to train on, up to the second to validate
 
 
 def oxford_iiit_pet(folder: Path, download: bool) -> Dataset:
@@ -30,20 +29,12 @@ def oxford_iiit_pet(folder: Path, download: bool) -> Dataset:
     """
     from torchvision.datasets import OxfordIIITPet
 
-    train = _opened(OxfordIIITPet, folder, "trainval", download)
-    test = _opened(OxfordIIITPet, folder, "test", download)
-    _check_classes(folder, train.classes, train._labels, test._labels)
-    halves: tuple[list[int], list[int]] = ([], [])
-    for rows in _shuffled(test._labels):
-        halves[0].extend(rows[: len(rows) // 2])
-        halves[1].extend(rows[len(rows) // 2 :])
-    splits = {"train": _split(train._images, train._labels, train._segs)}
-    for name, rows in zip(SPLITS[1:], halves, strict=True):
-        chosen = [
-            [column[row] for row in rows] for column in (test._images, test._labels, test._segs)
-        ]
-        splits[name] = _split(*chosen)
-    return Dataset("oxford-iiit-pet", tuple(train.classes), splits)
+    train, test = _opened(OxfordIIITPet, folder, ("trainval", "test"), download)
+    halves = _parts(test._labels, lambda n: [n // 2])
+    every = range(len(train._labels))
+    splits = [_split(every, train._images, train._labels, train._segs)]
+    splits += [_split(half, test._images, test._labels, test._segs) for half in halves]
+    return Dataset("oxford-iiit-pet", tuple(train.classes), dict(zip(SPLITS, splits, strict=True)))
 
 
 def food_101(folder: Path, download: bool) -> Dataset:
@@ -56,22 +47,12 @@ def food_101(folder: Path, download: bool) -> Dataset:
     """
     from torchvision.datasets import Food101
 
-    train = _opened(Food101, folder, "train", download)
-    test = _opened(Food101, folder, "test", download)
-    _check_classes(folder, train.classes, train._labels, test._labels)
-    parts: tuple[list[int], list[int]] = ([], [])
-    for rows in _shuffled(train._labels):
-        first = math.ceil(len(rows) * FOOD_TRAIN_PER_CLASS / 750)
-        parts[0].extend(rows[:first])
-        parts[1].extend(rows[first:])
-    splits = {
-        name: _split(
-            [train._image_files[row] for row in rows], [train._labels[row] for row in rows]
-        )
-        for name, rows in zip(SPLITS[:2], parts, strict=True)
-    }
-    splits["test"] = _split(test._image_files, test._labels)
-    return Dataset("food-101", tuple(name.replace("_", " ") for name in train.classes), splits)
+    train, test = _opened(Food101, folder, ("train", "test"), download)
+    parts = _parts(train._labels, lambda n: [math.ceil(n * FOOD_TRAIN_PER_CLASS / 750)])
+    splits = [_split(part, train._image_files, train._labels) for part in parts]
+    splits.append(_split(range(len(test._labels)), test._image_files, test._labels))
+    names = tuple(name.replace("_", " ") for name in train.classes)
+    return Dataset("food-101", names, dict(zip(SPLITS, splits, strict=True)))
 
 
 def image_folder(folder: Path, download: bool = False) -> Dataset:
@@ -95,25 +76,16 @@ def image_folder(folder: Path, download: bool = False) -> Dataset:
     except FileNotFoundError as error:
         raise InputError(f"data.folder: {error}") from error
     files, labels = [Path(file) for file, _ in samples], [label for _, label in samples]
-    trimaps = [folder / "trimaps" / f.parent.name / f"{f.stem}.png" for f in files]
-    parts: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for rows in _shuffled(labels):
-        if len(rows) < 4:
-            name = classes[labels[rows[0]]]
-            raise InputError(f"data.folder: {folder / name}: {len(rows)} images; needs at least 4")
-        ends = [0, *(math.floor(share * len(rows)) for share in OWN_SHARES), len(rows)]
-        for name, start, end in zip(SPLITS, ends, ends[1:], strict=False):
-            parts[name].extend(rows[start:end])
-    with_trimaps = (folder / "trimaps").is_dir()
-    splits = {
-        name: _split(
-            [files[row] for row in rows],
-            [labels[row] for row in rows],
-            [trimaps[row] for row in rows] if with_trimaps else None,
-        )
-        for name, rows in parts.items()
-    }
-    return Dataset("imagefolder", tuple(name.replace("_", " ") for name in classes), splits)
+    for name, size in zip(classes, np.bincount(labels), strict=True):
+        if size < 4:
+            raise InputError(f"data.folder: {folder / name}: {size} images; needs at least 4")
+    trimaps = None
+    if (folder / "trimaps").is_dir():
+        trimaps = [folder / "trimaps" / f.parent.name / f"{f.stem}.png" for f in files]
+    parts = _parts(labels, lambda n: [n // 2, 3 * n // 4])
+    splits = [_split(part, files, labels, trimaps) for part in parts]
+    names = tuple(name.replace("_", " ") for name in classes)
+    return Dataset("imagefolder", names, dict(zip(SPLITS, splits, strict=True)))
 
 
 SIZES = {
@@ -148,49 +120,48 @@ LOADERS: dict[str, Callable[[Path, bool], Dataset]] = {
 }
 
 
-def _opened(kind: Any, folder: Path, split: str, download: bool) -> Any:
+def _opened(kind: Any, folder: Path, splits: Sequence[str], download: bool) -> list[Any]:
+    """torchvision's data sets of some official lists, each of which has images of every class."""
     try:
-        if not download:
-            return kind(folder, split=split)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):  # jobs of an array start at the same time
-            return kind(folder, split=split, download=True)
+        if download:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".download.lock"):  # jobs of an array start at the same time
+                kind(folder, split=splits[0], download=True)
+        opened = [kind(folder, split=split) for split in splits]
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(
             f"data.folder: {folder}: not the layout of torchvision's {kind.__name__} "
             f"({' '.join(str(error).split())}); set data.download: true where there is internet"
         ) from error
-
-
-def _check_classes(folder: Path, classes: Sequence[str], *splits: Sequence[int]) -> None:
-    for labels in splits:
-        if missing := set(range(max(map(max, splits)) + 1)) - set(labels):
+    classes, labels = opened[0].classes, [data._labels for data in opened]
+    for of_split in labels:
+        if missing := set(range(max(map(max, labels)) + 1)) - set(of_split):
             known = len(classes) > min(missing)
             name = classes[min(missing)] if known else f"number {min(missing) + 1}"
             raise InputError(f"data.folder: {folder}: class {name} has no image in a list")
+    return opened
 
 
-def _shuffled(labels: Sequence[int]) -> list[list[int]]:
-    """The rows of each class, in the order of a seeded shuffle."""
-    return [
-        np.random.default_rng((FIRST_SUBSET_SEED, int(label)))
-        .permutation(np.flatnonzero(np.asarray(labels) == label))
-        .tolist()
-        for label in np.unique(labels)
-    ]
+def _parts(labels: Sequence[int], ends: Callable[[int], list[int]]) -> list[list[int]]:
+    """Rows of each class in shuffled order, cut at the positions ``ends(images of the class)``."""
+    cut = [np.split(rows, ends(len(rows))) for rows in shuffled(labels)]
+    return [np.concatenate(part).tolist() for part in zip(*cut, strict=True)]
 
 
 def _split(
-    files: Sequence[Path], labels: Sequence[int], trimaps: Sequence[Path] | None = None
+    rows: Sequence[int],
+    files: Sequence[Path],
+    labels: Sequence[int],
+    trimaps: Sequence[Path] | None = None,
 ) -> Split:
     def trimap(i: int) -> np.ndarray:
         if trimaps is None:
             raise InputError("this data set has no trimaps: experiment 08 needs them")
-        return np.asarray(decoded(trimaps[i]), np.uint8)
+        return np.asarray(decoded(trimaps[rows[i]]), np.uint8)
 
     return Split(
-        lambda i: read_rgb(files[i]),
-        np.asarray(labels),
+        lambda i: read_rgb(files[rows[i]]),
+        np.asarray(labels)[list(rows)],
         trimap,
-        lambda i: file_digest(files[i]),
+        lambda i: file_digest(files[rows[i]]),
     )

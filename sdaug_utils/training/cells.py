@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,15 +13,19 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from sdaug_utils import segmentation, training
-from sdaug_utils.datasets import digests, first_per_class, read_images, subset
-from sdaug_utils.foundation import device_of, in_parallel
-from sdaug_utils.params import Augmentation, Control, Parameters, Protocol, Technique
-from sdaug_utils.pools import Pool, has_fewer_inputs, technique_pools, technique_requests
+from sdaug_utils.compute import device_of, in_parallel
+from sdaug_utils.data import augment
+from sdaug_utils.data.datasets import first_per_class, subset
+from sdaug_utils.data.images import Images, digests, read_images
+from sdaug_utils.generation.pools import Pool, technique_pools
+from sdaug_utils.generation.technique import inputs_percent, technique_requests
+from sdaug_utils.params import Augmentation, Parameters, Protocol, Technique
+from sdaug_utils.registry import techniques
 from sdaug_utils.store import digest
 from sdaug_utils.study import Study
+from sdaug_utils.training import classifier, features, segmenter
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""
 
@@ -52,12 +56,9 @@ class Cell(Parameters):
 
 def pool_percent(study: Study, cell: Cell) -> float:
     """The real percentage that the images of a cell's pools come from; 100 if any will do."""
-    if cell.technique in get_args(Control):
-        return 100 if cell.controls_from_outside else cell.real_percent
-    if cell.technique and cell.real_percent:
-        few = has_fewer_inputs(study, cell.technique, cell.real_percent)
-        return cell.real_percent if few else 100
-    return 100
+    if not cell.technique or cell.controls_from_outside:
+        return 100
+    return inputs_percent(study, techniques()[cell.technique], cell.real_percent)
 
 
 def repeated(
@@ -104,15 +105,15 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     score of each test image: (n_test,) booleans, right or wrong, for a classifier, the weighted
     Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds that of each image, too).
     """
-    loader = _Loader(study)
-    missing = [cell for cell in cells if not _folder(study, cell).exists()]
+    trainer, folders = Trainer(study), {cell: _folder(study, cell) for cell in cells}
+    missing = [cell for cell in cells if not folders[cell].exists()]
     # The largest pools first: a model that is not kept makes all its images at once.
     for cell in sorted(missing, key=lambda cell: -cell.synthetic_per_class):
-        loader.prepare(cell)
+        trainer.prepare(cell)
     with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
 
         def train(cell: Cell) -> None:
-            study.store.get("cells", spec(study, cell), partial(loader.train, cell))
+            study.store.get("cells", spec(study, cell), partial(trainer.train, cell))
             bar.update()
 
         # Heads on kept features are too small to gain from threads; a segmenter's dropout draws
@@ -123,19 +124,19 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
                 train(cell)
         in_parallel(study.settings, lambda i: train(whole[i]), range(len(whole)))
     new = set(missing)
-    rows = []
-    for cell in cells:
-        study.store.record("runs", spec(study, cell), [0], [0] if cell in new else [])
-        folder = _folder(study, cell)
-        result = json.loads((folder / "result.json").read_text())
-        if cell.task == "classification":
-            predictions = np.load(folder / "predictions.npy")
-            scores = predictions == study.data.splits["test"].labels
-        else:
-            scores = np.load(folder / "scores.npy")
-            result["mean_iou"] = np.load(folder / "mean_iou.npy")
-        rows.append({**cell.model_dump(), "arm": cell.arm, **result, "scores": scores})
-    return pd.DataFrame(rows)
+    for cell, folder in folders.items():
+        study.store.record("runs", folder, [0], [0] if cell in new else [])
+    return pd.DataFrame([_row(study, cell, folders[cell]) for cell in cells])
+
+
+def _row(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
+    result = json.loads((folder / "result.json").read_text())
+    if cell.task == "classification":
+        predictions = np.load(folder / "predictions.npy")
+        result["scores"] = predictions == study.data.splits["test"].labels
+    else:
+        result |= {name: np.load(folder / f"{name}.npy") for name in ("scores", "mean_iou")}
+    return {**cell.model_dump(), "arm": cell.arm, **result}
 
 
 def examples(study: Study, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
@@ -173,21 +174,22 @@ def scores(results: pd.DataFrame, **chosen: Any) -> np.ndarray:
 
 def spec(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that determines a cell's result."""
-    classifier, backbone = study.settings.classifier, str(study.settings.classifier.backbone)
+    settings = study.settings.classifier
+    backbone, recipe = str(settings.backbone), getattr(settings, cell.protocol).model_dump()
+    versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
     if cell.task == "classification":
-        settings = getattr(classifier, cell.protocol).model_dump()
-        recipe = [training.CODE_VERSION, training.augment.CODE_VERSION, classifier.image_size]
+        versions += [classifier.CODE_VERSION, settings.image_size]
     else:
-        settings = study.settings.segmenter.model_dump(exclude={"keep_features"})
         backbone = study.settings.segmenter.backbone
-        recipe = [segmentation.CODE_VERSION]
+        recipe = study.settings.segmenter.model_dump(exclude={"keep_features"})
+        versions.append(segmenter.CODE_VERSION)
     return {
-        "version": [CODE_VERSION, *recipe],
+        "version": versions,
         "cell": cell.model_dump(),
         "data": data_digest(study, cell.task == "segmentation"),
         "rows": _real_rows(study, cell).tolist(),
-        "backbone": training.BACKBONES[backbone],
-        "settings": settings,
+        "backbone": features.BACKBONES[backbone],
+        "settings": recipe,
         "pools": _pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
         if cell.technique
         else [],
@@ -226,138 +228,116 @@ def data_digest(study: Study, with_trimaps: bool = False) -> str:
     return digest(content)
 
 
-class _Loader:
-    """Keeps the images and features of the pools at hand while cells are trained."""
+class Trainer:
+    """Trains cells; the pools and features that they share are read once."""
 
     def __init__(self, study: Study) -> None:
-        self.study = study
-        self.splits = study.data.splits
-        self.pools = cache(self._pools)
-        self.pool_features = cache(self._pool_features)
-        self.real_features = cache(self._real_features)
-        self.maps = cache(lambda: segmentation.FeatureMaps(study))
-
-    def _pools(self, technique: Technique, draw: int, count: int, percent: float) -> list[Pool]:
-        return technique_pools(self.study, technique, draw, count, percent, progress=False)
+        self.study, self.splits = study, study.data.splits
+        self.num_classes = len(study.data.class_names)
+        self.pools = cache(partial(technique_pools, study, progress=False))
+        self.features_of = cache(self._features_of)
+        self.maps = cache(lambda: segmenter.FeatureMaps(study))
 
     def cell_pools(self, cell: Cell) -> list[Pool]:
+        """The synthetic images of a cell, a pool per class."""
         if not cell.technique:
             return []
         percent = pool_percent(self.study, cell)
         return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, percent)
 
-    def _pool_features(self, files: tuple[Path, ...], augmentation: Augmentation) -> Tensor:
-        images = read_images(files)
-        return training.image_features(
-            self.study, images, augmentation, self._num_views(augmentation)
-        )
-
-    def _real_features(self, split: str, augmentation: Augmentation = "none") -> Tensor:
-        images = self.splits[split].images()
-        return training.image_features(
-            self.study, images, augmentation, self._num_views(augmentation)
-        )
-
-    def _num_views(self, augmentation: Augmentation) -> int:
+    def _features_of(
+        self, part: str | tuple[Path, ...], augmentation: Augmentation = "none"
+    ) -> Tensor:
+        """Features of a split, by its name, or of files: (n, views, features)."""
+        images = self.splits[part].images() if isinstance(part, str) else read_images(part)
         views = self.study.settings.classifier.controlled.num_views
-        return 1 if augmentation == "none" else views
+        num_views = 1 if augmentation == "none" else views
+        return features.image_features(self.study, images, augmentation, num_views)
 
     def prepare(self, cell: Cell) -> None:
         """Load or make what a cell needs, so that cells can then be trained side by side."""
         self.cell_pools(cell)
         if cell.task == "classification" and cell.protocol == "controlled":
-            for split in ("validation", "test"):
-                self.real_features(split)
-            self.features(cell, np.arange(1))
+            self.features_of("validation")
+            self.features_of("test")
+            self.features(cell)
 
-    def training_set(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        """A cell's real images, as rows of the train split, and the labels of all its images."""
+    def training_set(self, cell: Cell) -> tuple[Images, np.ndarray]:
+        """The images that a cell trains on, real ones first, and their labels."""
         rows = _real_rows(self.study, cell)
-        classes = np.arange(len(self.study.data.class_names))
-        synthetic = np.repeat(classes, cell.synthetic_per_class)
-        return rows, np.concatenate([self.splits["train"].labels[rows], synthetic])
+        synthetic = [file for pool in self.cell_pools(cell) for file in pool.files]
+        labels = np.repeat(np.arange(self.num_classes), cell.synthetic_per_class)
+        images = self.splits["train"].images(rows) + read_images(synthetic)
+        return images, np.concatenate([self.splits["train"].labels[rows], labels])
+
+    def features(self, cell: Cell) -> Tensor:
+        """Features of a cell's training images, real ones first: (n, views, features)."""
+        real = self.features_of("train", cell.augmentation)[_real_rows(self.study, cell)]
+        if not (pools := self.cell_pools(cell)):
+            return real
+        files = tuple(file for pool in pools for file in pool.files)
+        return torch.cat([real, self.features_of(files, cell.augmentation)])
 
     def train(self, cell: Cell, folder: Path) -> None:
-        rows, labels = self.training_set(cell)
-        counts = {"num_real": len(rows), "num_synthetic": len(labels) - len(rows)}
+        """Train one cell; ``folder`` gets ``result.json`` and what there is per test image."""
+        num_real, num_all = len(_real_rows(self.study, cell)), len(self.training_set(cell)[1])
+        result: dict[str, Any] = {"num_real": num_real, "num_synthetic": num_all - num_real}
         if cell.task == "segmentation":
-            result = self._segmentation(cell, rows, folder)
+            segmented = self._segmentation(cell)
+            scores = segmented.weighted_jaccard
+            np.save(folder / "scores.npy", scores.astype(np.float32))
+            np.save(folder / "mean_iou.npy", segmented.mean_iou.astype(np.float32))
+            shown = first_per_class(self.splits["test"].labels, 1)
+            np.savez_compressed(folder / "examples.npz", rows=shown, labels=segmented.labels[shown])
+            outcome: Any = segmented
         else:
-            train = self._controlled if cell.protocol == "controlled" else self._published
-            outcome = train(cell, rows, labels, len(self.study.data.class_names))
-            np.save(folder / "predictions.npy", outcome.predictions.astype(np.uint8))
-            right = outcome.predictions == self.splits["test"].labels
-            result = {
-                "num_updates": outcome.num_updates,
-                "selected_step": outcome.selected_step,
-                "validation_score": outcome.validation_accuracy,
-                "test_score": float(right.mean()),
-            }
-        (folder / "result.json").write_text(json.dumps(counts | result, indent=2))
-
-    def _segmentation(self, cell: Cell, rows: np.ndarray, folder: Path) -> dict[str, float]:
-        """Train a segmenter; synthetic images share the trimap of the image they follow."""
-        train, pools = self.splits["train"], self.cell_pools(cell)
-        images = train.images(rows) + read_images([file for pool in pools for file in pool.files])
-        followed = [row for pool in pools for row in pool.control_rows]
-        trimaps = [train.trimap(int(row)) for row in (*rows, *followed)]
-        outcome = segmentation.train(
-            self.maps(), images, trimaps, self.splits, cell.protocol, _training_seed(cell)
-        )
-        np.save(folder / "scores.npy", outcome.weighted_jaccard.astype(np.float32))
-        np.save(folder / "mean_iou.npy", outcome.mean_iou.astype(np.float32))
-        shown = first_per_class(self.splits["test"].labels, 1)
-        np.savez_compressed(folder / "examples.npz", rows=shown, labels=outcome.labels[shown])
-        return {
+            outcome = (self.controlled if cell.protocol == "controlled" else self.published)(cell)
+            np.save(folder / "predictions.npy", outcome.predictions.astype(np.int32))
+            scores = outcome.predictions == self.splits["test"].labels
+        result |= {
             "num_updates": outcome.num_updates,
             "selected_step": outcome.selected_step,
-            "validation_score": outcome.validation_jaccard,
-            "test_score": float(outcome.weighted_jaccard.mean()),
+            "validation_score": outcome.validation_score,
+            "test_score": float(scores.mean()),
         }
+        (folder / "result.json").write_text(json.dumps(result, indent=2))
 
-    def features(self, cell: Cell, rows: np.ndarray) -> Tensor:
-        """Features of a cell's training images, real ones first: (n, views, features)."""
-        features = self.real_features("train", cell.augmentation)[rows]
-        if pools := self.cell_pools(cell):
-            files = tuple(file for pool in pools for file in pool.files)
-            features = torch.cat([features, self.pool_features(files, cell.augmentation)])
-        return features
-
-    def _controlled(
-        self, cell: Cell, rows: np.ndarray, labels: np.ndarray, num_classes: int
-    ) -> training.Outcome:
-        validation = self.real_features("validation")[:, 0], self.splits["validation"].labels
-        return training.train_controlled(
-            self.features(cell, rows),
-            labels,
-            validation,
-            self.real_features("test")[:, 0],
+    def controlled(self, cell: Cell) -> classifier.Outcome:
+        """A classifier under the controlled protocol, on kept features."""
+        return classifier.train_controlled(
+            self.features(cell),
+            self.training_set(cell)[1],
+            (self.features_of("validation")[:, 0], self.splits["validation"].labels),
+            self.features_of("test")[:, 0],
             self.study.settings.classifier.controlled,
             _training_seed(cell),
-            num_classes,
+            self.num_classes,
         )
 
-    def _published(
-        self, cell: Cell, rows: np.ndarray, labels: np.ndarray, num_classes: int
-    ) -> training.Outcome:
-        classifier = self.study.settings.classifier
-        images = self.splits["train"].images(rows)
-        images += read_images([file for pool in self.cell_pools(cell) for file in pool.files])
-        validation = self.splits["validation"]
-        few = first_per_class(validation.labels, classifier.published.validation_images_per_class)
-        return training.train_published(
-            images,
-            labels,
+    def published(self, cell: Cell) -> classifier.Outcome:
+        """A classifier under the thesis's protocol, on images."""
+        settings, validation = self.study.settings.classifier, self.splits["validation"]
+        few = first_per_class(validation.labels, settings.published.validation_images_per_class)
+        return classifier.train_published(
+            *self.training_set(cell),
             (validation.images(few), validation.labels[few]),
             self.splits["test"].images(),
-            classifier.backbone,
-            classifier.image_size,
+            settings.backbone,
+            settings.image_size,
             cell.augmentation,
-            classifier.published,
+            settings.published,
             _training_seed(cell),
-            num_classes,
+            self.num_classes,
             device_of(self.study.settings),
         )
+
+    def _segmentation(self, cell: Cell) -> segmenter.Segmented:
+        """Synthetic images share the trimap of the image that they follow."""
+        followed = [row for pool in self.cell_pools(cell) for row in pool.followed]
+        rows = (*_real_rows(self.study, cell), *followed)
+        trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
+        seed, images = _training_seed(cell), self.training_set(cell)[0]
+        return segmenter.train(self.maps(), images, trimaps, self.splits, cell.protocol, seed)
 
 
 def accuracy_curve(
@@ -368,36 +348,30 @@ def accuracy_curve(
     The network is the controlled one; nothing is selected. Columns: ``arm``, ``draw``, ``seed``,
     ``learning_rate``, ``step``, ``test_accuracy``.
     """
-    loader = _Loader(study)
-    base = study.settings.classifier.controlled
-    settings = base.model_copy(
-        update={"learning_rate": learning_rate, "max_train_steps": max(steps)}
-    )
-    every = int(np.gcd.reduce(steps))
+    trainer = Trainer(study)
+    changes = {"learning_rate": learning_rate, "max_train_steps": max(steps)}
+    settings = study.settings.classifier.controlled.model_copy(update=changes)
     determined_by = spec(study, cell) | {"settings": settings.model_dump(), "steps": list(steps)}
 
     def make(folder: Path) -> None:
-        rows = []
-        real, labels = loader.training_set(cell)
-        test = loader.real_features("test")[:, 0]
+        rows, test = [], trainer.features_of("test")[:, 0]
         test_labels = torch.from_numpy(study.data.splits["test"].labels)
 
         def evaluate(step: int, head: torch.nn.Linear) -> None:
             if step in steps:
-                rows.append((step, training.accuracy(head, test, test_labels)))
+                rows.append((step, classifier.accuracy(head, test, test_labels)))
 
-        training.train_head(
-            loader.features(cell, real),
-            torch.from_numpy(labels),
+        classifier.train_head(
+            trainer.features(cell),
+            torch.from_numpy(trainer.training_set(cell)[1]),
             settings,
             _training_seed(cell),
-            len(study.data.class_names),
-            every,
+            trainer.num_classes,
+            int(np.gcd.reduce(steps)),
             evaluate,
         )
-        pd.DataFrame(rows, columns=["step", "test_accuracy"]).to_csv(
-            folder / "curve.csv", index=False
-        )
+        table = pd.DataFrame(rows, columns=["step", "test_accuracy"])
+        table.to_csv(folder / "curve.csv", index=False)
 
     curve = pd.read_csv(study.store.get("curves", determined_by, make) / "curve.csv")
     return curve.assign(arm=cell.arm, draw=cell.draw, seed=cell.seed, learning_rate=learning_rate)

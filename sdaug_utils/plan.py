@@ -1,95 +1,88 @@
 """What a notebook needs, what of it the store has, and how long the rest takes. Nothing starts."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sdaug_utils import cells, experiments, foundation, params, photos, subjects, training
-from sdaug_utils.cells import Cell
-from sdaug_utils.claims import DATA_FOLDER
-from sdaug_utils.datasets import restricted
+from sdaug_utils import experiments, params
+from sdaug_utils.data import photos
+from sdaug_utils.data.datasets import restricted
 from sdaug_utils.errors import InputError
+from sdaug_utils.evidence import subjects
+from sdaug_utils.evidence.claims import TABLES
+from sdaug_utils.generation.foundation import revision
+from sdaug_utils.generation.pools import read_pool
+from sdaug_utils.generation.technique import Request, Technique, technique_requests
 from sdaug_utils.params import Domain, Settings
-from sdaug_utils.pools import Request, read_pool, technique_requests
+from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store, digest
 from sdaug_utils.study import Study, open_study
+from sdaug_utils.training import cells, features
+from sdaug_utils.training.cells import Cell
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
-UNET_BYTES = 1.72e9  # of Stable Diffusion 1.5, in half precision
 PNG_BYTES = 1.8  # per pixel of a photograph
 GIB = 2**30
 
 
 @dataclass
 class Needs:
-    """Images by pool, personalised models and training runs, each by its key in the store.
+    """What notebooks ask of the store, by its keys: what several of them need counts once."""
 
-    Adding up the needs of several notebooks counts what they share once.
-    """
-
-    images: dict[str, set[int]] = field(default_factory=dict)
-    controlled: set[str] = field(default_factory=set)  # the pools that follow control images
-    model_of: dict[str, str] = field(default_factory=dict)  # the pools of personalised models
-    models: dict[str, str] = field(default_factory=dict)  # key to technique
+    images: dict[str, set[int]] = field(default_factory=dict)  # indices, by pool
     runs: dict[str, Cell] = field(default_factory=dict)
+    models: dict[str, Technique] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
     unshared: int = 0  # images, if each setting made its own, as in the thesis
 
+    def ask(self, requests: Iterable[Request]) -> "Needs":
+        """Add what is needed for some pools."""
+        for request in requests:
+            key = digest(request.spec)
+            self.images.setdefault(key, set()).update(request.indices)
+            self.requests[key] = request
+            if request.model:
+                self.models[digest(request.model)] = request.technique
+        return self
+
     def add(self, other: "Needs") -> None:
+        """Add what another notebook needs."""
+        self.ask(other.requests.values())
         for key, indices in other.images.items():
-            self.images.setdefault(key, set()).update(indices)
-        self.controlled |= other.controlled
-        self.model_of |= other.model_of
-        self.models |= other.models
+            self.images[key] |= indices
         self.runs |= other.runs
         self.unshared += other.unshared
 
-    def request(self, request: Request) -> None:
-        self.images.setdefault(digest(request.spec), set()).update(request.indices)
-        if request.control_rows is not None:
-            self.controlled.add(digest(request.spec))
-        if request.personalisation:
-            self.model_of[digest(request.spec)] = digest(request.personalisation)
-            self.models[digest(request.personalisation)] = request.technique
+    def counts(self) -> tuple[int, int, int]:
+        """How many images, personalised models and training runs."""
+        return sum(map(len, self.images.values())), len(self.models), len(self.runs)
 
-    @property
-    def num_images(self) -> int:
-        return sum(map(len, self.images.values()))
 
-    @property
-    def num_models(self) -> int:
-        return len(self.models)
+def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
+    """What of ``wanted`` has to be made once ``done`` has been.
 
-    @property
-    def num_runs(self) -> int:
-        return len(self.runs)
-
-    def without(self, other: "Needs") -> "Needs":
-        """What is not among ``other``."""
-        return Needs(
-            {key: items - other.images.get(key, set()) for key, items in self.images.items()},
-            self.controlled,
-            self.model_of,
-            {key: kind for key, kind in self.models.items() if key not in other.models},
-            {key: cell for key, cell in self.runs.items() if key not in other.runs},
-        )
-
-    def missing(self, study: Study) -> "Needs":
-        """What the store has not got yet."""
-        root = study.store.root
-        there = {
-            key: set(read_pool(root / "pools" / key, sorted(self.images[key]), decode=False))
-            for key in self.images
-        }
-        return Needs(
-            {key: indices - there[key] for key, indices in self.images.items()},
-            self.controlled,
-            self.model_of,
-            {key: kind for key, kind in self.models.items() if not (root / kind / key).exists()},
-            {key: cell for key, cell in self.runs.items() if not (root / "cells" / key).exists()},
-        )
+    A fine-tuned U-Net that is not kept has to be made again for every pool that grows.
+    """
+    root, rest = study.store.root, Needs()
+    for key, indices in wanted.images.items():
+        new = indices - done.images.get(key, set())
+        new -= set(read_pool(root / "pools" / key, sorted(new), decode=False))
+        rest.images[key], rest.requests[key] = new, wanted.requests[key]
+        if new and (model := wanted.requests[key].model):
+            technique, name = wanted.requests[key].technique, digest(model)
+            there = name in done.models or (root / technique.name / name).exists()
+            if not (there and technique.keeps_models(study.settings)):
+                rest.models[name] = technique
+    rest.runs = {
+        key: cell
+        for key, cell in wanted.runs.items()
+        if key not in done.runs and not (root / "cells" / key).exists()
+    }
+    return rest
 
 
 @dataclass(frozen=True)
@@ -98,9 +91,6 @@ class Rates:
 
     source: str
     seconds: dict[str, float]
-
-    def __getitem__(self, kind: str) -> float:
-        return self.seconds[kind]
 
 
 def rates(settings: Settings) -> Rates:
@@ -111,7 +101,7 @@ def rates(settings: Settings) -> Rates:
     if not is_at_scale(settings):
         return _of_the_miniature(settings)
     measured = MEASURED / "gpu.json"
-    path = measured if measured.exists() else DATA_FOLDER / "rates-a100.json"
+    path = measured if measured.exists() else TABLES / "rates-a100.json"
     content = json.loads(path.read_text())
     source = content.get("source") or f"{content['machine']['gpu']}, measured"
     return Rates(source, content["seconds"])
@@ -165,18 +155,19 @@ def planned(profile: str, domain: Domain = "main") -> tuple[Study, list[str]]:
     if is_at_scale(settings) and settings.device == settings.precision == "auto":
         changes["precision"] = "float16"  # the GPU host's, though the plan be made elsewhere
     try:
-        foundation.revision(settings.foundation)
+        revision(settings.foundation)
     except InputError:
         absent.append(settings.foundation)
         changes["foundation"] = "miniature"
-    for name in ("canny", "segmentation"):
-        model = getattr(settings.controlnet, name)
-        try:
-            foundation.controlnet_revision(model, f"controlnet-{name}")
-        except InputError:
-            absent.append(model)
-            controlnet = changes.get("controlnet", settings.controlnet)
-            changes["controlnet"] = controlnet.model_copy(update={name: "miniature"})
+    for technique in techniques().values():
+        for name, part in technique.models(settings).values():
+            try:
+                revision(name, part)
+            except InputError:
+                absent.append(name)
+                section, own = technique.section[0], technique.of(settings)
+                here = {key: "miniature" for key, value in own if value == name}
+                changes[section] = changes.get(section, own).model_copy(update=here)
     chosen = settings.data[domain]
     try:
         study = open_study(profile, domain=domain, download=False)
@@ -194,12 +185,11 @@ def needs(study: Study, p: params.Experiment) -> Needs:
     """All that a notebook asks for, given its parameters."""
     total = Needs()
     if isinstance(p, params.Subjects):
-        is_known = training.have_features(study, study.data.splits["train"].images())
+        is_known = features.have_features(study, study.data.splits["train"].images())
         everyone = (subjects.of_experiment if is_known else subjects.stand_ins)(study, p)
         for technique in p.techniques:
-            for request in subjects.subject_requests(study, technique, everyone, p):
-                total.request(request)
-        total.unshared = total.num_images
+            total.ask(subjects.subject_requests(study, technique, everyone, p))
+        total.unshared = total.counts()[0]
         return total
     assert isinstance(p, params.Runs)
     every = experiments.cells(study, p)
@@ -214,25 +204,9 @@ def needs(study: Study, p: params.Experiment) -> Needs:
             percent = cells.pool_percent(study, cell)
             asked.add((cell.technique, cell.draw, cell.synthetic_per_class, percent))
     for arguments in asked:
-        for request in technique_requests(study, *arguments):
-            total.request(request)
+        total.ask(technique_requests(study, *arguments))
     total.unshared = len(study.data.class_names) * sum(count for _, _, count, _ in settings)
     return total
-
-
-def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
-    """What of ``wanted`` has to be made once ``done`` has been.
-
-    A fine-tuned U-Net that is not kept has to be made again for every pool that grows.
-    """
-    rest = wanted.without(done).missing(study)
-    if not study.settings.dreambooth.keep_models:
-        rest.models = {key: kind for key, kind in rest.models.items() if kind != "dreambooth"}
-        for key, indices in rest.images.items():
-            model = wanted.model_of.get(key)
-            if indices and model and wanted.models[model] == "dreambooth":
-                rest.models[model] = "dreambooth"
-    return rest
 
 
 def hours(study: Study, wanted: Needs, rates: Rates) -> float:
@@ -240,45 +214,30 @@ def hours(study: Study, wanted: Needs, rates: Rates) -> float:
 
     Start of the notebooks and drawing of the figures are left out.
     """
-    settings = study.settings
-    seconds = 0.0
+    seconds = _views(study, wanted) * rates.seconds["feature"]
     for key, indices in wanted.images.items():
-        kind = "image by a prompt"
-        if key in wanted.model_of:
-            kind = "image of a personalised model"
-        elif key in wanted.controlled:
-            kind = "image with a ControlNet"
-        seconds += len(indices) * rates[kind]
+        seconds += len(indices) * rates.seconds[wanted.requests[key].technique.image_cost]
     for technique in wanted.models.values():
-        if technique == "textual-inversion":
-            inversion = settings.textual_inversion
-            size = inversion.train_batch_size * inversion.gradient_accumulation_steps
-            seconds += inversion.max_train_steps * size * rates["latent, textual inversion"]
-            continue
-        dreambooth, steps = settings.dreambooth, settings.dreambooth.max_train_steps
-        if technique == "dreambooth-lora":
-            steps = settings.dreambooth_lora.max_train_steps
-        size = dreambooth.train_batch_size * (1 + (dreambooth.prior_loss_weight > 0))
-        seconds += steps * size * rates["latent, fine-tuning of the U-Net"]
-    seconds += _views(study, wanted) * rates["feature"]
-    seconds += sum(_run_seconds(study, cell, rates) for cell in wanted.runs.values())
-    return seconds / 3600
+        kind, number = technique.model_cost(study.settings)
+        seconds += number * rates.seconds[kind]
+    return (seconds + sum(_run_seconds(study, cell, rates) for cell in wanted.runs.values())) / 3600
 
 
 def gibibytes(study: Study, wanted: Needs) -> float:
     """Disk that what is wanted takes: images, kept or passing models, features."""
     settings = study.settings
-    size = wanted.num_images * PNG_BYTES * settings.sampling.resolution**2
-    num_models = sum(technique == "dreambooth" for technique in wanted.models.values())
+    size = wanted.counts()[0] * PNG_BYTES * settings.sampling.resolution**2
     if is_at_scale(settings):
-        size += UNET_BYTES * (num_models if settings.dreambooth.keep_models else num_models > 0)
+        kept = [t.model_bytes for t in wanted.models.values() if t.keeps_models(settings)]
+        passing = [t.model_bytes for t in wanted.models.values() if not t.keeps_models(settings)]
+        size += sum(kept) + max(passing, default=0)
     size += _views(study, wanted) * 1280 * 4
     return size / GIB
 
 
 def thesis_hours(experiment: str) -> float:
     """GPU hours in the thesis's run logs: training, and what they tell of generation."""
-    runs = pd.read_csv(DATA_FOLDER / "published_results.csv")
+    runs = pd.read_csv(TABLES / "published_results.csv")
     runs = runs[runs["experiment"] == experiment].drop_duplicates("run")
     per_class = runs[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
     num_classes = runs["dataset"].map({name: count for name, (count, _) in photos.SIZES.items()})
@@ -290,7 +249,7 @@ def _views(study: Study, wanted: Needs) -> int:
     """How many features: each image once, and each augmented view of it."""
     views = study.settings.classifier.controlled.num_views
     real = sum(len(split) for split in study.data.splits.values()) if wanted.runs else 0
-    total = real + wanted.num_images
+    total = real + wanted.counts()[0]
     train, classes = len(study.data.splits["train"]), len(study.data.class_names)
     largest: dict[tuple[Any, ...], int] = {}
     for cell in wanted.runs.values():
@@ -311,14 +270,14 @@ def _run_seconds(study: Study, cell: Cell, rates: Rates) -> float:
         seen = segmenter.max_train_steps * segmenter.batch_size
         if cell.protocol == "published":
             seen = int(segmenter.max_epochs * images)
-        return seen * rates["image, training of a segmenter"]
+        return seen * rates.seconds["image, training of a segmenter"]
     if cell.protocol == "controlled":
         controlled = settings.classifier.controlled
         seen = controlled.max_train_steps * controlled.batch_size
-        return seen * rates["image, training of a head"]
+        return seen * rates.seconds["image, training of a head"]
     published = settings.classifier.published
     few = published.validation_images_per_class
     held_out = classes * few if few else len(study.data.splits["validation"])
     tested = published.max_epochs * held_out + len(study.data.splits["test"])
-    trained = published.max_epochs * images * rates["image, training of the whole network"]
-    return trained + tested * rates["feature"]
+    trained = published.max_epochs * images * rates.seconds["image, training of the whole network"]
+    return trained + tested * rates.seconds["feature"]

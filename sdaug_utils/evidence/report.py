@@ -1,12 +1,13 @@
 """What a whole run leaves: the verdict on every claim, and the machine that it ran on.
 
-python -m sdaug_utils.report README.md    renew the README's table of verdicts
+python -m sdaug_utils.evidence.report README.md    renew the README's table of verdicts
 """
 
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.claims import DATA_FOLDER
-from sdaug_utils.figures import folder, save_table
-from sdaug_utils.foundation import resolved
+from sdaug_utils.compute import LIBRARIES, made_with, processor
+from sdaug_utils.evidence.claims import TABLES
+from sdaug_utils.evidence.figures import folder, save_table
+from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
-from sdaug_utils.training import BACKBONES
+from sdaug_utils.registry import techniques
+from sdaug_utils.store import makers
+from sdaug_utils.training.features import BACKBONES
 
 TOOLS = (
     "torch",
@@ -42,11 +46,8 @@ START, END = "<!-- verdicts: made by 'make notebooks' -->", "<!-- end of verdict
 
 def hardware() -> dict[str, object]:
     """Processor, cores, memory and GPU, without names or paths (thesis, table A.1)."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
     facts: dict[str, object] = {
-        "processor": model or platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpu": None,
@@ -65,24 +66,26 @@ def hardware() -> dict[str, object]:
     return facts
 
 
-def software() -> dict[str, str]:
-    """Versions of Python and of the libraries that do the work (thesis, table B.1)."""
-    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+def software(artefacts: Iterable[Path] = ()) -> dict[str, str]:
+    """Versions of Python and of the libraries that do the work (thesis, table B.1).
+
+    Of those that make ``artefacts``, all versions that the artefacts in use were made with.
+    """
+    facts = {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+    found = makers(artefacts) or [made_with()]
+    for name in (*LIBRARIES, "device"):
+        facts[name] = "; ".join(sorted({maker[name] for maker in found}))
+    facts["made on"] = facts.pop("device")
+    return facts
 
 
 def hyperparameters(settings: Settings) -> dict[str, pd.DataFrame]:
     """Tables 4.1 to 4.3: the thesis's values beside those in use, by file name."""
-    sampling = settings.sampling.model_dump()
-    in_use = {
-        "table-4-1-stable-diffusion": sampling,
-        "table-4-2-dreambooth": settings.dreambooth.model_dump(),
-        "table-4-3-textual-inversion": settings.textual_inversion.model_dump(),
-    }
-    published = yaml.safe_load((DATA_FOLDER / "hyperparameters.yaml").read_text())
-    tables = {}
-    for name, values in published.items():
-        ours = {"resolution": sampling["resolution"], **in_use[name]}
-        rows = [(key, str(value), str(ours[key])) for key, value in values.items()]
+    in_use, tables = settings.model_dump(), {}
+    published = yaml.safe_load((TABLES / "hyperparameters.yaml").read_text())
+    for name, table in published.items():
+        ours = {"resolution": settings.sampling.resolution, **in_use[table["section"]]}
+        rows = [(key, str(value), str(ours[key])) for key, value in table["thesis"].items()]
         tables[name] = pd.DataFrame(rows, columns=["hyperparameter", "thesis", "in use"])
     return tables
 
@@ -90,20 +93,22 @@ def hyperparameters(settings: Settings) -> dict[str, pd.DataFrame]:
 def models(settings: Settings) -> dict[str, str]:
     """The models in use: hub ids with the commit that they stand for, backbones' weights."""
     named = {"text-to-image model": resolved(settings.foundation)}
-    for kind in ("canny", "segmentation"):
-        model = getattr(settings.controlnet, kind)
-        named[f"ControlNet ({kind})"] = resolved(model, f"controlnet-{kind}")
+    for technique in techniques().values():
+        named |= {what: resolved(*model) for what, model in technique.models(settings).items()}
     for task in ("classifier", "segmenter"):
         backbone = getattr(settings, task).backbone
         named[f"{task}'s backbone"] = f"{backbone} ({BACKBONES[backbone]})"
     return named
 
 
-def write_tables(profile: str) -> None:
-    """Tables A.1 and B.1 from this machine, and ``claims.csv`` from the notebooks' verdicts."""
+def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
+    """Tables A.1 and B.1, and ``claims.csv`` from the notebooks' verdicts.
+
+    ``artefacts`` of the store are those that the notebooks used.
+    """
     tables: dict[str, dict[str, Any]] = {
         "table-a-1-hardware": hardware(),
-        "table-b-1-software": software() | models(load_settings(profile)),
+        "table-b-1-software": software(artefacts) | models(load_settings(profile)),
     }
     for name, facts in tables.items():
         save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))

@@ -2,8 +2,9 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,26 +13,45 @@ import seaborn as sns
 from IPython.display import Image as DisplayedImage
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sdaug_utils.registry import techniques
 from sdaug_utils.store import note
 
-DEFAULT_FOLDER = Path(__file__).parents[1] / "figures"
-ARMS = {
+DEFAULT_FOLDER = Path(__file__).parents[2] / "figures"
+REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),
     "autoaugment": ("AutoAugment", "#a1795a", "D"),
     "randaugment": ("RandAugment", "#c7a42e", "^"),
-    "dreambooth": ("DreamBooth", "#c44e52", "v"),
-    "dreambooth-lora": ("DreamBooth by LoRA", "#e59a9c", "<"),
-    "textual-inversion": ("Textual inversion", "#3a6fb0", "P"),
-    "stable-diffusion-prompt": ("Stable Diffusion prompt", "#3f9b57", "X"),
-    "controlnet-canny": ("ControlNet (Canny)", "#8a5aa8", "h"),
-    "controlnet-canny+outside": ("ControlNet, controls from outside", "#c7a9d8", "h"),
-    "controlnet-segmentation": ("ControlNet (segmentation)", "#8a5aa8", "h"),
 }
-"""Label, colour and marker of each arm, the same in every figure."""
+
+
+def arm_style(arm: str) -> tuple[str, str, str]:
+    """Label, colour and marker of an arm, the same in every figure.
+
+    An arm is ``baseline``, an augmentation or a technique; what a ``+`` adds makes it paler.
+    """
+    first, *more = arm.split("+")
+    if first in REAL_ARMS:
+        return REAL_ARMS[first]
+    known = techniques()[first]
+    added = [", controls from outside" if x == "outside" else f" + {label_of(x)}" for x in more]
+    colour = to_hex(1 - (1 - np.array(to_rgb(known.colour))) * 0.5 ** len(more))
+    return known.label + "".join(added), colour, known.marker
+
+
+def label_of(arm: str) -> str:
+    """How figures and tables name an arm."""
+    return arm_style(arm)[0]
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Arms in one order for all figures: real images, then techniques by name."""
+    places = {arm: place for place, arm in enumerate((*REAL_ARMS, *techniques()))}
+    return sorted(set(arms), key=lambda arm: (places[arm.split("+")[0]], arm))
 
 
 def folder(profile: str) -> Path:
@@ -41,6 +61,7 @@ def folder(profile: str) -> Path:
 
 def set_style() -> None:
     """The study's look: call once per notebook."""
+    pd.set_option("display.max_colwidth", None)  # claims are sentences
     sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
     plt.rcParams.update(
         {
@@ -90,9 +111,9 @@ def curves(
     Rows without a value are left out.
     """
     data = data.dropna(subset=y)
-    names = [name for name in ARMS if name in set(data["arm"])]
+    names = in_order(data["arm"])
     for position, name in enumerate(names):
-        label, colour, marker = ARMS[name]
+        label, colour, marker = arm_style(name)
         rows = data[data["arm"] == name].sort_values(x)
         offset = position - (len(names) - 1) / 2
         places = rows[x] * (1 + 0.025 * offset) if logarithmic else rows[x] + 0.06 * offset
@@ -161,7 +182,7 @@ def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
     """
     rates = sorted(set(curve["learning_rate"]))
     for (arm, rate), rows in curve.groupby(["arm", "learning_rate"], sort=False):
-        label, colour, _ = ARMS[str(arm)]
+        label, colour, _ = arm_style(str(arm))
         style = ("-", "--", ":")[rates.index(rate)]
         for _, draw in rows.groupby("draw"):
             axes.plot(draw["step"], draw["test_accuracy"], style, color=colour, lw=0.6, alpha=0.5)
@@ -171,99 +192,114 @@ def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
     axes.legend()
 
 
+Format = str | Callable[[Any], str]
+
+
+def as_text(table: pd.DataFrame, columns: Mapping[str, tuple[str, Format]]) -> pd.DataFrame:
+    """A table as text: by header, the column that is shown and its format.
+
+    A column ``name_*`` is the interval from ``name_low`` to ``name_high``, with ``*`` alone from
+    ``low`` to ``high``. A missing value is a dash.
+    """
+    shown = {}
+    for header, (source, form) in columns.items():
+        write = form.format if isinstance(form, str) else form
+        if source.endswith("*"):
+            low, high = (table[source[:-1] + end].map(write) for end in ("low", "high"))
+            shown[header] = "[" + low + ", " + high + "]"
+        else:
+            shown[header] = table[source].map(write)
+    empty = {"nan": "–", "+nan": "–", "[nan, nan]": "–", "[+nan, +nan]": "–"}
+    return pd.DataFrame(shown).replace(empty)
+
+
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
-    """Published beside reproduced, as text: absolute points with interval, then relative."""
-    order = {name: position for position, name in enumerate(ARMS)}
-    rows = table.sort_values("arm", key=lambda arms: arms.map(order), kind="stable")
+    """Published beside reproduced: absolute points with interval, then relative."""
+    places = {arm: place for place, arm in enumerate(in_order(table["arm"]))}
+    rows = table.sort_values("arm", key=lambda arms: arms.map(places), kind="stable")
     rows = rows.sort_values("real_percent", ascending=False, kind="stable")
     no_gain = (rows["arm"] == "baseline") | rows["gain_points"].isna()
-    shown = pd.DataFrame(
+    shown = as_text(
+        rows,
         {
-            "real %": rows["real_percent"].map("{:g}".format),
-            "arm": rows["arm"].map(lambda name: ARMS[name][0]),
-            "synthetic per class": rows["synthetic_per_class"],
-            "published": rows["published"].map("{:.3f}".format),
-            "gain (points)": rows["published_gain_points"].map("{:+.1f}".format),
-            "relative (%)": rows["published_gain_relative"].map("{:+.1f}".format),
-            "reproduced": rows["score"].map("{:.3f}".format),
-            "95 %": _interval(rows["score_low"], rows["score_high"], "{:.3f}"),
-            "gain (points) ": rows["gain_points"].map("{:+.1f}".format),
-            "95 % ": _interval(rows["gain_points_low"], rows["gain_points_high"], "{:+.1f}"),
-            "relative (%) ": rows["gain_relative"].map("{:+.1f}".format),
-        }
+            "real %": ("real_percent", "{:g}"),
+            "arm": ("arm", label_of),
+            "synthetic per class": ("synthetic_per_class", "{}"),
+            "published": ("published", "{:.3f}"),
+            "gain (points)": ("published_gain_points", "{:+.1f}"),
+            "relative (%)": ("published_gain_relative", "{:+.1f}"),
+            "reproduced": ("score", "{:.3f}"),
+            "95 %": ("score_*", "{:.3f}"),
+            "gain (points) ": ("gain_points", "{:+.1f}"),
+            "95 % ": ("gain_points_*", "{:+.1f}"),
+            "relative (%) ": ("gain_relative", "{:+.1f}"),
+        },
     )
-    gains = [str(name) for name in shown if str(name).startswith(("gain", "relative", "95 % "))]
+    gains = [name for name in map(str, shown) if name.startswith(("gain", "relative", "95 % "))]
     shown.loc[no_gain, gains] = "–"
-    return shown.replace({"nan": "–", "+nan": "–"}).set_index(
-        ["real %", "arm", "synthetic per class"]
-    )
+    return shown.set_index(["real %", "arm", "synthetic per class"])
 
 
 def combinations(table: pd.DataFrame) -> pd.DataFrame:
-    """Table 4.4 as text: the change that an augmentation brings, published and reproduced."""
-    shown = pd.DataFrame(
+    """Table 4.4: the change that an augmentation brings, published and reproduced."""
+    shown = as_text(
+        table,
         {
-            "technique": table["technique"].map(lambda name: ARMS[name][0]),
-            "real %": table["real_percent"].map("{:g}".format),
-            "synthetic per class": table["synthetic_per_class"],
-            "published (points)": table["published_points"].map("{:+.1f}".format),
-            "relative (%)": table["published_relative"].map("{:+.1f}".format),
-            "without": table["without"].map("{:.3f}".format),
-            "with": table["with"].map("{:.3f}".format),
-            "change (points)": table["points"].map("{:+.1f}".format),
-            "95 %": _interval(table["points_low"], table["points_high"], "{:+.1f}"),
-            "relative (%) ": table["relative"].map("{:+.1f}".format),
-        }
+            "technique": ("technique", label_of),
+            "real %": ("real_percent", "{:g}"),
+            "synthetic per class": ("synthetic_per_class", "{}"),
+            "published (points)": ("published_points", "{:+.1f}"),
+            "relative (%)": ("published_relative", "{:+.1f}"),
+            "without": ("without", "{:.3f}"),
+            "with": ("with", "{:.3f}"),
+            "change (points)": ("points", "{:+.1f}"),
+            "95 %": ("points_*", "{:+.1f}"),
+            "relative (%) ": ("relative", "{:+.1f}"),
+        },
     )
-    return shown.replace({"nan": "–", "+nan": "–"}).set_index(
-        ["technique", "real %", "synthetic per class"]
-    )
+    return shown.set_index(["technique", "real %", "synthetic per class"])
 
 
 def protocols(table: pd.DataFrame) -> pd.DataFrame:
-    """An arm's gain under both protocols, as text."""
-    shown = pd.DataFrame(
+    """An arm's gain under both protocols."""
+    shown = as_text(
+        table,
         {
-            "protocol": table["protocol"],
-            "baseline: updates": table["baseline_updates"].map("{:.0f}".format),
-            "accuracy": table["baseline_accuracy"].map("{:.3f}".format),
-            "with synthetic images: updates": table["updates"].map("{:.0f}".format),
-            "accuracy ": table["accuracy"].map("{:.3f}".format),
-            "gain (points)": table["gain_points"].map("{:+.1f}".format),
-            "95 %": _interval(table["gain_points_low"], table["gain_points_high"], "{:+.1f}"),
-        }
+            "protocol": ("protocol", "{}"),
+            "baseline: updates": ("baseline_updates", "{:.0f}"),
+            "accuracy": ("baseline_accuracy", "{:.3f}"),
+            "with synthetic images: updates": ("updates", "{:.0f}"),
+            "accuracy ": ("accuracy", "{:.3f}"),
+            "gain (points)": ("gain_points", "{:+.1f}"),
+            "95 %": ("gain_points_*", "{:+.1f}"),
+        },
     )
-    return shown.replace("nan", "").set_index("protocol")
+    return shown.set_index("protocol")
 
 
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
-    """The claims and what became of them, as text; differences in absolute points.
+    """The claims and what became of them; differences in absolute points.
 
     ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
     """
-    shown = pd.DataFrame(
+    points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})
+    counts = [
+        f"{runs} in {draws}" + (f" × {images} images" if images > 1 else "") if runs else "–"
+        for runs, draws, images in judged[["num_runs", "num_draws", "num_test_images"]].to_numpy()
+    ]
+    shown = as_text(
+        points.assign(n=counts),
         {
-            "id": judged["id"],
-            "claim": judged["claim"],
-            "comparison": judged["comparison"],
-            "difference": (100 * judged["difference"]).map("{:+.1f}".format),
-            "95 %": _interval(100 * judged["low"], 100 * judged["high"], "{:+.1f}"),
-            "n": _counts(judged),
-            "verdict": judged["verdict"],
-        }
+            "id": ("id", "{}"),
+            "claim": ("claim", "{}"),
+            "comparison": ("comparison", "{}"),
+            "difference": ("difference", "{:+.1f}"),
+            "95 %": ("*", "{:+.1f}"),
+            "n": ("n", "{}"),
+            "verdict": ("verdict", "{}"),
+        },
     )
-    return shown.replace({"+nan": "–", "[+nan, +nan]": "–"}).set_index(["id", "claim"])
-
-
-def _counts(judged: pd.DataFrame) -> pd.Series:
-    """Runs per setting over draws (or subjects), and test images where there are several."""
-    runs, draws = (judged[key].map("{:.0f}".format) for key in ("num_runs", "num_draws"))
-    images = judged["num_test_images"].map(lambda n: f" × {n:.0f} images" if n > 1 else "")
-    return (runs + " in " + draws + images).where(judged["num_runs"] > 0, "–")
-
-
-def _interval(low: pd.Series, high: pd.Series, form: str) -> pd.Series:
-    return "[" + low.map(form.format) + ", " + high.map(form.format) + "]"
+    return shown.set_index(["id", "claim"])
 
 
 def show(figure: Figure, num_colours: int = 64) -> None:
@@ -282,31 +318,37 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
         rows: label to groups of 8-bit RGB arrays, made square; all rows have as many groups.
         titles: one per group.
     """
-    side, gap = next(iter(rows.values()))[0][0].shape[0], 1
-    sizes = [max(map(len, groups)) for groups in zip(*rows.values(), strict=True)]
-    starts = np.cumsum([0, *(size * (side + gap) + side // 4 for size in sizes)])
-    mosaic = np.full((len(rows) * (side + gap), starts[-1], 3), 255, np.uint8)
-    for line, groups in enumerate(rows.values()):
-        top = line * (side + gap)
-        for start, images in zip(starts, groups, strict=False):
-            for column, image in enumerate(images):
-                left = start + column * (side + gap)
-                square = np.asarray(Image.fromarray(image).resize((side, side)))
-                mosaic[top : top + side, left : left + side] = square
+    groups = [mosaic(group, gap=1) for group in zip(*rows.values(), strict=True)]
+    side = next(iter(rows.values()))[0][0].shape[0]
+    between = np.full((groups[0].shape[0], side // 4, 3), 255, np.uint8)
+    starts = np.cumsum([0, *(group.shape[1] + side // 4 for group in groups)])
+    whole = np.hstack([part for group in groups for part in (group, between)])
     inches = 0.62 / side
     figure, axes = plt.subplots(
-        figsize=(mosaic.shape[1] * inches + 1.2, mosaic.shape[0] * inches + 0.3),
+        figsize=(whole.shape[1] * inches + 1.2, whole.shape[0] * inches + 0.3),
         dpi=64,  # on screen; files are finer
         layout="constrained",
     )
-    axes.imshow(mosaic, interpolation="nearest")
+    axes.imshow(whole, interpolation="nearest")
     axes.set_xticks(starts[:-1], titles, ha="left")
-    axes.set_yticks(side / 2 + (side + gap) * np.arange(len(rows)), list(rows))
+    axes.set_yticks(side / 2 + (side + 1) * np.arange(len(rows)), list(rows))
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def mosaic(rows: Iterable[Sequence[np.ndarray]], gap: int) -> np.ndarray:
+    """Rows of 8-bit RGB images as one, all squares of the first one's height, on white."""
+    lines = [list(row) for row in rows]
+    side, columns = lines[0][0].shape[0], max(map(len, lines))
+    whole = np.full((len(lines) * (side + gap), columns * (side + gap), 3), 255, np.uint8)
+    for top, line in zip(range(0, len(whole), side + gap), lines, strict=True):
+        for left, image in zip(range(0, whole.shape[1], side + gap), line, strict=False):
+            square = Image.fromarray(image).resize((side, side))
+            whole[top : top + side, left : left + side] = np.asarray(square)
+    return whole
 
 
 def trimap_picture(trimap: np.ndarray) -> np.ndarray:
@@ -317,16 +359,6 @@ def trimap_picture(trimap: np.ndarray) -> np.ndarray:
 
 def save_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, scale: int = 2) -> None:
     """Write a sheet of equally large images as a plain mosaic, each enlarged ``scale`` times."""
-    height, width = next(iter(rows.values()))[0].shape[:2]
-    num_columns = max(len(images) for images in rows.values())
-    gap = 2
-    mosaic = np.full(
-        (len(rows) * (height + gap) - gap, num_columns * (width + gap) - gap, 3), 255, np.uint8
-    )
-    for row, images in enumerate(rows.values()):
-        for column, image in enumerate(images):
-            top, left = row * (height + gap), column * (width + gap)
-            mosaic[top : top + height, left : left + width] = image
-    picture = Image.fromarray(mosaic)
+    picture = Image.fromarray(mosaic(rows.values(), gap=2))
     size = (picture.width * scale, picture.height * scale)
     picture.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdaug_utils import augment
-from sdaug_utils.datasets import Images, Split, digests
-from sdaug_utils.foundation import device_of
-from sdaug_utils.metrics import jaccard
+from sdaug_utils.compute import device_of
+from sdaug_utils.data import augment
+from sdaug_utils.data.images import Images, Split, digests
 from sdaug_utils.params import Protocol
 from sdaug_utils.study import Study
-from sdaug_utils.training import FEATURE_BATCH, batches, load_backbone, normalise, to_pixels
+from sdaug_utils.training.classifier import batches
+from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, normalise, to_pixels
 
 CODE_VERSION = 2
 NUM_CLASSES = 3
@@ -36,7 +36,7 @@ class Segmented:
     weighted_jaccard: np.ndarray  # (n_test,) of each test image, in 0 to 1
     mean_iou: np.ndarray  # (n_test,)
     labels: np.ndarray  # (n_test, height, width) predicted, 1 subject, 2 background, 3 border
-    validation_jaccard: float
+    validation_score: float
     num_updates: int
     selected_step: int
 
@@ -91,7 +91,7 @@ def new_head(num_features: int, channels: int, rates: Sequence[int]) -> nn.Seque
 
 def train(
     maps: FeatureMaps,
-    images: Sequence[np.ndarray],
+    images: Images,
     trimaps: Sequence[np.ndarray],
     splits: Mapping[str, Split],
     protocol: Protocol,
@@ -127,7 +127,7 @@ def train(
         step = 0
         for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
             head.train()
-            features = maps(_taken(images, rows))
+            features = maps(images.taken(rows.tolist()))
             wanted = targets[rows].to(device)
             loss = F.cross_entropy(_upsampled(head, features, side), wanted)
             optimizer.zero_grad()
@@ -167,12 +167,6 @@ def _held_out(split: Split, side: int) -> tuple[Images, Tensor]:
     return split.images(), _targets([split.trimap(i) for i in range(len(split))], side)
 
 
-def _taken(images: Sequence[np.ndarray], rows: Tensor) -> Sequence[np.ndarray]:
-    if isinstance(images, Images):
-        return Images(tuple(images.items[row] for row in rows.tolist()))
-    return [images[row] for row in rows.tolist()]
-
-
 def _upsampled(head: nn.Module, features: Tensor, side: int) -> Tensor:
     return F.interpolate(head(features), [side, side], mode="bilinear", align_corners=False)
 
@@ -197,3 +191,24 @@ def predict(head: nn.Module, maps: FeatureMaps, images: Images, side: int) -> np
         logits = _upsampled(head, maps(images[start : start + FEATURE_BATCH]), side)
         parts.append(logits.max(dim=1).indices.cpu().byte())  # argmax is 20 times as slow
     return torch.cat(parts).numpy()
+
+
+def jaccard(
+    predicted: np.ndarray, truth: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Jaccard index (intersection over union) of each of n label images (n, height, width).
+
+    Returns:
+        (n,) averaged over classes, weighted by how many pixels of the truth are theirs (thesis,
+        section 4.2.4), and (n,) averaged over the classes that occur, unweighted: mean IoU.
+    """
+    axes = tuple(range(1, truth.ndim))
+    both, either, support = (np.empty((num_classes, len(truth))) for _ in range(3))
+    for label in range(num_classes):
+        guessed, wanted = predicted == label, truth == label
+        both[label] = (guessed & wanted).sum(axis=axes)
+        either[label] = (guessed | wanted).sum(axis=axes)
+        support[label] = wanted.sum(axis=axes)
+    index = both / np.maximum(either, 1)
+    weighted = (index * support).sum(axis=0) / support.sum(axis=0)
+    return weighted, index.sum(axis=0) / (either > 0).sum(axis=0)

@@ -12,12 +12,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sdaug_utils import params, training
-from sdaug_utils.datasets import subset
-from sdaug_utils.metrics import diversity, estimate, obeys, similarity, typical_attributes
-from sdaug_utils.params import Technique
-from sdaug_utils.pools import Pool, Request, fill, personalised_request
+from sdaug_utils import params
+from sdaug_utils.data.images import shuffled
+from sdaug_utils.evidence.metrics import (
+    diversity,
+    estimate,
+    obeys,
+    similarity,
+    typical_attributes,
+)
+from sdaug_utils.generation.pools import Pool, fill
+from sdaug_utils.generation.technique import Request, request
+from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
+from sdaug_utils.training.classifier import train_head
+from sdaug_utils.training.features import image_features
 
 MEASURES = ("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class")
 
@@ -38,10 +47,9 @@ def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[S
     """
     train = study.data.splits["train"]
     features = centred_features(study)
-    order = subset(train.labels, 100, draw=0)
-    subjects = []
+    subjects, orders = [], shuffled(train.labels)
     for label, name in enumerate(study.data.class_names[:num_subjects]):
-        rows = order[train.labels[order] == label]
+        rows = orders[label]
         cosines = similarity(features[rows[:1]], features[rows])[0]
         nearest = rows[np.argsort(-cosines, kind="stable")[:num_images]]
         subjects.append(Subject(name, (label,), tuple(int(row) for row in nearest)))
@@ -57,8 +65,7 @@ def input_sets(study: Study, num_subjects: int) -> list[list[Subject]]:
     """
     train = study.data.splits["train"]
     features = centred_features(study)
-    order = subset(train.labels, 100, draw=0)
-    of_class = [order[train.labels[order] == label] for label in range(len(study.data.class_names))]
+    of_class = shuffled(train.labels)
     means = np.stack([features[rows].mean(axis=0) for rows in of_class])
     cosines = similarity(means, means)
     subjects = []
@@ -80,7 +87,7 @@ def _subject(name: str, parts: Sequence[tuple[int, int]], of_class: list[np.ndar
 
 
 def images(
-    study: Study, technique: Technique, subjects: Sequence[Subject], p: params.Subjects
+    study: Study, technique: str, subjects: Sequence[Subject], p: params.Subjects
 ) -> list[list[Pool]]:
     """Images of each subject by each prompt: a list of pools per subject, in the prompts' order."""
     requests = subject_requests(study, technique, subjects, p)
@@ -89,13 +96,18 @@ def images(
 
 
 def subject_requests(
-    study: Study, technique: Technique, subjects: Sequence[Subject], p: params.Subjects
+    study: Study, technique: str, subjects: Sequence[Subject], p: params.Subjects
 ) -> list[Request]:
     """A pool for each subject and prompt, subject by subject."""
     train = study.data.splits["train"]
     return [
-        personalised_request(
-            study, technique, subject.name, train.images(subject.rows), prompt, p.images_per_prompt
+        request(
+            study,
+            techniques()[technique],
+            subject.name,
+            prompt,
+            range(p.images_per_prompt),
+            inputs=train.images(subject.rows),
         )
         for subject, prompt in itertools.product(subjects, p.prompts)
     ]
@@ -129,14 +141,14 @@ class Judge:
     """Measures images against the real ones of their subject, by features and by a classifier."""
 
     def __init__(self, study: Study) -> None:
-        self.study = study
-        self.train = study.data.splits["train"]
-        classifier, features = study.settings.classifier, self._features(self.train.images())
-        self.mean = features.mean(axis=0)
+        self.study, self.train = study, study.data.splits["train"]
+        features = image_features(study, self.train.images())
+        self.mean = features[:, 0].mean(dim=0).numpy()
+        self.real = features[:, 0].numpy() - self.mean  # (n, d), of the training images
         self.num_classes = len(study.data.class_names)
-        settings, heads = classifier.controlled, []
-        training.train_head(
-            torch.from_numpy(features)[:, None],
+        settings, heads = study.settings.classifier.controlled, []
+        train_head(
+            features,
             torch.from_numpy(self.train.labels),
             settings,
             0,
@@ -145,9 +157,6 @@ class Judge:
             lambda step, head: heads.append(head),
         )
         self.head = heads[-1]  # a classifier of real images, all of the training split
-
-    def _features(self, some: Sequence[np.ndarray]) -> np.ndarray:
-        return training.image_features(self.study, some)[:, 0].numpy()
 
     def __call__(
         self,
@@ -164,21 +173,20 @@ class Judge:
         ``diversity``: one minus the mean cosine among images of one prompt. ``in_class``: the share
         that a classifier of real images puts in a class of the inputs, minus chance.
         """
-        inputs = self._centred(self.train.images(subject.rows))
-        real = self._centred(self.train.images((yardstick or subject).rows))
+        inputs = self.real[list(subject.rows)]
+        real = self.real[list((yardstick or subject).rows)]
         alike = np.flatnonzero(np.isin(self.train.labels, subject.labels))
         typical = typical_attributes(self.train.images(alike))
         fidelity, nearest, diverse, obeyed, right = [], [], [], [], []
         for pool, attribute in zip(pools, prompts.values(), strict=True):
-            made = pool.images()
-            features = self._centred(made)
-            fidelity.append(similarity(features, real).mean())
-            nearest.append(similarity(features, inputs).max(axis=1).mean())
-            diverse.append(diversity(features))
+            made = image_features(self.study, pool.images())[:, 0]
+            centred = made.numpy() - self.mean
+            fidelity.append(similarity(centred, real).mean())
+            nearest.append(similarity(centred, inputs).max(axis=1).mean())
+            diverse.append(diversity(centred))
             if attribute:
-                obeyed += [obeys(image, attribute, typical) for image in made]
-            logits = self.head(torch.from_numpy(self._features(made)))
-            right += np.isin(logits.argmax(dim=1).numpy(), subject.labels).tolist()
+                obeyed += [obeys(image, attribute, typical) for image in pool.images()]
+            right += np.isin(self.head(made).argmax(dim=1).numpy(), subject.labels).tolist()
         return {
             "fidelity": float(np.mean(fidelity)),
             "prompt_fidelity": float(np.mean(obeyed)) if obeyed else np.nan,
@@ -189,10 +197,7 @@ class Judge:
 
     def among(self, subject: Subject) -> float:
         """The mean cosine among a subject's own real images."""
-        return 1 - diversity(self._centred(self.train.images(subject.rows)))
-
-    def _centred(self, some: Sequence[np.ndarray]) -> np.ndarray:
-        return self._features(some) - self.mean
+        return 1 - diversity(self.real[list(subject.rows)])
 
 
 def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -230,5 +235,5 @@ def centred_features(study: Study) -> np.ndarray:
 
     Without the mean every cosine would be near 1: all images share most of their features.
     """
-    features = training.image_features(study, study.data.splits["train"].images())[:, 0]
+    features = image_features(study, study.data.splits["train"].images())[:, 0]
     return (features - features.mean(dim=0)).numpy()

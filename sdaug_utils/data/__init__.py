@@ -1,0 +1,1 @@
+"""Real images: data sets, classical transforms, control images."""

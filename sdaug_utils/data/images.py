@@ -1,0 +1,133 @@
+"""Images and what holds them: lazy sequences, labelled splits, files of any mode."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from sdaug_utils.errors import InputError
+from sdaug_utils.store import array_digest, file_digest
+
+SPLITS = ("train", "validation", "test")
+SHUFFLE_SEED = 41  # the thesis's own; draw d uses 41 + d
+
+
+@dataclass(frozen=True, eq=False)
+class Images(Sequence[np.ndarray]):
+    """8-bit RGB arrays, each loaded when it is looked at: a data set need not fit into memory.
+
+    An item has a function that loads it, one that gives its digest, what both are called with, and
+    the name of what it belongs to, such as its pool or split: their features are kept together.
+    """
+
+    items: tuple[tuple[Callable[[Any], np.ndarray], Callable[[Any], str], Any, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Images": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | Images":
+        if isinstance(index, slice):
+            return Images(self.items[index])
+        load, _, key, _ = self.items[index]
+        return load(key)
+
+    def __add__(self, other: "Images") -> "Images":
+        return Images(self.items + other.items)
+
+    def digests(self) -> list[str]:
+        """A hash of each image's content."""
+        return [digest(key) for _, digest, key, _ in self.items]
+
+    def taken(self, rows: Sequence[int]) -> "Images":
+        """Some of the images."""
+        return Images(tuple(self.items[row] for row in rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images, loaded when asked for.
+
+    ``load(i)`` returns image i as 8-bit RGB of shape (height, width, 3); ``labels`` has shape (n,).
+    ``trimap(i)`` returns its trimap, 8-bit labels of shape (height, width): 1 subject,
+    2 background, 3 border, as in Oxford-IIIT Pet. ``digest(i)`` is a hash of image i's content, by
+    default of its pixels.
+    """
+
+    load: Callable[[int], np.ndarray]
+    labels: np.ndarray
+    trimap: Callable[[int], np.ndarray]
+    digest: Callable[[int], str] | None = None
+    name: str = "images"  # of data set and split
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Sequence[int] | np.ndarray | None = None) -> Images:
+        """The images at ``indices``, all by default."""
+        digest = self.digest or (lambda i: array_digest(self.load(i)))
+        rows = range(len(self)) if indices is None else indices
+        return Images(tuple((self.load, digest, int(i), self.name) for i in rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set with the splits ``train``, ``validation`` and ``test``."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+
+
+def shuffled(labels: Sequence[int] | np.ndarray, draw: int = 0) -> list[np.ndarray]:
+    """The rows of each class in the order of a shuffle with seed 41 + draw; draw 0 is the thesis's.
+
+    Whatever takes the first of a class takes them in this order.
+    """
+    return [
+        np.random.default_rng((SHUFFLE_SEED + draw, int(label))).permutation(
+            np.flatnonzero(np.asarray(labels) == label)
+        )
+        for label in np.unique(labels)
+    ]
+
+
+def read_images(files: Sequence[Path]) -> Images:
+    """Images in files of any mode, as 8-bit RGB; their digests are those of the files."""
+    return Images(tuple((read_rgb, file_digest, file, file.parent.name) for file in files))
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """An image file as an 8-bit RGB array of shape (height, width, 3).
+
+    Raises:
+        InputError: it is missing or does not decode.
+    """
+    return np.asarray(decoded(file).convert("RGB"))
+
+
+def decoded(file: Path) -> Image.Image:
+    """An image file in its own mode.
+
+    Raises:
+        InputError: it is missing or does not decode.
+    """
+    try:
+        image = Image.open(file)
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{file}: missing or does not decode ({error})") from error
+    return image
+
+
+def digests(images: Sequence[np.ndarray]) -> list[str]:
+    """A hash of each image's content: of its file, if it comes from one, else of its pixels."""
+    if isinstance(images, Images):
+        return images.digests()
+    return [array_digest(image) for image in images]

@@ -1,0 +1,1 @@
+"""What the runs say: scores, claims, figures, tables."""

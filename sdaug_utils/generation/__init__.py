@@ -1,0 +1,1 @@
+"""Synthetic images: the text-to-image model, techniques, pools."""

@@ -1,0 +1,169 @@
+"""A text-to-image pipeline by name: the shipped miniature, a local diffusers folder, a hub id.
+
+diffusers and transformers take seconds to import: they are, where a pipeline is loaded, so that
+whoever only needs a key of the store does not wait for them.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdaug_utils.compute import device_of, dtype_of
+from sdaug_utils.errors import InputError
+from sdaug_utils.params import Sampling, Settings
+from sdaug_utils.store import digest_of, sha256, verify_checksums
+
+if TYPE_CHECKING:
+    import diffusers
+
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
+PROJECT = Path(__file__).parents[2]
+MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
+SCHEDULERS: dict[str, tuple[str, dict[str, bool]]] = {
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def locate(name: str, part: str = "") -> Path:
+    """The folder that ``from_pretrained`` is to load: a pipeline, or a ``part`` that goes with it.
+
+    ``miniature`` is the shipped model; the parts ``controlnet-...`` are its ControlNets. A local
+    folder may be relative to the project. A hub id may end in ``@`` and a revision; without one it
+    is the main branch. What the hub's cache lacks is downloaded, safetensors only.
+
+    Raises:
+        InputError: no such folder; not in the hub's cache, and the hub has not got it either.
+    """
+    if name == "miniature":
+        return MINIATURE_WEIGHTS / part
+    if (PROJECT / name).is_dir():
+        return PROJECT / name
+    if re.fullmatch(HUB_ID, name):
+        return _from_hub(name, part)
+    raise InputError(f"{_key(part)}: '{name}' is neither 'miniature' nor a folder nor a hub id")
+
+
+def _key(part: str) -> str:
+    """The parameter that names a model."""
+    return part.replace("-", ".", 1) or "foundation"
+
+
+@cache
+def _from_hub(name: str, part: str) -> Path:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from huggingface_hub import constants, snapshot_download
+
+    identifier, _, revision = name.partition("@")
+    wanted: dict[str, Any] = {"revision": revision or None}
+    fetch: Callable[..., str] = snapshot_download
+    if part:
+        wanted["allow_patterns"] = ["config.json", "diffusion_pytorch_model.safetensors"]
+    else:
+        wanted["use_safetensors"], fetch = True, DiffusionPipeline.download
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the hub is out of reach is told below, in one line
+    try:
+        try:
+            folder = fetch(identifier, **wanted)
+        except Exception:  # of any kind: a firewall's time-out is no OSError
+            folder = fetch(identifier, local_files_only=True, **wanted)
+    except Exception as error:
+        at = f" --revision {revision}" if revision else ""
+        raise InputError(
+            f"model '{name}': not in {constants.HF_HUB_CACHE} and not to be had from the hub: run "
+            f"'hf download {identifier}{at}' where there is internet"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return Path(folder)
+
+
+@cache
+def revision(name: str, part: str = "") -> str:
+    """What identifies weights, for the store's keys: a digest of files, or the hub's commit.
+
+    The ControlNets beside a pipeline do not count: its images do not depend on them.
+
+    Raises:
+        InputError: a weight file of the miniature is missing or corrupt; no such folder.
+    """
+    folder = locate(name, part)
+    if folder.parent.name == "snapshots":
+        return folder.name  # the hub's commit
+    if name == "miniature":
+        every = verify_checksums(MINIATURE_WEIGHTS)
+    else:
+        needed = "config.json" if part else "model_index.json"
+        if not (folder / needed).exists():
+            raise InputError(f"{_key(part)}: '{name}': a folder without {needed}")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        every = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    if part and name == "miniature":
+        own = {k: v for k, v in every.items() if k.startswith(f"{part}/")}
+    else:
+        own = {k: v for k, v in every.items() if not k.startswith("controlnet-")}
+    return digest_of("\n".join(f"{key} {value}" for key, value in sorted(own.items())).encode())
+
+
+def resolved(name: str, part: str = "") -> str:
+    """A model's name with what it is at the moment: a hub id with its commit, as tables show it."""
+    folder = locate(name, part)
+    is_snapshot = folder.parent.name == "snapshots"
+    return f"{name.partition('@')[0]}@{folder.name}" if is_snapshot else name
+
+
+def load_pipeline(
+    settings: Settings,
+    sampling: Sampling | None = None,
+    kind: str = "StableDiffusionPipeline",
+    **parts: Any,
+) -> "diffusers.StableDiffusionPipeline":
+    """The text-to-image pipeline of a profile, in evaluation mode on its device.
+
+    Args:
+        sampling: whose scheduler it gets; by default that of the settings.
+        kind: another class of diffusers that works with the same parts ...
+        parts: ... and these.
+
+    Raises:
+        InputError: as :func:`revision`; xformers is asked for and does not work here.
+    """
+    revision(settings.foundation)
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # It warns of how a new token's embedding is initialised, though the learnt one follows at once.
+    transformers.utils.logging.set_verbosity_error()
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        locate(settings.foundation),
+        dtype=dtype_of(settings),
+        use_safetensors=True,
+        requires_safety_checker=False,
+        **({} if settings.sampling.safety_checker else {"safety_checker": None}),
+    ).to(device_of(settings))
+    if kind != type(pipeline).__name__:
+        every = pipeline.components | parts
+        pipeline = getattr(diffusers, kind)(**every, requires_safety_checker=False)
+    scheduler = (sampling or settings.sampling).scheduler
+    if scheduler != "default":
+        name, options = SCHEDULERS[scheduler]
+        chosen = getattr(diffusers, name)
+        pipeline.scheduler = chosen.from_config(pipeline.scheduler.config, **options)
+    if settings.attention == "xformers":
+        try:
+            pipeline.enable_xformers_memory_efficient_attention()
+        except (ImportError, NotImplementedError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(
+                f"attention: xformers does not work here ({reason}); choose auto or sdpa, or the "
+                "versions of environment.yml"
+            ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

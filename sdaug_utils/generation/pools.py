@@ -1,0 +1,329 @@
+"""Synthetic images: a pool per technique, class and draw.
+
+A pool is a sequence: image i depends only on the pool's specification and i. Asking for 50 after
+10 adds 40. On disk it is an ordinary image folder with ``metadata.csv``.
+"""
+
+import csv
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sdaug_utils.compute import Batch, in_parallel
+from sdaug_utils.data.images import Images, decoded, read_images
+from sdaug_utils.errors import InputError
+from sdaug_utils.generation.technique import Request, Technique, technique_requests
+from sdaug_utils.params import Sampling
+from sdaug_utils.store import Spec, Store, digest, write_atomically, write_spec
+from sdaug_utils.study import Study
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline as Pipeline
+
+COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
+BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
+
+Sampler = Callable[[Sequence[int], Sequence[int]], list[Image.Image | None]]
+"""Makes an image from each (index, seed); None where the image is rejected."""
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images of a pool on disk, in order."""
+
+    class_name: str
+    files: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    attempts: tuple[int, ...]
+    followed: tuple[int, ...] = ()  # the row of the train split that each image follows
+
+    def images(self) -> Images:
+        """8-bit RGB arrays of shape (height, width, 3)."""
+        return read_images(self.files)
+
+
+def image_seed(spec: Spec, index: int, attempt: int) -> int:
+    """The seed of one attempt at one image of a pool, in 0 to 2**63 - 1."""
+    text = f"{digest(spec)}/{index}/{attempt}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def read_pool(
+    folder: Path, indices: Sequence[int] | None = None, decode: bool = True
+) -> dict[int, Row]:
+    """The rows of ``metadata.csv`` whose images are whole, by index; all of them by default.
+
+    Without ``decode`` an image need only be there: enough for a plan.
+    """
+    listing = folder / "metadata.csv"
+    if not listing.exists():
+        return {}
+    with listing.open(newline="") as file:
+        rows = {int(row["file_name"].removesuffix(".png")): row for row in csv.DictReader(file)}
+    wanted = rows if indices is None else indices
+    is_whole = _decodes if decode else Path.exists
+    return {i: rows[i] for i in wanted if i in rows and is_whole(folder / _file_name(i))}
+
+
+def grow(
+    store: Store,
+    spec: Spec,
+    indices: Sequence[int],
+    make_sampler: Callable[[], Sampler],
+    batch: Batch,
+    max_attempts: int,
+    progress: tqdm | None = None,
+    followed: tuple[int, ...] = (),
+) -> Pool:
+    """Make those of a pool's images that are missing.
+
+    Args:
+        spec: what determines the images; ``class`` and ``prompt`` go into the metadata.
+        indices: which images are asked for, ``range(50)`` for the first fifty.
+        make_sampler: called only if an image is missing.
+        max_attempts: after so many rejections of one image the pool fails.
+
+    Raises:
+        RuntimeError: an image was rejected ``max_attempts`` times.
+    """
+    folder = store.folder("pools", spec)
+    rows, missing = read_pool(folder, indices), []
+    if len(rows) < len(indices):
+        with store.lock("pools", spec):
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = read_pool(folder)  # images that were not asked for stay listed
+            missing = [index for index in indices if index not in rows]
+            for leftover in folder.glob(".*"):
+                leftover.unlink()  # of a process that was killed while it wrote
+            sampler = cache(make_sampler)  # another process may have made what was missing
+
+            def make(part: Sequence[int]) -> Sequence[int]:
+                rows.update(_make_batch(spec, part, sampler(), folder, max_attempts))
+                _write_metadata(folder, rows)
+                if progress:
+                    progress.update(len(part))
+                return part
+
+            if missing:
+                write_spec(folder, {**spec, "batch_size": batch.size})
+                batch.run(make, missing)
+    store.record("images", folder, indices, missing)
+    wanted = [rows[index] for index in indices]
+    return Pool(
+        spec["class"],
+        tuple(folder / row["file_name"] for row in wanted),
+        tuple(int(row["seed"]) for row in wanted),
+        tuple(int(row["attempts"]) for row in wanted),
+        followed,
+    )
+
+
+def _make_batch(
+    spec: Spec, indices: Sequence[int], sampler: Sampler, folder: Path, max_attempts: int
+) -> dict[int, Row]:
+    rows, waiting = {}, list(indices)
+    for attempt in range(max_attempts):
+        seeds = [image_seed(spec, index, attempt) for index in waiting]
+        images = sampler(waiting, seeds)
+        for index, seed, image in zip(waiting, seeds, images, strict=True):
+            if image is not None:
+                write_atomically(folder / _file_name(index), partial(image.save, format="PNG"))
+                values = (_file_name(index), spec["class"], spec["prompt"], seed, attempt + 1)
+                rows[index] = dict(zip(COLUMNS, map(str, values), strict=True))
+        waiting = [index for index in waiting if index not in rows]
+        if not waiting:
+            return rows
+    raise RuntimeError(
+        f"pool of '{spec['class']}': image {waiting[0]} was rejected {max_attempts} times; "
+        "choose another prompt or raise sampling.max_attempts"
+    )
+
+
+def _write_metadata(folder: Path, rows: dict[int, Row]) -> None:
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows[index] for index in sorted(rows))
+
+    write_atomically(folder / "metadata.csv", write)
+
+
+def _file_name(index: int) -> str:
+    return f"{index:05d}.png"
+
+
+def _decodes(path: Path) -> bool:
+    try:
+        decoded(path)
+    except InputError:
+        return False
+    return True
+
+
+def pipeline_sampler(
+    pipeline: "Pipeline",
+    prompt: str,
+    sampling: Sampling,
+    arguments: Callable[[Sequence[int]], dict[str, Any]],
+) -> Sampler:
+    """A sampler over a pipeline: each image has a generator of its own.
+
+    Images that the pipeline's safety checker flags and black ones are rejected. ``arguments(some)``
+    gives what else the pipeline is called with for images of some indices.
+    """
+
+    def sample(indices: Sequence[int], seeds: Sequence[int]) -> list[Image.Image | None]:
+        with torch.no_grad():  # once for all images: they share the prompt
+            embeddings = pipeline.encode_prompt(
+                prompt, pipeline.device, len(seeds), sampling.guidance_scale > 1
+            )
+        result = pipeline(
+            prompt_embeds=embeddings[0],
+            negative_prompt_embeds=embeddings[1],
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **arguments(indices),
+        )
+        flags = result.nsfw_content_detected or [False] * len(seeds)
+        return [
+            None if flag or np.asarray(image).max() < BLACK_LEVEL else image
+            for image, flag in zip(result.images, flags, strict=True)
+        ]
+
+    return sample
+
+
+def technique_pools(
+    study: Study,
+    technique: str,
+    draw: int,
+    count: int,
+    real_percent: float = 100,
+    progress: bool = True,
+) -> list[Pool]:
+    """A pool per class of what :func:`technique_requests` asks for, made where it is missing."""
+    requests = technique_requests(study, technique, draw, count, real_percent)
+    return fill(study, requests, f"{technique}, draw {draw}" if progress else None)
+
+
+def fill(study: Study, requests: Sequence[Request], label: str | None = None) -> list[Pool]:
+    """Make what is missing of the requested pools, personalised models first.
+
+    All requests are of one technique. ``label`` names the progress bars; None shows none. Where
+    learnt models are not to be kept, each is made, used and deleted before the next.
+    """
+    settings, store, technique = study.settings, study.store, requests[0].technique
+    sampling, kept = technique.sampling(settings), technique.keeps_models(settings)
+    pipeline = _loaded_once(partial(technique.load, settings))
+    groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
+    lacking: dict[str, Request] = {}  # of models whose pools are not complete
+    total = 0
+    for position, request in enumerate(requests):
+        key, folder = digest(request.model or request.spec), store.folder("pools", request.spec)
+        groups.setdefault(key, []).append(position)
+        if lacks := len(request.indices) - len(read_pool(folder, request.indices, decode=False)):
+            lacking[key], total = request, total + lacks
+        if request.model:
+            store.record("models", store.folder(technique.name, request.model), [0], [])
+    if technique.learns and kept:
+        _learn(study, technique, list(lacking.values()), pipeline, label)
+    bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
+    batch = Batch(sampling.batch_size, "sampling.batch_size")
+    pools: dict[int, Pool] = {}
+
+    def personalised(request: Request) -> "Pipeline":
+        if not request.model:
+            return technique.apply(pipeline(), None)
+        _learn(study, technique, [request], pipeline, None)  # unless it is there
+        return technique.apply(pipeline(), store.folder(technique.name, request.model))
+
+    def fill_group(key: str) -> None:
+        first = requests[groups[key][0]]
+        ready = cache(partial(personalised, first))
+
+        def sampler(request: Request) -> Sampler:
+            arguments = technique.arguments(study, request)
+            return pipeline_sampler(ready(), request.spec["prompt"], sampling, arguments)
+
+        with nullcontext() if kept or key not in lacking else _passing(store, first):
+            for position in groups[key]:
+                request = requests[position]
+                pools[position] = grow(
+                    store,
+                    request.spec,
+                    request.indices,
+                    partial(sampler, request),
+                    batch,
+                    sampling.max_attempts,
+                    bar,
+                    request.followed,
+                )
+
+    with bar:
+        in_parallel(settings, lambda number: fill_group(list(groups)[number]), range(len(groups)))
+    return [pools[position] for position in range(len(requests))]
+
+
+def _learn(
+    study: Study,
+    technique: Technique,
+    requests: Sequence[Request],
+    pipeline: Callable[[], "Pipeline"],
+    label: str | None,
+) -> None:
+    """Make the personalised models that requests need, if the store has not got them."""
+    size, store = technique.at_once(study.settings), study.store
+    parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+    description = f"training: {label}" if label else None
+    with tqdm(total=len(parts), desc=description, disable=not label or size > 1) as bar:
+
+        def learn(number: int) -> None:
+            part = parts[number]
+
+            def make(missing: list[int], folders: list[Path]) -> None:
+                chosen = [part[i] for i in missing]
+                technique.learn(study, pipeline(), chosen, folders, description)
+                for folder in folders:
+                    store.record("models", folder.with_suffix(""), [0], [0])
+
+            store.get_all(technique.name, [request.model or {} for request in part], make)
+            bar.update()
+
+        if size == 1:
+            in_parallel(study.settings, learn, range(len(parts)))
+        else:
+            for number in range(len(parts)):
+                learn(number)
+
+
+@contextmanager
+def _passing(store: Store, request: Request) -> Iterator[None]:
+    """Keep a request's model for as long as one process uses it, then delete it."""
+    assert request.model is not None
+    with store.lock("passing-models", request.model):
+        yield
+        store.drop(request.technique.name, request.model)
+
+
+def _loaded_once(load: Callable[[], "Pipeline"]) -> Callable[[], "Pipeline"]:
+    """Loads the pipeline when first asked for, once, whichever thread asks."""
+    lock, loaded = Lock(), cache(load)
+
+    def pipeline() -> "Pipeline":
+        with lock:
+            return loaded()
+
+    return pipeline

@@ -1,0 +1,244 @@
+"""What a technique is, and what a pool of its images is made from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from sdaug_utils.compute import dtype_of
+from sdaug_utils.data.datasets import personalisation_inputs, subset, subset_size
+from sdaug_utils.data.images import shuffled
+from sdaug_utils.generation.foundation import load_pipeline, revision
+from sdaug_utils.params import Parameters, Sampling, Settings
+from sdaug_utils.registry import techniques
+from sdaug_utils.store import Spec, digest
+from sdaug_utils.study import Study
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline as Pipeline
+
+CODE_VERSION = 2
+NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A pool as it is asked for: what determines it, and what it is made from."""
+
+    spec: dict[str, Any]
+    indices: Sequence[int]
+    technique: "Technique"
+    model: Spec | None = None  # what determines the personalised model, if there is one
+    inputs: Sequence[np.ndarray] = ()  # real images that it learns from
+    rows: np.ndarray | None = None  # of the train split, which image 0, 1, ... follow in turn
+
+    @property
+    def followed(self) -> tuple[int, ...]:
+        """The row of the train split that each image follows."""
+        if self.rows is None:
+            return ()
+        return tuple(int(self.rows[index % len(self.rows)]) for index in self.indices)
+
+
+class Technique:
+    """All that the study knows of one way to make images; as it stands, from plain prompts.
+
+    A subclass in a file of ``generation/techniques`` says what is different and is registered;
+    nothing else needs to know it.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]  # in figures
+    colour: ClassVar[str]
+    marker: ClassVar[str]
+    section: ClassVar[tuple[str, type[Parameters]] | None] = None  # of the settings, and its model
+    inputs: ClassVar[Literal["none", "first", "all"]] = "none"
+    """Which images of a cell's real subset it may see: the first are learnt from; where it is all,
+    image i follows one of them, in turn."""
+    learns: ClassVar[bool] = False  # a model of its own for each set of inputs
+    kind: ClassVar[str] = "StableDiffusionPipeline"  # the class of diffusers that makes its images
+    image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
+    model_bytes: ClassVar[float] = 0  # of a learnt model of Stable Diffusion 1.5's size
+
+    def of(self, settings: Settings) -> Any:
+        """Its own section of the settings."""
+        return getattr(settings, self.section[0]) if self.section else None
+
+    def sampling(self, settings: Settings) -> Sampling:
+        """How its images are drawn."""
+        return settings.sampling
+
+    def noun(self, settings: Settings, class_name: str) -> str:
+        """What stands for ``{}`` in a prompt."""
+        return class_name
+
+    def models(self, settings: Settings) -> dict[str, tuple[str, str]]:
+        """The models that it needs beside the foundation: name and part, by label."""
+        return {}
+
+    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
+        """What else determines its images; ``rows`` of the train split are those they follow."""
+        return {}
+
+    def load(self, settings: Settings) -> "Pipeline":
+        """The pipeline that makes its images."""
+        return load_pipeline(settings, self.sampling(settings), self.kind)
+
+    def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
+        """What the pipeline is called with for images of given indices, beside prompt and seeds."""
+        resolution = study.settings.sampling.resolution
+        return lambda indices: {"height": resolution, "width": resolution}
+
+    # Of techniques that learn; see generation/personalisation.py.
+
+    def num_inputs(self, settings: Settings) -> tuple[str, int]:
+        """How many images a model learns from, with the name of the parameter that says so."""
+        raise NotImplementedError
+
+    def model(self, settings: Settings, inputs: Sequence[np.ndarray], draw: int) -> Spec | None:
+        """What determines the model learnt from ``inputs``: its key in the store."""
+        return None
+
+    def at_once(self, settings: Settings) -> int:
+        """How many models learn in one go."""
+        return 1
+
+    def keeps_models(self, settings: Settings) -> bool:
+        """Whether a model stays in the store when its images are made."""
+        return True
+
+    def learn(
+        self,
+        study: Study,
+        pipeline: "Pipeline",
+        requests: Sequence[Request],
+        folders: Sequence[Path],
+        label: str | None,
+    ) -> None:
+        """Learn the model of each request and save it in its folder; ``label`` names progress."""
+        raise NotImplementedError
+
+    def apply(self, pipeline: "Pipeline", folder: Path | None) -> "Pipeline":
+        """A pipeline that draws with what was learnt; ``pipeline`` stays as it was."""
+        return twin(pipeline)
+
+    def model_cost(self, settings: Settings) -> tuple[str, int]:
+        """What learning a model costs: a key of the plan's rates, and how many of it."""
+        raise NotImplementedError
+
+
+def twin(pipeline: "Pipeline", **parts: Any) -> "Pipeline":
+    """A pipeline that shares all parts but those given, and the scheduler, which has a state.
+
+    So several may work at the same time.
+    """
+    import copy
+
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    every = pipeline.components | {"scheduler": scheduler} | parts
+    made = type(pipeline)(**every, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def pool_spec(
+    settings: Settings,
+    technique: str,
+    class_name: str,
+    prompt: str,
+    draw: int,
+    sampling: Sampling | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Everything that determines a pool's images; batch size and number of workers do not."""
+    chosen = sampling or settings.sampling
+    return {
+        "version": CODE_VERSION,
+        "technique": technique,
+        "class": class_name,
+        "prompt": prompt,
+        "draw": draw,
+        "foundation": revision(settings.foundation),
+        "dtype": str(dtype_of(settings)),
+        "sampling": chosen.model_dump(exclude=NOT_OF_THE_IMAGES),
+        **({} if chosen.safety_checker else {"safety_checker": False}),
+        **more,
+    }
+
+
+def request(
+    study: Study,
+    technique: Technique,
+    name: str,
+    prompt: str,
+    indices: Sequence[int],
+    draw: int = 0,
+    inputs: Sequence[np.ndarray] = (),
+    rows: np.ndarray | None = None,
+) -> Request:
+    """Images of one subject by one prompt.
+
+    Args:
+        name: of the subject; it goes into the metadata as the class.
+        prompt: with a ``{}`` for the subject.
+        inputs: 8-bit RGB arrays of the subject that a model learns from.
+        rows: of the train split, which the images follow in turn.
+    """
+    settings = study.settings
+    model = technique.model(settings, inputs, draw)
+    spec = pool_spec(
+        settings,
+        technique.name,
+        name,
+        prompt.replace("{}", technique.noun(settings, name)),
+        draw,
+        technique.sampling(settings),
+        **({"personalisation": digest(model)} if model else {}),
+        **(technique.determined_by(study, rows) if rows is not None else {}),
+    )
+    return Request(spec, indices, technique, model, inputs, rows)
+
+
+def technique_requests(
+    study: Study, technique_name: str, draw: int, count: int, real_percent: float = 100
+) -> list[Request]:
+    """``count`` images of each class by a technique, for one draw of the real subset.
+
+    Only the draw's subset of ``real_percent`` is seen, and only as much of it as the technique says
+    that it looks at: nothing from outside a cell's subset leaks in. Where every subset holds all
+    the inputs of a model, it learns the same at every percentage.
+
+    A pool that follows real images goes round all N of the class in the draw's order. Of p % of
+    them, the first n, a cell takes the rounds over the first n only: images 0 to n - 1, N to
+    N + n - 1, and so on. So cells of other percentages share what they have in common.
+    """
+    technique: Technique = techniques()[technique_name]
+    train, prompt = study.data.splits["train"], study.settings.sampling.prompt
+    names = study.data.class_names
+    if technique.inputs == "first":
+        _, number = technique.num_inputs(study.settings)
+        chosen = personalisation_inputs(train.labels, number, draw, real_percent)
+        return [
+            request(study, technique, name, prompt, range(count), draw, train.images(rows))
+            for name, rows in zip(names, chosen, strict=True)
+        ]
+    if technique.inputs == "none":
+        return [request(study, technique, name, prompt, range(count), draw) for name in names]
+    subset(train.labels, real_percent)  # refuses to leave a class empty
+    requests = []
+    for name, rows in zip(names, shuffled(train.labels, draw), strict=True):
+        inside = subset_size(len(rows), real_percent)
+        indices = [i % inside + len(rows) * (i // inside) for i in range(count)]
+        requests.append(request(study, technique, name, prompt, indices, draw, rows=rows))
+    return requests
+
+
+def inputs_percent(study: Study, technique: Technique, real_percent: float) -> float:
+    """The real percentage that a cell's images depend on; 100 where any gives the same."""
+    if technique.inputs == "first" and real_percent:
+        smallest = int(np.bincount(study.data.splits["train"].labels).min())
+        _, number = technique.num_inputs(study.settings)
+        return real_percent if subset_size(smallest, real_percent) < number else 100
+    return real_percent if technique.inputs == "all" else 100

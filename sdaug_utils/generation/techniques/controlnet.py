@@ -1,0 +1,128 @@
+"""ControlNet: images that follow the edges or trimap of a real one (Zhang et al., ICCV 2023)."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from sdaug_utils.compute import device_of, dtype_of
+from sdaug_utils.data import control
+from sdaug_utils.data.images import Split, digests
+from sdaug_utils.generation.foundation import load_pipeline, locate, revision
+from sdaug_utils.generation.technique import Request, Technique
+from sdaug_utils.params import Parameters, Sampling, Scheduler, Settings
+from sdaug_utils.registry import register
+from sdaug_utils.study import Study
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline as Pipeline
+
+
+class ControlNetSettings(Parameters):
+    """How images that follow a control image are drawn (thesis, section 4.3.6)."""
+
+    canny: str
+    segmentation: str
+    palette: Literal["miniature", "ade20k-animal", "ade20k-food"]  # what it was trained on
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=1)
+    scheduler: Scheduler
+    conditioning_scale: float = Field(gt=0)
+
+
+class ControlNet(Technique):
+    """A control image for each real image of the subset; images of one follow it in turn."""
+
+    section: ClassVar = ("controlnet", ControlNetSettings)
+    inputs: ClassVar = "all"
+    kind: ClassVar = "StableDiffusionControlNetPipeline"
+    image_cost: ClassVar = "image with a ControlNet"
+    control: ClassVar[str]  # the parameter that names the model
+
+    def sampling(self, settings: Settings) -> Sampling:
+        """With a ControlNet in steps of its own."""
+        keys = {"num_inference_steps", "guidance_scale", "scheduler"}
+        return settings.sampling.model_copy(update=self.of(settings).model_dump(include=keys))
+
+    def models(self, settings: Settings) -> dict[str, tuple[str, str]]:
+        """The ControlNet."""
+        name = getattr(self.of(settings), self.control)
+        return {f"ControlNet ({self.control})": (name, f"controlnet-{self.control}")}
+
+    def load(self, settings: Settings) -> "Pipeline":
+        """The foundation's parts with the ControlNet."""
+        import diffusers
+
+        [model] = self.models(settings).values()
+        controlnet = diffusers.ControlNetModel.from_pretrained(
+            locate(*model), dtype=dtype_of(settings), use_safetensors=True
+        ).to(device_of(settings))
+        return load_pipeline(settings, self.sampling(settings), self.kind, controlnet=controlnet)
+
+    def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
+        """A hash of each row's content that a control image is made of."""
+        raise NotImplementedError
+
+    def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
+        """8-bit RGB of shape (resolution, resolution, 3)."""
+        raise NotImplementedError
+
+    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
+        """The images or trimaps that control images are made of, and the ControlNet."""
+        own, [model] = self.of(study.settings), self.models(study.settings).values()
+        scale, palette = own.conditioning_scale, {own.palette} - {"miniature"}
+        return {
+            "controls": self.followed_digests(study.data.splits["train"], rows),
+            "controlnet": [revision(*model), scale, control.CODE_VERSION, *palette],
+        }
+
+    def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
+        """With a control image each."""
+        train, settings = study.data.splits["train"], study.settings
+        plain, rows = super().arguments(study, request), request.rows
+        assert rows is not None
+        made = [self.control_image(settings, train, int(row)) for row in rows]
+        controls = [Image.fromarray(image) for image in made]
+        scale = self.of(settings).conditioning_scale
+        return lambda indices: (
+            plain(indices)
+            | {
+                "image": [controls[i % len(controls)] for i in indices],
+                "controlnet_conditioning_scale": scale,
+            }
+        )
+
+
+@register
+class Canny(ControlNet):
+    """The Canny edges of a real image (thesis, section 4.3.6)."""
+
+    name, label, control = "controlnet-canny", "ControlNet (Canny)", "canny"
+    colour, marker = "#8a5aa8", "h"
+
+    def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
+        """Of the images."""
+        return digests(train.images(rows))
+
+    def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
+        """White edges on black."""
+        return control.canny(train.load(row), settings.sampling.resolution)
+
+
+@register
+class Segmentation(ControlNet):
+    """The trimap of a real image, in the colours that the ControlNet knows (section 4.3.8)."""
+
+    name, control = "controlnet-segmentation", "segmentation"
+    label, colour, marker = "ControlNet (segmentation)", "#8a5aa8", "h"
+
+    def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
+        """Of the trimaps."""
+        return digests([train.trimap(int(row)) for row in rows])
+
+    def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
+        """Labels as colours."""
+        resolution, palette = settings.sampling.resolution, self.of(settings).palette
+        return control.segmentation_map(train.trimap(row), resolution, palette)

@@ -1,0 +1,80 @@
+"""DreamBooth by low-rank adapters of the U-Net's attention (LoRA; Hu et al., 2022)."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from sdaug_utils.generation.technique import twin
+from sdaug_utils.generation.techniques.dreambooth import DreamBooth, DreamBoothSettings
+from sdaug_utils.params import Parameters, Settings
+from sdaug_utils.registry import register
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline as Pipeline
+
+FILE = "pytorch_lora_weights.safetensors"
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # as in diffusers
+
+
+class LoRA(Parameters):
+    """What is not here is as in DreamBooth's section."""
+
+    rank: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    max_train_steps: int = Field(default=400, ge=1)
+
+
+@register
+class DreamBoothLoRA(DreamBooth):
+    """A technique of its own: few weights learn, at a rate of their own."""
+
+    name, label = "dreambooth-lora", "DreamBooth by LoRA"
+    colour, marker = "#e59a9c", "<"
+    section: ClassVar = ("dreambooth_lora", LoRA)
+    model_bytes: ClassVar = 0  # of a few megabytes
+
+    def recipe(self, settings: Settings) -> DreamBoothSettings:
+        """DreamBooth's hyper-parameters but for rate and steps."""
+        own = self.of(settings).model_dump(exclude={"rank"})
+        return super().recipe(settings).model_copy(update=own)
+
+    def unusual(self, settings: Settings) -> dict[str, Any]:
+        """The rank determines a model, too."""
+        return {"rank": self.of(settings).rank, **super().unusual(settings)}
+
+    def keeps_models(self, settings: Settings) -> bool:
+        """Always: adapters are small."""
+        return True
+
+    def unfreeze(self, settings: Settings, unet: torch.nn.Module, seed: int) -> None:
+        """Add adapters, which learn; the U-Net's own weights do not."""
+        from peft import LoraConfig
+
+        rank = self.of(settings).rank
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS))
+        unet.add_adapter(config)  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():  # as peft does by "gaussian", but from a generator of our own
+            for name, weight in unet.named_parameters():
+                if "lora_A" in name:
+                    weight.copy_(torch.randn(weight.shape, generator=generator) / rank)
+
+    def save(self, pipeline: "Pipeline", unet: torch.nn.Module, folder: Path) -> None:
+        """The adapters alone, as diffusers loads them."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
+
+    def apply(self, pipeline: "Pipeline", folder: Path | None) -> "Pipeline":
+        """With the adapters in a copy of the U-Net."""
+        adapted = twin(pipeline, unet=copy.deepcopy(pipeline.unet))
+        # low_cpu_mem_usage patches all of torch for a moment: not where other threads are at work
+        adapted.unet.load_lora_adapter(
+            folder, prefix="unet", weight_name=FILE, low_cpu_mem_usage=False
+        )
+        return adapted

