@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from machine import describe
-from sdaug_utils.pools import Pool
 from torchvision.models import resnet34
 from torchvision.models.segmentation import deeplabv3_resnet101
 from transformers import (
@@ -35,10 +34,17 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sdaug_utils import augment, datasets, foundation, params, pools, training
-from sdaug_utils.params import Personalisation, Settings, Technique
+from sdaug_utils import params
+from sdaug_utils.compute import device_of, dtype_of
+from sdaug_utils.data import augment, datasets
+from sdaug_utils.generation import foundation, pools
+from sdaug_utils.generation.pools import Pool
+from sdaug_utils.params import Settings
+from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study
+from sdaug_utils.training.classifier import train_head
+from sdaug_utils.training.features import to_pixels
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 FULL: dict[str, Any] = {
@@ -167,7 +173,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def fill(study: Study, technique: Technique, draw: int, count: int) -> tuple[float, list[Pool]]:
+def fill(study: Study, technique: str, draw: int, count: int) -> tuple[float, list[Pool]]:
     """Seconds that it takes to have so many images of each class, and the pools."""
     return timed(lambda: pools.technique_pools(study, technique, draw, count, progress=False))
 
@@ -182,7 +188,7 @@ def with_steps(study: Study, steps: int) -> Study:
     return replace(study, settings=study.settings.model_copy(update=update))
 
 
-def check_technique(study: Study, technique: Technique) -> dict[str, Any]:
+def check_technique(study: Study, technique: str) -> dict[str, Any]:
     """Make images of each class, in batches, and look at what came out.
 
     Rates are from differences, so that what is loaded, copied or saved once does not count: of
@@ -199,7 +205,7 @@ def check_technique(study: Study, technique: Technique) -> dict[str, Any]:
     assert max(attempt for pool in made for attempt in pool.attempts) == 1
     images = BATCH * len(CLASSES)
     found: dict[str, Any] = {"seconds per image": positive(twice - once) / images}
-    if technique in get_args(Personalisation):
+    if techniques()[technique].learns:
         short, _ = fill(with_steps(study, STEPS["training"]), technique, 1, 1)
         long, _ = fill(with_steps(study, 2 * STEPS["training"]), technique, 1, 1)
         per_class = positive(long - short) / len(CLASSES)
@@ -244,7 +250,7 @@ def training_rates(settings: Settings, size: int, device: torch.device) -> dict[
 
     def pixels() -> torch.Tensor:
         views = [augment.view(image, resize, 0) for image in photographs]
-        return training.to_pixels(views).to(device)
+        return to_pixels(views).to(device)
 
     backbone = resnet34(num_classes=37).to(device).eval()
     head = torch.randn(1000, 1, 512)
@@ -275,7 +281,7 @@ def training_rates(settings: Settings, size: int, device: torch.device) -> dict[
         work()
         rates[name] = timed(work)[0] / len(photographs)
     seconds, _ = timed(
-        lambda: training.train_head(head, labels, controlled, 0, 37, 500, lambda step, made: None)
+        lambda: train_head(head, labels, controlled, 0, 37, 500, lambda step, made: None)
     )
     return rates | {"image, training of a head": seconds / (500 * controlled.batch_size)}
 
@@ -286,13 +292,13 @@ def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         folder = Path(scratch)
         build(folder, sizes)
         study = open_check(folder, sizes, device)
-        techniques = {}
-        for technique in get_args(Technique):
-            techniques[technique] = check_technique(study, technique)
-            print(f"{technique:<24} {techniques[technique]}", flush=True)
+        found = {}
+        for technique in techniques():
+            found[technique] = check_technique(study, technique)
+            print(f"{technique:<24} {found[technique]}", flush=True)
         check_passing_model(study)
         precision = foundation.load_pipeline(study.settings).unet.dtype
-        assert precision == foundation.dtype_of(study.settings)
+        assert precision == dtype_of(study.settings)
         difference = difference_between_batches(study)
         assert difference < 2, f"images depend on the batch: {difference:.1f} grey levels"
         settings = study.settings
@@ -302,24 +308,24 @@ def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
 
     accumulation = settings.textual_inversion.gradient_accumulation_steps
     per_step = {
-        name: found.get("seconds per training step", 0.0) for name, found in techniques.items()
+        name: result.get("seconds per training step", 0.0) for name, result in found.items()
     }
     seconds = {
-        "image by a prompt": scale * techniques["stable-diffusion-prompt"]["seconds per image"],
-        "image of a personalised model": scale * techniques["dreambooth"]["seconds per image"],
-        "image with a ControlNet": scale * techniques["controlnet-canny"]["seconds per image"],
+        "image by a prompt": scale * found["stable-diffusion-prompt"]["seconds per image"],
+        "image of a personalised model": scale * found["dreambooth"]["seconds per image"],
+        "image with a ControlNet": scale * found["controlnet-canny"]["seconds per image"],
         "latent, fine-tuning of the U-Net": per_step["dreambooth"],
         "latent, textual inversion": per_step["textual-inversion"] / accumulation,
         **training_rates(
             settings,
             settings.classifier.image_size if sizes is FULL else 32,
-            foundation.device_of(settings),
+            device_of(settings),
         ),
     }
     return {
         "machine": describe(),
         "precision": str(precision),
-        "techniques": techniques,
+        "techniques": found,
         "grey levels between batches of 4 and of 1": round(difference, 3),
         "seconds": {name: float(f"{value:.3g}") for name, value in seconds.items()},
     }

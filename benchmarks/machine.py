@@ -1,6 +1,6 @@
 """Describe the machine that a benchmark ran on."""
 
-from sdaug_utils import report
+from sdaug_utils.evidence import report
 
 
 def describe() -> dict[str, object]:

@@ -18,11 +18,15 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from sdaug_utils import augment, control, datasets, figures, segmentation, training
+from sdaug_utils.data import augment, control, datasets
 from sdaug_utils.errors import InputError
+from sdaug_utils.evidence import figures
 from sdaug_utils.params import Augmentation, Data, load_settings
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study
+from sdaug_utils.training import classifier as training
+from sdaug_utils.training import segmenter
+from sdaug_utils.training.features import image_features
 
 ROOT = Path(__file__).parents[1]
 PER_CLASS = {"train": 5, "validation": 2, "test": 3}
@@ -49,7 +53,7 @@ def open_pets(folder: Path, store: Store) -> Study:
         folder=str(folder.resolve()),
     )
     classifier = settings.classifier.model_copy(update={"backbone": "efficientnet-lite0"})
-    segmenter = settings.segmenter.model_copy(
+    segmenting = settings.segmenter.model_copy(
         update={
             "backbone": "efficientnet-lite0",
             "keep_features": True,
@@ -61,7 +65,7 @@ def open_pets(folder: Path, store: Store) -> Study:
     )
     data = settings.data | {"main": pets}
     settings = settings.model_copy(
-        update={"data": data, "classifier": classifier, "segmenter": segmenter, "device": "cpu"}
+        update={"data": data, "classifier": classifier, "segmenter": segmenting, "device": "cpu"}
     )
     loaded = datasets.load(**pets.model_dump(exclude={"download"}))
     return Study("thesis", settings, loaded, store)
@@ -74,8 +78,8 @@ def accuracies(study: Study) -> dict[str, float]:
     held_out = splits["validation"].images() + splits["test"].images()
     held_labels = np.concatenate([splits["validation"].labels, splits["test"].labels])
     labels, wanted = torch.from_numpy(train.labels), torch.from_numpy(held_labels)
-    features = training.image_features(study, train.images())
-    test = training.image_features(study, held_out)[:, 0]
+    features = image_features(study, train.images())
+    test = image_features(study, held_out)[:, 0]
 
     def curve(trained_on: torch.Tensor, steps: int) -> dict[int, float]:
         settings = classifier.controlled.model_copy(
@@ -104,7 +108,7 @@ def accuracies(study: Study) -> dict[str, float]:
         "logistic regression, to convergence": float(regression.score(test.numpy(), held_labels)),
     }
     for name in AUGMENTATIONS:
-        views = training.image_features(study, train.images(), name, 4)
+        views = image_features(study, train.images(), name, 4)
         found[f"evaluation mode, 6,000 updates, {name}"] = curve(views, 6000)[6000]
     published = classifier.published.model_copy(
         update={"patience": classifier.published.max_epochs}
@@ -132,8 +136,8 @@ def segment(study: Study) -> dict[str, float]:
     splits = study.data.splits
     train, test = splits["train"], splits["test"]
     trimaps = [train.trimap(i) for i in range(len(train))]
-    maps = segmentation.FeatureMaps(study)
-    outcome = segmentation.train(maps, train.images(), trimaps, splits, "controlled", 0)
+    maps = segmenter.FeatureMaps(study)
+    outcome = segmenter.train(maps, train.images(), trimaps, splits, "controlled", 0)
     truth = [test.trimap(i) for i in range(len(test))]
     guess = np.mean([(labels == control.BACKGROUND).mean() for labels in truth])
     return {

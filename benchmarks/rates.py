@@ -13,17 +13,24 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from machine import describe
-from sdaug_utils.foundation import load_pipeline
 
-from sdaug_utils import datasets, personalise, pools, segmentation, training
+from sdaug_utils.data.images import Split
+from sdaug_utils.generation import pools
+from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.personalisation import NoisyLatents
+from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.params import load_settings
+from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import open_study
+from sdaug_utils.training import classifier, segmenter
+from sdaug_utils.training.features import load_backbone
 
 RESULT = Path(__file__).parent / "results" / "rates.json"
 ROUNDS = 3
@@ -41,10 +48,31 @@ def rates(variants: Mapping[str, tuple[int, Callable[[], object]]]) -> dict[str,
     return {name: round(rate, 1) for name, rate in best.items()}
 
 
+def seconds(measured: dict[str, Any]) -> dict[str, float]:
+    """Seconds per item of each kind of work, at the study's own sizes: what plans reckon with."""
+    latents = measured["U-Net training, latents per second"]
+    backbone = measured["backbone at 96 px, images per second"]
+    rates = {
+        "image by a prompt": measured["images per second"]["batch of 50"],
+        "image of a personalised model": measured["images per second"]["batch of 50"],
+        "image with a ControlNet": measured["images with a ControlNet per second"]["batch of 100"],
+        "latent, fine-tuning of the U-Net": latents["batch of 8"],
+        "latent, textual inversion": latents["batch of 32"],  # all subjects share a batch
+        "feature": backbone["evaluation"],
+        "image, training of the whole network": backbone["training"],
+        "image, training of a head": 16
+        * measured["linear head, updates per second"]["batch of 16"],
+        "image, training of a segmenter": measured["segmenter training, images per second"][
+            "batch of 16"
+        ],
+    }
+    return {kind: float(f"{1 / rate:.3g}") for kind, rate in rates.items()}
+
+
 def main() -> None:
     settings = load_settings("miniature")
     pipeline = load_pipeline(settings)
-    result: dict[str, object] = {"machine": describe(), "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads()}
 
     sampling = {}
     for batch_size in (1, 10, 50, 100):
@@ -53,9 +81,14 @@ def main() -> None:
         sampling[f"batch of {batch_size}"] = (batch_size, partial(sample, seeds, seeds))
     result["images per second"] = rates(sampling)
 
-    control = [np.zeros((32, 32, 3), np.uint8)]
-    controlled = load_pipeline(settings, "controlnet-canny")
-    sample = pools.pipeline_sampler(controlled, "a dress", settings.sampling, control)
+    study, canny = (
+        open_study("miniature", Store(tempfile.mkdtemp())),
+        techniques()["controlnet-canny"],
+    )
+    request = technique_requests(study, canny.name, 0, 100)[0]
+    sample = pools.pipeline_sampler(
+        canny.load(settings), "a dress", canny.sampling(settings), canny.arguments(study, request)
+    )
     seeds = list(range(100))
     result["images with a ControlNet per second"] = rates(
         {"batch of 100": (100, partial(sample, seeds, seeds))}
@@ -63,7 +96,7 @@ def main() -> None:
 
     latents = torch.randn(64, 4, 8, 8)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    example = personalise.NoisyLatents((latents, 0 * latents), scheduler, 1.0, seed=0)
+    example = NoisyLatents((latents, 0 * latents), scheduler, 1.0, seed=0)
     embeddings = torch.zeros(1, 1, pipeline.unet.config.cross_attention_dim)
 
     def unet_step(size: int) -> None:
@@ -75,7 +108,7 @@ def main() -> None:
         {f"batch of {size}": (size, partial(unet_step, size)) for size in (8, 32, 128)}
     )
 
-    backbone = training.load_backbone("efficientnet-lite0")
+    backbone = load_backbone("efficientnet-lite0")
     pixels = torch.rand(64, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     training_mode = copy.deepcopy(backbone).train()
     with torch.inference_mode():
@@ -92,32 +125,30 @@ def main() -> None:
         {
             "batch of 16": (
                 500,
-                lambda: training.train_head(
+                lambda: classifier.train_head(
                     features, labels, head, 0, 10, 500, lambda step, trained: None
                 ),
             )
         }
     )
-    study = open_study("miniature", Store(tempfile.mkdtemp()))
-    segmenter = settings.segmenter.model_copy(update={"max_train_steps": 50})
-    maps = segmentation.FeatureMaps(study)
-    maps.settings = segmenter
+    segmenting = settings.segmenter.model_copy(update={"max_train_steps": 50})
+    maps = segmenter.FeatureMaps(study)
+    maps.settings = segmenting
     train = study.data.splits["train"]
     rows = range(0, len(train), 10)
     trimaps = [train.trimap(row) for row in rows]
-    held_out = {
-        name: datasets.Split(train.load, train.labels[:50], train.trimap) for name in SPLITS
-    }
+    held_out = {name: Split(train.load, train.labels[:50], train.trimap) for name in SPLITS}
     result["segmenter training, images per second"] = rates(
         {
             "batch of 16": (
                 50 * 16,
-                lambda: segmentation.train(
+                lambda: segmenter.train(
                     maps, train.images(rows), trimaps, held_out, "controlled", 0
                 ),
             )
         }
     )
+    result["seconds"] = seconds(result)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

@@ -6,7 +6,8 @@ the very image, so that a prompt such as "a dark patterned dress" has something 
 """
 
 import numpy as np
-from sdaug_utils.metrics import attributes
+
+from sdaug_utils.evidence.metrics import attributes
 
 THESIS_PROMPT = "A cute photo of a {}, high quality, highly detailed, elegant, sharp focus"
 WORDINGS = (

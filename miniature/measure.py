@@ -18,15 +18,17 @@ from captions import ATTRIBUTES, measure
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from make_data import read_idx
 from PIL import Image
-from sdaug_utils.control import canny, segmentation_map, silhouette, trimap
-from sdaug_utils.datasets import pad_to_rgb
-from sdaug_utils.foundation import load_pipeline
-from sdaug_utils.pools import pipeline_sampler
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from sdaug_utils import figures, training
+from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
+from sdaug_utils.data.datasets import pad_to_rgb
+from sdaug_utils.evidence import figures
+from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.pools import pipeline_sampler
 from sdaug_utils.study import Study, open_study
+from sdaug_utils.training.classifier import train_controlled
+from sdaug_utils.training.features import image_features
 
 SEEDS = range(5)
 PROMPT_SEED = 10**6
@@ -54,11 +56,11 @@ def head_accuracy(
     validation = splits["validation"]
     scores = []
     for seed in SEEDS:
-        outcome = training.train_controlled(
-            training.image_features(study, images),
+        outcome = train_controlled(
+            image_features(study, images),
             labels,
-            (training.image_features(study, validation.images())[:, 0], validation.labels),
-            training.image_features(study, test)[:, 0],
+            (image_features(study, validation.images())[:, 0], validation.labels),
+            image_features(study, test)[:, 0],
             study.settings.classifier.controlled,
             seed,
             len(study.data.class_names),

@@ -42,13 +42,13 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from make_data import read_idx
-from sdaug_utils.control import canny, segmentation_map, silhouette, trimap
-from sdaug_utils.datasets import DIGIT_CLASSES, FASHION_CLASSES, digits_halves, pad_to_rgb
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdaug_utils.training import load_backbone, normalise
+from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
+from sdaug_utils.data.datasets import DIGIT_CLASSES, FASHION_CLASSES, digits_halves, pad_to_rgb
+from sdaug_utils.training.features import load_backbone, normalise
 
 STAGES = ("tokenizer", "vae", "latents", "decoder", "unet", "canny", "segmentation", "export")
 CLASS_NAMES = (*FASHION_CLASSES, *DIGIT_CLASSES)

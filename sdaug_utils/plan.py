@@ -98,42 +98,12 @@ def rates(settings: Settings) -> Rates:
 
     For models of full size those of ``benchmarks/gpu_check.py`` if it has run, else the thesis's.
     """
-    if not is_at_scale(settings):
-        return _of_the_miniature(settings)
-    measured = MEASURED / "gpu.json"
+    measured = MEASURED / ("gpu.json" if is_at_scale(settings) else "rates.json")
     path = measured if measured.exists() else TABLES / "rates-a100.json"
     content = json.loads(path.read_text())
-    source = content.get("source") or f"{content['machine']['gpu']}, measured"
-    return Rates(source, content["seconds"])
-
-
-def _of_the_miniature(settings: Settings) -> Rates:
-    measured = json.loads((MEASURED / "rates.json").read_text())
-    machine = measured["machine"]
-    batch = f"batch of {settings.sampling.batch_size}"
-    latents = measured["U-Net training, latents per second"]
-    backbone = measured["backbone at 96 px, images per second"]
-    per_second = {
-        "image by a prompt": _rate(measured["images per second"], batch),
-        "image of a personalised model": _rate(measured["images per second"], batch),
-        "image with a ControlNet": _rate(measured["images with a ControlNet per second"], batch),
-        "latent, fine-tuning of the U-Net": latents["batch of 8"],
-        "latent, textual inversion": latents["batch of 32"],  # all subjects share a batch
-        "feature": backbone["evaluation"],
-        "image, training of the whole network": backbone["training"],
-        "image, training of a head": 16
-        * measured["linear head, updates per second"]["batch of 16"],
-        "image, training of a segmenter": measured["segmenter training, images per second"][
-            "batch of 16"
-        ],
-    }
-    source = f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, measured"
-    return Rates(source, {kind: 1 / rate for kind, rate in per_second.items()})
-
-
-def _rate(measured: dict[str, float], batch: str) -> float:
-    """The rate at a batch size, or at the largest one that was measured."""
-    return measured.get(batch, max(measured.values()))
+    machine = content.get("machine", {})
+    name = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
+    return Rates(content.get("source", f"{name}, measured"), content["seconds"])
 
 
 def is_at_scale(settings: Settings) -> bool:

@@ -1,7 +1,8 @@
 import pandas as pd
 import pytest
 
-from sdaug_utils import cells, experiments, training
+from sdaug_utils import experiments
+from sdaug_utils.training import cells, classifier
 
 
 @pytest.fixture
@@ -32,17 +33,17 @@ def test_cells_are_trained_once_and_say_what_they_saw(world, grid, monkeypatch):
     )
     assert cells.scores(results, arm="baseline", real_percent=100).shape == (2, 2, 10)
 
-    monkeypatch.setattr(training, "train_controlled", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(classifier, "train_controlled", lambda *_: pytest.fail("trained again"))
     again = cells.run(world, grid, progress=False)
     assert again.drop(columns="scores").equals(results.drop(columns="scores"))
 
 
 def test_a_cell_depends_on_its_settings_and_data(world, grid):
     folder = cells._folder(world, grid[0])
-    classifier = world.settings.classifier
-    controlled = classifier.controlled.model_copy(update={"learning_rate": 0.5})
+    settings = world.settings.classifier
+    controlled = settings.controlled.model_copy(update={"learning_rate": 0.5})
     changed = world.settings.model_copy(
-        update={"classifier": classifier.model_copy(update={"controlled": controlled})}
+        update={"classifier": settings.model_copy(update={"controlled": controlled})}
     )
     other = type(world)(world.profile, changed, world.data, world.store)
     assert cells._folder(other, grid[0]) != folder

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sdaug_utils import control
+from sdaug_utils.data import control
 
 
 @pytest.fixture

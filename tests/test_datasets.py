@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sdaug_utils import datasets
+from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
 
 
@@ -19,7 +19,7 @@ def test_splits_have_the_sizes_of_the_study_and_share_no_image(data):
         assert np.bincount(split.labels).tolist() == [per_class] * 10
         assert split.load(0).shape == (32, 32, 3)
         assert split.load(0).dtype == np.uint8
-        seen[name] = set(datasets.digests(split.images()))
+        seen[name] = set(images.digests(split.images()))
         assert len(seen[name]) == 10 * per_class
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
@@ -79,8 +79,8 @@ def test_trimaps_follow_the_silhouette(data):
 
 def test_digits_are_split_without_overlap_and_apart_from_the_corpus():
     digits = datasets.load("digits")
-    corpus = set(datasets.digests(datasets.digits_halves()[0][0]))
-    seen = [set(datasets.digests(digits.splits[name].images())) for name in datasets.SPLITS]
+    corpus = set(images.digests(datasets.digits_halves()[0][0]))
+    seen = [set(images.digests(digits.splits[name].images())) for name in images.SPLITS]
     assert [len(some) for some in seen] == [400, 100, 901 - 500]
     assert len(set.union(*seen)) == 901
     assert not corpus & set.union(*seen)
@@ -114,4 +114,4 @@ def test_digits_are_halved_without_overlap():
     assert foundation.shape[1:] == (32, 32, 3)
     difference = np.bincount(study_labels) - np.bincount(foundation_labels)
     assert set(difference) <= {0, 1}
-    assert not set(datasets.digests(foundation)) & set(datasets.digests(study))
+    assert not set(images.digests(foundation)) & set(images.digests(study))

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from sdaug_utils import figures
+from sdaug_utils.evidence import figures
 
 
 def table():

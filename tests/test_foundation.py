@@ -1,6 +1,5 @@
 import json
 import shutil
-from typing import get_args
 
 import pytest
 import torch
@@ -9,9 +8,11 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from huggingface_hub import constants
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from sdaug_utils import foundation, pools
+from sdaug_utils import compute
 from sdaug_utils.errors import InputError
-from sdaug_utils.params import Technique
+from sdaug_utils.generation import foundation, pools
+from sdaug_utils.generation.technique import pool_spec
+from sdaug_utils.registry import techniques
 
 
 @pytest.fixture
@@ -74,10 +75,10 @@ def in_cache(cache, identifier, fill):
 def cache(tmp_path, monkeypatch):
     """An empty cache of the hub, and no internet."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for function in (foundation.revision, foundation.controlnet_revision, foundation._from_hub):
+    for function in (foundation.revision, foundation._from_hub):
         function.cache_clear()
     yield tmp_path / "cache"
-    for function in (foundation.revision, foundation.controlnet_revision, foundation._from_hub):
+    for function in (foundation.revision, foundation._from_hub):
         function.cache_clear()
 
 
@@ -131,7 +132,7 @@ def hub_study(world, cache):
     return type(world)(world.profile, settings, world.data, world.store)
 
 
-@pytest.mark.parametrize("technique", get_args(Technique))
+@pytest.mark.parametrize("technique", list(techniques()))
 def test_models_of_the_hub_run_every_technique(hub_study, technique):
     made = pools.technique_pools(hub_study, technique, 0, 1, progress=False)
     assert [pool.attempts for pool in made] == [(1,), (1,)]
@@ -143,13 +144,14 @@ def test_models_of_the_hub_run_every_technique(hub_study, technique):
 def test_the_safety_checker_rejects_by_its_flag_and_can_be_left_out(hub_study, cache):
     pipeline = foundation.load_pipeline(hub_study.settings)
     torch.nn.init.constant_(pipeline.safety_checker.concept_embeds_weights, -2.0)  # none passes
-    sample = pools.pipeline_sampler(pipeline, "a bag", hub_study.settings.sampling)
+    sampling = hub_study.settings.sampling
+    sample = pools.pipeline_sampler(pipeline, "a bag", sampling)
     assert sample([0, 1], [1, 2]) == [None, None]
-    sampling = hub_study.settings.sampling.model_copy(update={"safety_checker": False})
+    sampling = sampling.model_copy(update={"safety_checker": False})
     unchecked = hub_study.settings.model_copy(update={"sampling": sampling})
     assert foundation.load_pipeline(unchecked).safety_checker is None
     specs = [
-        pools.pool_spec(settings, "test", "bag", "a bag", 0)
+        pool_spec(settings, "test", "bag", "a bag", 0)
         for settings in (hub_study.settings, unchecked)
     ]
     assert specs[0] != specs[1]
@@ -162,7 +164,7 @@ def test_a_missing_model_says_where_it_was_looked_for_and_how_to_get_it(cache, n
     assert str(cache) in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="hf download some-lab/nothing"):
-        foundation.controlnet_revision(name, "controlnet-canny")
+        foundation.revision(name, "controlnet-canny")
 
 
 def test_a_hub_that_does_not_answer_leaves_the_cache(hub_study, monkeypatch):
@@ -191,5 +193,5 @@ def test_xformers_that_does_not_work_is_one_line(world, monkeypatch):
 )
 def test_precision_follows_the_device(world, device, precision, expected):
     settings = world.settings.model_copy(update={"device": device, "precision": precision})
-    assert foundation.device_of(settings).type == device
-    assert foundation.dtype_of(settings) == expected
+    assert compute.device_of(settings).type == device
+    assert compute.dtype_of(settings) == expected

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from sdaug_utils.metrics import estimate, paired_difference
 from sklearn.metrics import jaccard_score
 
-from sdaug_utils import metrics
+from sdaug_utils.evidence import metrics
+from sdaug_utils.evidence.metrics import estimate, paired_difference
+from sdaug_utils.training.segmenter import jaccard
 
 
 def planted(accuracy, num_draws=3, num_seeds=2, num_images=2000, seed=0, spread=0.0):
@@ -73,7 +74,7 @@ def test_jaccard_is_that_of_scikit_learn():
     truth = rng.integers(0, 3, (5, 8, 8))
     truth[4] = 1  # an image with one class only
     guess = np.where(rng.random(truth.shape) < 0.7, truth, rng.integers(0, 3, truth.shape))
-    weighted, mean = metrics.jaccard(guess, truth, 3)
+    weighted, mean = jaccard(guess, truth, 3)
     for i in range(5):
         pair = truth[i].ravel(), guess[i].ravel()
         assert weighted[i] == pytest.approx(jaccard_score(*pair, average="weighted"))

@@ -9,8 +9,9 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
-from sdaug_utils.datasets import DIGIT_CLASSES, FASHION_CLASSES, MINIATURE_DATA
-from sdaug_utils.foundation import MINIATURE_WEIGHTS
+
+from sdaug_utils.data.datasets import DIGIT_CLASSES, FASHION_CLASSES, MINIATURE_DATA
+from sdaug_utils.generation.foundation import MINIATURE_WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import papermill
 import pytest
 
 import run_all
-from sdaug_utils import figures, report
+from sdaug_utils.evidence import figures, report
+from sdaug_utils.store import digest_of
 
 NOTEBOOKS = sorted(run_all.NOTEBOOKS.glob("*.ipynb"))
 
@@ -71,7 +72,7 @@ def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path
     assert made_from["settings"] == settings, f"{path.stem} {stale}"
     assert made_from["numbers"], f"{path.stem} writes no numbers"
     for name, digest in made_from["numbers"].items():
-        found = map(run_all.digest_of, contents(figures.DEFAULT_FOLDER / "miniature" / name))
+        found = map(digest_of, contents(figures.DEFAULT_FOLDER / "miniature" / name))
         assert digest in found, f"{path.stem}: {name} {stale}"
 
 

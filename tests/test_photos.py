@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdaug_utils import control, datasets, photos
+from sdaug_utils.data import control, datasets, photos
+from sdaug_utils.data.images import digests
 from sdaug_utils.errors import InputError
 
 MODES = ("RGB", "L", "CMYK", "P")  # all of these occur in the real sets
@@ -53,7 +54,7 @@ def test_pets_have_the_official_lists_and_halves(pets):
     assert data.class_names == ("Abyssinian", "American Bulldog", "Bengal")
     sizes = {name: np.bincount(split.labels).tolist() for name, split in data.splits.items()}
     assert sizes == {"train": [8] * 3, "validation": [2] * 3, "test": [2] * 3}
-    seen = [set(datasets.digests(split.images())) for split in data.splits.values()]
+    seen = [set(digests(split.images())) for split in data.splits.values()]
     assert len(set.union(*seen)) == sum(map(len, seen)) == 36
 
 

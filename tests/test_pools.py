@@ -5,9 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from sdaug_utils.foundation import load_pipeline
 
-from sdaug_utils import control, datasets, pools
+from sdaug_utils.compute import Batch
+from sdaug_utils.data import control, datasets, images
+from sdaug_utils.generation import pools
+from sdaug_utils.generation import technique as techniques
+from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.registry import techniques as registered
 
 SPEC = {"class": "bag", "prompt": "a bag", "technique": "test"}
 
@@ -31,7 +35,8 @@ class FakeSampler:
 
 
 def grow(store, count, sampler=None, batch_size=3, max_attempts=5):
-    return pools.grow(store, SPEC, range(count), lambda: sampler, batch_size, max_attempts)
+    batch = Batch(batch_size, "sampling.batch_size")
+    return pools.grow(store, SPEC, range(count), lambda: sampler, batch, max_attempts)
 
 
 def content(pool):
@@ -80,20 +85,21 @@ def test_a_killed_writer_leaves_nothing_behind_and_a_pool_says_what_made_it(stor
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "metadata.csv", "spec.json"]
     record = json.loads((folder / "spec.json").read_text())
+    assert len(record.pop("made_with")) == 1
     assert record == {**SPEC, "batch_size": 2}
 
 
 def test_the_specification_knows_precision_and_settings_but_not_batch_size(world):
     def spec(**sampling):
         changed = world.settings.sampling.model_copy(update=sampling)
-        return pools.pool_spec(
+        return techniques.pool_spec(
             world.settings.model_copy(update={"sampling": changed}), "test", "bag", "a bag", 0
         )
 
     assert spec(batch_size=7, max_attempts=3) == spec()
     assert spec(guidance_scale=3.0) != spec()
     halved = world.settings.model_copy(update={"precision": "bfloat16"})
-    assert pools.pool_spec(halved, "test", "bag", "a bag", 0) != spec()
+    assert techniques.pool_spec(halved, "test", "bag", "a bag", 0) != spec()
 
 
 def test_damaged_and_lost_images_are_made_again(store):
@@ -167,7 +173,7 @@ def test_every_technique_fills_a_pool_per_class(world, technique):
     before = [content(pool) for pool in made]
     grown = pools.technique_pools(world, technique, 0, 3, progress=False)
     assert [content(pool)[:2] for pool in grown] == before
-    first, second = (pools.technique_requests(world, technique, draw, 1) for draw in (0, 1))
+    first, second = (techniques.technique_requests(world, technique, draw, 1) for draw in (0, 1))
     assert all(a.spec != b.spec for a, b in zip(first, second, strict=True))
 
 
@@ -176,9 +182,9 @@ def test_personalisation_sees_nothing_outside_the_draws_subset(world, technique)
     train = world.data.splits["train"]
     for draw in (0, 1):
         subset = datasets.subset(train.labels, 10, draw)
-        allowed = set(datasets.digests(train.images(subset)))
-        requests = pools.technique_requests(world, technique, draw, 1)
-        seen = {digest for request in requests for digest in request.personalisation["inputs"]}
+        allowed = set(images.digests(train.images(subset)))
+        requests = techniques.technique_requests(world, technique, draw, 1)
+        seen = {digest for request in requests for digest in request.model["inputs"]}
         assert seen <= allowed
         assert len(seen) == 4
 
@@ -192,13 +198,11 @@ def test_control_images_come_from_the_subset_and_percentages_share_images(world)
     for percent, of_classes in made.items():
         inside = set(datasets.subset(train.labels, percent, 0))
         for label, pool in enumerate(of_classes):
-            assert set(pool.control_rows) <= inside
-            assert {train.labels[row] for row in pool.control_rows} == {label}
+            assert set(pool.followed) <= inside
+            assert {train.labels[row] for row in pool.followed} == {label}
             assert len(set(pool.seeds)) == 5
     few, all_of_them = made[10][0], made[100][0]
-    assert few.control_rows == (few.control_rows[0], few.control_rows[1]) * 2 + (
-        few.control_rows[0],
-    )
+    assert few.followed == (few.followed[0], few.followed[1]) * 2 + (few.followed[0],)
     assert few.files[:2] == all_of_them.files[:2]
     assert not set(few.files[2:]) & set(all_of_them.files)
 
@@ -216,7 +220,7 @@ def test_images_follow_their_control(world):
         first, second = control.silhouette(image), control.silhouette(train.load(row))
         return (first & second).sum() / (first | second).sum()
 
-    own = [overlap(*pair) for pair in zip(pool.images(), pool.control_rows, strict=True)]
+    own = [overlap(*pair) for pair in zip(pool.images(), pool.followed, strict=True)]
     assert np.mean(own) > 0.8
 
 
@@ -235,16 +239,16 @@ def test_subjects_learnt_in_parts_are_those_learnt_together(world, tmp_path):
 
 
 def test_models_are_shared_by_what_they_learn_from(world):
-    images = world.data.splits["train"].images([0, 1])
+    seen, dreambooth = world.data.splits["train"].images([0, 1]), registered()["dreambooth"]
     prompt = "A photo of a {}"
     first, second = (
-        pools.personalised_request(world, "dreambooth", name, images, prompt, 2)
+        techniques.request(world, dreambooth, name, prompt, range(2), inputs=seen)
         for name in ("one", "other")
     )
-    assert first.personalisation == second.personalisation
+    assert first.model == second.model
     assert first.spec["prompt"] == "A photo of a <funny-ret>"
-    other = pools.personalised_request(world, "dreambooth", "one", images[:1], prompt, 2)
-    assert other.personalisation != first.personalisation
+    other = techniques.request(world, dreambooth, "one", prompt, range(2), inputs=seen[:1])
+    assert other.model != first.model
 
 
 def test_what_is_made_and_what_is_reused_is_noted(world, tmp_path, monkeypatch):
@@ -253,8 +257,8 @@ def test_what_is_made_and_what_is_reused_is_noted(world, tmp_path, monkeypatch):
     for count in (2, 3):
         pools.technique_pools(world, "dreambooth", 0, count, progress=False)
         entries = [json.loads(line) for line in ledger.read_text().splitlines()]
-        images = [entry for entry in entries if entry["kind"] == "images"]
-        models = {entry["key"] for entry in entries if entry["kind"] == "models" and entry["made"]}
+        images = [entry for entry in entries if entry["what"] == "images"]
+        models = {e["artefact"] for e in entries if e["what"] == "models" and e["made"]}
         assert len(models) == 2
     class_images = world.settings.dreambooth.num_class_images
     assert sum(len(entry["made"]) for entry in images) == 2 * 3 + class_images

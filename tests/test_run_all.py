@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 import run_all
-from sdaug_utils import figures, params
+from sdaug_utils import params
+from sdaug_utils.evidence import figures
+from sdaug_utils.store import file_digest
 
 NAME = "03-training-percentage"
 
@@ -92,7 +94,7 @@ def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
         "sdaug": {
             "code": run_all.source_digest(book),
             "settings": run_all.settings_digest("smoke", "book"),
-            "numbers": {"fig.csv": run_all.digest_of((tmp_path / "fig.csv").read_bytes())},
+            "numbers": {"fig.csv": file_digest(tmp_path / "fig.csv")},
         }
     }
     assert tidied.cells[0].metadata == {"tags": ["kept"]}
@@ -116,15 +118,17 @@ def test_the_code_of_a_notebook_has_a_digest_without_what_papermill_injects():
 
 def test_the_ledger_counts_each_artefact_once(tmp_path):
     lines = [
-        {"kind": "images", "key": "a", "used": [0, 1, 2], "made": [2]},
-        {"kind": "images", "key": "a", "used": [0, 1], "made": []},
-        {"kind": "images", "key": "b", "used": [0], "made": [0]},
-        {"kind": "runs", "key": "c", "used": [0], "made": []},
+        {"what": "images", "artefact": "pools/a", "used": [0, 1, 2], "made": [2]},
+        {"what": "images", "artefact": "pools/a", "used": [0, 1], "made": []},
+        {"what": "images", "artefact": "pools/b", "used": [0], "made": [0]},
+        {"what": "runs", "artefact": "cells/c", "used": [0], "made": []},
+        {"file": "fig.png"},
     ]
     (tmp_path / "ledger").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made, reused = run_all.read_ledger(tmp_path / "ledger")
+    made, reused, artefacts = run_all.read_ledger(tmp_path / "ledger")
     assert made == {"images": 2, "models": 0, "runs": 0}
     assert reused == {"images": 2, "models": 0, "runs": 1}
+    assert artefacts == {"pools/a", "pools/b", "cells/c"}
     assert run_all.read_ledger(tmp_path / "nothing")[0]["images"] == 0
 
 

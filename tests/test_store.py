@@ -1,10 +1,14 @@
+import json
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 
+from sdaug_utils import compute
+from sdaug_utils import store as stores
 from sdaug_utils.errors import InputError
-from sdaug_utils.store import Store, VectorCache, array_digest, digest, verify_checksums
+from sdaug_utils.store import Store, array_digest, digest, verify_checksums
 
 
 def test_an_artefact_is_made_once(store):
@@ -64,13 +68,23 @@ def test_digest_sees_every_value():
     assert array_digest(image) != array_digest(np.zeros((4, 4, 3), np.uint8))
 
 
-def test_vector_cache_keeps_the_first(tmp_path):
-    cache = VectorCache(tmp_path / "folder" / "vectors.sqlite")
-    cache.write([("a", np.arange(3)), ("b", np.ones(3))])
-    cache.write([("a", np.zeros(3))])
-    found = VectorCache(cache.path).read(["a", "b", "c"])
-    assert set(found) == {"a", "b"}
-    np.testing.assert_array_equal(found["a"], [0, 1, 2])
+def test_an_artefact_says_what_made_it_and_its_key_does_not(store, monkeypatch):
+    def make(folder):
+        return store.get("kind", {"a": 1}, lambda folder: None)
+
+    first = make(None)
+    record = json.loads((first / "spec.json").read_text())
+    assert record["a"] == 1
+    [maker] = record["made_with"]
+    assert set(maker) == {*compute.LIBRARIES, "device"}
+    assert maker["torch"] == version("torch")
+    other = {**maker, "torch": "0.0.1"}
+    monkeypatch.setattr(stores, "made_with", lambda: other)
+    assert make(None) == first  # another release makes nothing again
+    second = store.get("kind", {"a": 2}, lambda folder: None)
+    assert stores.makers([first, second, first]) == sorted([maker, other], key=str)
+    stores.write_spec(first, {"a": 1})  # as a pool does that grows
+    assert len(json.loads((first / "spec.json").read_text())["made_with"]) == 2
 
 
 def test_an_unwritable_folder_is_an_input_error(tmp_path):

@@ -19,20 +19,19 @@ from torchvision.models.segmentation import (
 )
 
 import run_all
-from sdaug_utils import (
-    cells,
-    costs,
-    datasets,
-    foundation,
-    params,
-    personalise,
-    pools,
-    report,
-    segmentation,
-    training,
-)
+from sdaug_utils import params, plan
+from sdaug_utils.compute import Batch
+from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
-from sdaug_utils.study import Study, check_percents
+from sdaug_utils.evidence import report
+from sdaug_utils.experiments import check_percents
+from sdaug_utils.generation import foundation, pools
+from sdaug_utils.generation.technique import technique_requests
+from sdaug_utils.generation.techniques import dreambooth_lora
+from sdaug_utils.generation.techniques.dreambooth import dreambooth
+from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training import cells, features
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -54,7 +53,7 @@ def nothing_is_here(tmp_path, monkeypatch):
     """No model in the hub's cache, no data set in the project."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "PROJECT", tmp_path)
-    for function in (foundation.revision, foundation.controlnet_revision, foundation._from_hub):
+    for function in (foundation.revision, foundation._from_hub):
         function.cache_clear()
 
 
@@ -82,27 +81,24 @@ def test_a_dry_run_needs_neither_data_nor_models(monkeypatch, capsys, tmp_path):
 
 
 def test_hours_are_those_of_the_rates(world):
-    rates = costs.Rates("by hand", {"image by a prompt": 2.0, "feature": 0.0})
-    needs = costs.Needs()
-    for request in pools.technique_requests(world, "stable-diffusion-prompt", 0, 9):
-        needs.request(request)
-    assert costs.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
-    assert costs.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
-    assert costs.thesis_hours("01-number-of-images") == 0
+    rates = plan.Rates("by hand", {"image by a prompt": 2.0, "feature": 0.0})
+    needs = plan.Needs().ask(technique_requests(world, "stable-diffusion-prompt", 0, 9))
+    assert plan.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
+    assert plan.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
+    assert plan.thesis_hours("01-number-of-images") == 0
 
 
 def test_a_model_that_is_not_kept_counts_again_for_a_pool_that_grows(world):
     world = changed(world, dreambooth={"prior_loss_weight": 0.0, "keep_models": False})
-    few, many = costs.Needs(), costs.Needs()
-    for needs, count in ((few, 1), (many, 3)):
-        for request in pools.technique_requests(world, "dreambooth", 0, count):
-            needs.request(request)
-    assert costs.missing(world, many, few).num_models == 2
-    assert costs.missing(world, few, many).num_models == 0
+    few, many = (
+        plan.Needs().ask(technique_requests(world, "dreambooth", 0, count)) for count in (1, 3)
+    )
+    assert len(plan.missing(world, many, few).models) == 2
+    assert len(plan.missing(world, few, many).models) == 0
     pools.technique_pools(world, "dreambooth", 0, 3, progress=False)
-    assert costs.missing(world, many, costs.Needs()).num_models == 0  # nothing is left to make
+    assert len(plan.missing(world, many, plan.Needs()).models) == 0  # nothing is left to make
     kept = changed(world, dreambooth={"keep_models": True})
-    assert costs.missing(kept, many, few).num_models == 0
+    assert len(plan.missing(kept, many, few).models) == 0
 
 
 def test_a_disk_that_is_too_small_stops_the_study_before_it_starts(monkeypatch, tmp_path):
@@ -123,7 +119,7 @@ def test_a_batch_that_exceeds_the_memory_is_halved_down_to_one(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return [2 * item for item in part]
 
-    batch = foundation.Batch(8, "sampling.batch_size")
+    batch = Batch(8, "sampling.batch_size")
     assert batch.run(work, range(10)) == [2 * item for item in range(10)]
     assert seen == [8, 4, 2, 2, 2, 2, 2]
     assert batch.run(work, [7]) == [14]
@@ -134,7 +130,7 @@ def test_a_batch_that_exceeds_the_memory_is_halved_down_to_one(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     with pytest.raises(InputError, match="too small even for one"):
-        foundation.Batch(2, "sampling.batch_size").run(too_small, [1, 2])
+        Batch(2, "sampling.batch_size").run(too_small, [1, 2])
 
 
 def test_a_pool_is_the_same_where_the_memory_is_short(world, tmp_path, monkeypatch):
@@ -195,7 +191,7 @@ def test_lora_is_a_technique_of_its_own_and_small(world):
     assert not (first.parent / "unet").exists()
     pipeline = foundation.load_pipeline(world.settings)
     before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
-    adapted = personalise.apply(pipeline, first.parent)
+    adapted = techniques()["dreambooth-lora"].apply(pipeline, first.parent)
     assert any("lora" in name for name in adapted.unet.state_dict())
     assert all(
         torch.equal(before[name], value) for name, value in pipeline.unet.state_dict().items()
@@ -203,25 +199,24 @@ def test_lora_is_a_technique_of_its_own_and_small(world):
 
 
 def test_lora_learns(world, tmp_path):
-    images = world.data.splits["train"].images(range(2))
-    settings = world.settings.dreambooth.model_copy(
-        update={"prior_loss_weight": 0.0, "max_train_steps": 30, "learning_rate": 1e-2}
-    )
-    pipeline = foundation.load_pipeline(world.settings)
+    world = changed(world, dreambooth_lora={"max_train_steps": 30, "learning_rate": 1e-2})
+    world = changed(world, dreambooth={"prior_loss_weight": 0.0})
+    pipeline, lora = foundation.load_pipeline(world.settings), techniques()["dreambooth-lora"]
+    [request, _] = technique_requests(world, "dreambooth-lora", 0, 1)
     for name in ("first", "second"):
-        personalise.dreambooth(pipeline, images, [], settings, 32, 7, tmp_path / name, lora_rank=2)
+        lora.learn(world, pipeline, [request], [tmp_path / name], None)
     first, second = (
-        (tmp_path / name / personalise.LORA_FILE).read_bytes() for name in ("first", "second")
+        (tmp_path / name / dreambooth_lora.FILE).read_bytes() for name in ("first", "second")
     )
     assert first == second
-    tuned = personalise.apply(pipeline, tmp_path / "first")
+    tuned = lora.apply(pipeline, tmp_path / "first")
     ups = [value for name, value in tuned.unet.state_dict().items() if "lora_B" in name]
     assert ups
     assert all(up.abs().max() > 0 for up in ups)  # they start at zero
 
 
-def test_mixed_precision_and_checkpointing_change_memory_and_hardly_the_model(world, tmp_path):
-    images = world.data.splits["train"].images(range(2))
+def test_mixed_precision_and_checkpointing_change_memory_and_hardly_the_model(world):
+    seen = world.data.splits["train"].images(range(2))
     pipeline = foundation.load_pipeline(world.settings)
     plain = world.settings.dreambooth.model_copy(update={"prior_loss_weight": 0.0})
     variants = {
@@ -231,9 +226,10 @@ def test_mixed_precision_and_checkpointing_change_memory_and_hardly_the_model(wo
     }
     weights = {}
     for name, (settings, mixed) in variants.items():
-        folder = tmp_path / name
-        personalise.dreambooth(pipeline, images, [], settings, 32, 7, folder, mixed_precision=mixed)
-        weights[name] = personalise.apply(pipeline, folder).unet.state_dict()
+        unet = dreambooth(
+            pipeline, seen, [], settings, 32, 7, lambda unet, _: unet.requires_grad_(True), mixed
+        )
+        weights[name] = unet.state_dict()
     for name, value in weights["plain"].items():
         assert torch.equal(value, weights["checkpointing"][name])
         assert (value - weights["mixed"][name]).abs().max() < 1e-3
@@ -242,8 +238,8 @@ def test_mixed_precision_and_checkpointing_change_memory_and_hardly_the_model(wo
 
 def test_another_treatment_is_another_model_and_saving_memory_is_not(world):
     def key(**sections):
-        request = pools.technique_requests(changed(world, **sections), "dreambooth", 0, 1)[0]
-        return request.personalisation
+        request = technique_requests(changed(world, **sections), "dreambooth", 0, 1)[0]
+        return request.model
 
     usual = key()
     assert key(dreambooth={"keep_models": False, "gradient_checkpointing": True}) == usual
@@ -262,11 +258,11 @@ def test_no_input_comes_from_outside_a_subset_that_is_smaller(world):
     """Of 99 images, 5 % are four: the fifth input would be a leak."""
     labels = np.repeat([0, 1], [100, 99])
     train = world.data.splits["train"]
-    split = datasets.Split(lambda i: train.load(i % 40), labels, train.trimap, str)
+    split = images.Split(lambda i: train.load(i % 40), labels, train.trimap, str)
     settings = world.settings.model_copy(
         update={"dreambooth": world.settings.dreambooth.model_copy(update={"num_input_images": 5})}
     )
-    data = datasets.Dataset("99", world.data.class_names, {**world.data.splits, "train": split})
+    data = images.Dataset("99", world.data.class_names, {**world.data.splits, "train": split})
     study = Study("smoke", settings, data, world.store)
     for percent in (5, 10):
         cell = cells.Cell(
@@ -274,11 +270,9 @@ def test_no_input_comes_from_outside_a_subset_that_is_smaller(world):
         )
         assert cells.pool_percent(study, cell) == (5 if percent == 5 else 100)
         inside = set(map(str, datasets.subset(labels, percent, 1)))
-        requests = pools.technique_requests(
-            study, "dreambooth", 1, 1, cells.pool_percent(study, cell)
-        )
+        requests = technique_requests(study, "dreambooth", 1, 1, cells.pool_percent(study, cell))
         assert [len(request.inputs) for request in requests] == ([5, 4] if percent == 5 else [5, 5])
-        assert all(set(datasets.digests(request.inputs)) <= inside for request in requests)
+        assert all(set(images.digests(request.inputs)) <= inside for request in requests)
     check_percents(study, [5], {"dreambooth"})
     with pytest.raises(InputError, match="has 1 of a class"):
         check_percents(study, [2], {"dreambooth"})
@@ -313,7 +307,7 @@ def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch,
     assert settings.data["second"].name == "digits"
     data = datasets.load(**settings.data["main"].model_dump(exclude={"download"}))
     assert data.class_names == ("mug", "tea pot")
-    assert [len(data.splits[name]) for name in datasets.SPLITS] == [10, 4, 6]
+    assert [len(data.splits[name]) for name in images.SPLITS] == [10, 4, 6]
 
 
 @pytest.fixture
@@ -327,9 +321,9 @@ def random_weights(monkeypatch):
         weights=None, weights_backbone=None, num_classes=21, aux_loss=True
     ).state_dict()
     monkeypatch.setattr(DeepLabV3_ResNet101_Weights, "get_state_dict", lambda self, **_: whole)
-    training.load_backbone.cache_clear()
+    features.load_backbone.cache_clear()
     yield
-    training.load_backbone.cache_clear()
+    features.load_backbone.cache_clear()
 
 
 @pytest.mark.usefixtures("random_weights")
@@ -337,8 +331,8 @@ def test_the_thesis_backbones_train_a_classifier_and_a_segmenter(world):
     classifier = {"backbone": "resnet34"}
     segmenter = {"backbone": "deeplabv3-resnet101", "keep_features": False, "image_size": 32}
     world = changed(world, classifier=classifier, segmenter=segmenter)
-    assert training.load_backbone("resnet34")(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
-    maps = segmentation.FeatureMaps(world)(world.data.splits["train"].images(range(2)))
+    assert features.load_backbone("resnet34")(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
+    maps = segmenter.FeatureMaps(world)(world.data.splits["train"].images(range(2)))
     assert maps.shape == (2, 2048, 4, 4)
     arms = [
         {"protocol": "published", "real_percent": 20},
@@ -369,12 +363,13 @@ def test_a_gpu_check_runs_every_technique(monkeypatch):
         "stable-diffusion-prompt",
         "dreambooth",
         "dreambooth-lora",
+        "real-guidance",
         "textual-inversion",
         "controlnet-canny",
         "controlnet-segmentation",
     }
     assert set(found["seconds"]) == set(
-        json.loads((costs.DATA_FOLDER / "rates-a100.json").read_text())["seconds"]
+        json.loads((plan.TABLES / "rates-a100.json").read_text())["seconds"]
     )
     assert all(value > 0 for value in found["seconds"].values())
     assert found["precision"] == "torch.float32"  # on a CPU

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torchvision.models import ResNet34_Weights, resnet34
 
-from sdaug_utils import augment, training
+from sdaug_utils.data import augment
+from sdaug_utils.data.images import Images
 from sdaug_utils.params import Controlled, Published
-from sdaug_utils.store import VectorCache
+from sdaug_utils.store import array_digest
+from sdaug_utils.training import classifier, features
 
 CONTROLLED = Controlled(
     learning_rate=0.1, batch_size=8, max_train_steps=200, validation_steps=50, num_views=2
@@ -16,6 +18,16 @@ CONTROLLED = Controlled(
 PUBLISHED = Published(
     learning_rate=1e-3, batch_size=4, max_epochs=3, patience=2, validation_images_per_class=None
 )
+
+
+def images_of(arrays, name):
+    """Arrays as a lazy sequence that belongs to something."""
+    return Images(
+        tuple(
+            (arrays.__getitem__, lambda i: array_digest(arrays[i]), i, name)
+            for i in range(len(arrays))
+        )
+    )
 
 
 def blobs(num_images, seed):
@@ -31,22 +43,22 @@ def test_a_separable_problem_is_solved_and_the_best_weights_are_kept():
     features, labels = blobs(64, 0)
     validation, validation_labels = blobs(40, 1)
     test, test_labels = blobs(100, 2)
-    outcome = training.train_controlled(
+    outcome = classifier.train_controlled(
         features, labels, (validation[:, 0], validation_labels), test[:, 0], CONTROLLED, 0, 2
     )
     assert (outcome.predictions == test_labels).mean() > 0.97
-    assert outcome.validation_accuracy > 0.97
+    assert outcome.validation_score > 0.97
     assert outcome.num_updates == 200
 
     scores = {}
     targets = torch.from_numpy(validation_labels)
 
     def look(step, head):
-        scores[step] = training.accuracy(head, validation[:, 0], targets)
+        scores[step] = classifier.accuracy(head, validation[:, 0], targets)
 
-    training.train_head(features, torch.from_numpy(labels), CONTROLLED, 0, 2, 50, look)
+    classifier.train_head(features, torch.from_numpy(labels), CONTROLLED, 0, 2, 50, look)
     assert outcome.selected_step == max(scores, key=scores.get)  # the first of the best
-    assert outcome.validation_accuracy == max(scores.values())
+    assert outcome.validation_score == max(scores.values())
 
 
 def test_the_written_out_gradient_is_that_of_autograd():
@@ -56,10 +68,10 @@ def test_the_written_out_gradient_is_that_of_autograd():
     def keep(step, head):
         reached[step] = head.weight.detach().clone(), head.bias.detach().clone()
 
-    training.train_head(features, targets, CONTROLLED, 3, 2, 200, keep)
-    head = training.new_head(4, 2, 3)
+    classifier.train_head(features, targets, CONTROLLED, 3, 2, 200, keep)
+    head = classifier.new_head(4, 2, 3)
     optimizer = torch.optim.SGD(head.parameters(), lr=CONTROLLED.learning_rate)
-    for rows in training.batches(64, 8, 200, seed=3):
+    for rows in classifier.batches(64, 8, 200, seed=3):
         loss = nn.functional.cross_entropy(head(features[rows, 0]), targets[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -69,41 +81,69 @@ def test_the_written_out_gradient_is_that_of_autograd():
 
 
 def test_seeds_decide_the_head_and_the_order():
-    assert torch.equal(training.new_head(4, 2, 1).weight, training.new_head(4, 2, 1).weight)
-    assert not torch.equal(training.new_head(4, 2, 1).weight, training.new_head(4, 2, 2).weight)
-    order = training.batches(10, 4, 5, seed=3)
+    assert torch.equal(classifier.new_head(4, 2, 1).weight, classifier.new_head(4, 2, 1).weight)
+    assert not torch.equal(classifier.new_head(4, 2, 1).weight, classifier.new_head(4, 2, 2).weight)
+    order = classifier.batches(10, 4, 5, seed=3)
     assert order.shape == (5, 4)
     assert sorted(order.flatten()[:10].tolist()) == list(range(10))  # an epoch sees each once
-    assert torch.equal(order, training.batches(10, 4, 5, seed=3))
+    assert torch.equal(order, classifier.batches(10, 4, 5, seed=3))
 
 
 def test_features_are_computed_once(world, monkeypatch):
     images = world.data.splits["train"].images(range(4))
-    first = training.image_features(world, images, "custom", num_views=2)
+    first = features.image_features(world, images, "custom", num_views=2)
     assert first.shape == (4, 2, 1280)
     assert not torch.equal(first[:, 0], first[:, 1])
-    monkeypatch.setattr(training, "load_backbone", lambda name: None)
-    again = training.image_features(world, images[::-1], "custom", num_views=2)
+    monkeypatch.setattr(features, "load_backbone", lambda name: None)
+    again = features.image_features(world, images[::-1], "custom", num_views=2)
     assert torch.equal(again, first.flip(0))
-    assert VectorCache(world.store.root / "features.sqlite").read(["unknown"]) == {}
+    [array] = (world.store.root / "features").glob("*/features.npz")
+    with np.load(array) as kept:
+        assert kept["vectors"].shape == (4, 2, 1280)
+    assert features.have_features(world, images) is False  # of the images as they are
+
+
+def test_features_are_kept_by_the_whole_name_of_their_weights(world, monkeypatch):
+    """torchvision's names begin alike."""
+    images = world.data.splits["train"].images(range(2))
+    features.image_features(world, images)
+    assert features.have_features(world, images)
+    name = world.settings.classifier.backbone
+    other = features.BACKBONES[name][:-1] + "x"
+    monkeypatch.setitem(features.BACKBONES, name, other)
+    assert not features.have_features(world, images)
+
+
+def test_features_grow_with_their_pool_and_follow_its_images(world):
+    few, more = (world.data.splits["train"].images(range(n)) for n in (2, 5))
+    first = features.image_features(world, few)
+    assert torch.equal(features.image_features(world, more)[:2], first)
+    [array] = (world.store.root / "features").glob("*/features.npz")
+    before = array.stat().st_mtime_ns
+    features.image_features(world, few)
+    assert array.stat().st_mtime_ns == before
+    anew = images_of([world.data.splits["train"].load(7), few[1]], few.items[0][3])
+    again = features.image_features(world, anew)
+    assert torch.equal(again[1], first[1])
+    assert not torch.equal(again[0], first[0])
 
 
 def test_features_do_not_depend_on_what_else_is_computed(world):
     images = world.data.splits["train"].images(range(3))
-    alone = training.image_features(world, images[2:])
-    together = training.image_features(world, images)
+    alone = features.image_features(world, images[2:])
+    together = features.image_features(world, images)
     assert torch.allclose(together[2:], alone, atol=1e-5)
 
 
 def test_the_backbone_knows_imagenet():
     """Weights from another package: an exact load must give useful features, not noise."""
-    backbone = training.load_backbone("efficientnet-lite0")
+    backbone = features.load_backbone("efficientnet-lite0")
     assert not backbone.training
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    features = backbone(training.normalise(noise, backbone))
-    assert features.shape == (2, 1280)
-    assert features.std() > 0.1
+    found = backbone(features.normalise(noise, backbone))
+    assert found.shape == (2, 1280)
+    assert found.std() > 0.1
 
 
 @pytest.mark.parametrize("name", ["none", "custom", "autoaugment", "randaugment"])
@@ -138,14 +178,14 @@ def test_published_training_equals_a_plain_loop(
     torch.manual_seed(0)
     random = resnet34().state_dict()
     monkeypatch.setattr(ResNet34_Weights, "get_state_dict", lambda self, **_: random)
-    training.load_backbone.cache_clear()
+    features.load_backbone.cache_clear()
     monkeypatch.setattr(torch.optim, "SGD", RecordingSGD)
     monkeypatch.setattr(RecordingSGD, "after", [])
     train, test = world.data.splits["train"], world.data.splits["test"]
     rows = np.array([0, 1, 2, 20, 21, 22])
     images, labels = train.images(rows), train.labels[rows]
     validation = world.data.splits["validation"]
-    outcome = training.train_published(
+    outcome = classifier.train_published(
         images,
         labels,
         (validation.images(), validation.labels),
@@ -158,8 +198,8 @@ def test_published_training_equals_a_plain_loop(
         2,
     )
 
-    network = copy.deepcopy(training.load_backbone(backbone))
-    training.load_backbone.cache_clear()
+    network = copy.deepcopy(features.load_backbone(backbone))
+    features.load_backbone.cache_clear()
     torch.manual_seed(5)
     head = nn.Linear(network.num_features, 2)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
@@ -169,8 +209,8 @@ def test_published_training_equals_a_plain_loop(
         order = np.random.default_rng((5, epoch)).permutation(6)
         for batch in (order[:4], order[4:]):
             with torch.no_grad():
-                features = network(pixels[batch])
-            loss = nn.functional.cross_entropy(head(features), torch.from_numpy(labels[batch]))
+                seen_features = network(pixels[batch])
+            loss = nn.functional.cross_entropy(head(seen_features), torch.from_numpy(labels[batch]))
             head.zero_grad()
             loss.backward()
             with torch.no_grad():
@@ -190,16 +230,16 @@ def test_published_training_equals_a_plain_loop(
         held = torch.from_numpy(np.stack(test.images())).permute(0, 3, 1, 2) / 255
         expected = head(network(held)).argmax(1).numpy()
     np.testing.assert_array_equal(outcome.predictions, expected)
-    assert outcome.validation_accuracy == scores[-1]
+    assert outcome.validation_score == scores[-1]
     assert outcome.num_updates == 2 * len(scores)
 
 
 def test_published_training_leaves_the_shared_backbone_alone(world):
-    backbone = training.load_backbone("efficientnet-lite0")
+    backbone = features.load_backbone("efficientnet-lite0")
     before = backbone.bn1.running_mean.clone()
     train, validation = world.data.splits["train"], world.data.splits["validation"]
     held = (validation.images(), validation.labels)
-    training.train_published(
+    classifier.train_published(
         train.images([0, 20]),
         train.labels[[0, 20]],
         held,

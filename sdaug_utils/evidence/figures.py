@@ -192,7 +192,7 @@ def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
     axes.legend()
 
 
-Format = str | Callable[[Any], str]
+Format = str | Callable[[Any], Any]
 
 
 def as_text(table: pd.DataFrame, columns: Mapping[str, tuple[str, Format]]) -> pd.DataFrame:
@@ -224,7 +224,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
         {
             "real %": ("real_percent", "{:g}"),
             "arm": ("arm", label_of),
-            "synthetic per class": ("synthetic_per_class", "{}"),
+            "synthetic per class": ("synthetic_per_class", int),
             "published": ("published", "{:.3f}"),
             "gain (points)": ("published_gain_points", "{:+.1f}"),
             "relative (%)": ("published_gain_relative", "{:+.1f}"),
@@ -247,7 +247,7 @@ def combinations(table: pd.DataFrame) -> pd.DataFrame:
         {
             "technique": ("technique", label_of),
             "real %": ("real_percent", "{:g}"),
-            "synthetic per class": ("synthetic_per_class", "{}"),
+            "synthetic per class": ("synthetic_per_class", int),
             "published (points)": ("published_points", "{:+.1f}"),
             "relative (%)": ("published_relative", "{:+.1f}"),
             "without": ("without", "{:.3f}"),

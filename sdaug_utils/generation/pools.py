@@ -176,7 +176,7 @@ def pipeline_sampler(
     pipeline: "Pipeline",
     prompt: str,
     sampling: Sampling,
-    arguments: Callable[[Sequence[int]], dict[str, Any]],
+    arguments: Callable[[Sequence[int]], dict[str, Any]] = lambda some: {},
 ) -> Sampler:
     """A sampler over a pipeline: each image has a generator of its own.
 

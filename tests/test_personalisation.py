@@ -1,11 +1,14 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file
-from sdaug_utils.foundation import load_pipeline
+from safetensors.torch import save_file
 
-from sdaug_utils import personalise
 from sdaug_utils.errors import InputError
+from sdaug_utils.generation import personalisation
+from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.techniques import textual_inversion
+from sdaug_utils.generation.techniques.dreambooth import dreambooth
+from sdaug_utils.registry import techniques
 
 
 @pytest.fixture
@@ -21,26 +24,32 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def invert(pipeline, world, subjects, seeds, root, **changes):
-    folders = [root / str(seed) for seed in seeds]
-    for folder in folders:
-        folder.mkdir(parents=True)
+def invert(pipeline, world, subjects, seeds, **changes):
     settings = world.settings.textual_inversion.model_copy(update=changes)
-    personalise.textual_inversion(pipeline, subjects, settings, 32, seeds, folders)
-    return [load_file(folder / personalise.EMBEDDING_FILE)["<funny-ret>"] for folder in folders]
+    return textual_inversion.textual_inversion(pipeline, subjects, settings, 32, seeds)
+
+
+def unfreeze(unet, seed):
+    unet.requires_grad_(True)
+
+
+def tune(pipeline, folder, *arguments):
+    """The pipeline with what DreamBooth saved of a U-Net that it fine-tuned."""
+    technique = techniques()["dreambooth"]
+    technique.save(pipeline, dreambooth(pipeline, *arguments, 32, 7, unfreeze), folder)
+    return technique.apply(pipeline, folder)
 
 
 def test_dreambooth_fine_tunes_a_copy_of_the_unet(world, pipeline, tmp_path):
     before = parameters_of(pipeline.unet)
     images = world.data.splits["train"].images(range(2))
     settings = world.settings.dreambooth
-    for name in ("first", "second"):
-        personalise.dreambooth(pipeline, images, images, settings, 32, 7, tmp_path / name)
+    tuned, again = (
+        tune(pipeline, tmp_path / name, images, images, settings) for name in ("first", "second")
+    )
     assert same(parameters_of(pipeline.unet), before)
-    tuned = personalise.apply(pipeline, tmp_path / "first")
     assert not same(parameters_of(tuned.unet), before)
     assert tuned.vae is pipeline.vae
-    again = personalise.apply(pipeline, tmp_path / "second")
     assert same(parameters_of(tuned.unet), parameters_of(again.unet))
 
 
@@ -51,39 +60,41 @@ def test_dreambooth_lowers_its_own_loss_and_prior_preservation_changes_it(
     alone = world.settings.dreambooth.model_copy(
         update={"prior_loss_weight": 0.0, "max_train_steps": 30, "train_batch_size": 8}
     )
-    personalise.dreambooth(pipeline, images, [], alone, 32, 7, tmp_path / "alone")
     with_prior = alone.model_copy(update={"prior_loss_weight": 1.0})
-    personalise.dreambooth(pipeline, images, images[:1], with_prior, 32, 7, tmp_path / "prior")
-    models = [personalise.apply(pipeline, tmp_path / name) for name in ("alone", "prior")]
+    models = [
+        tune(pipeline, tmp_path / "alone", images, [], alone),
+        tune(pipeline, tmp_path / "prior", images, images[:1], with_prior),
+    ]
     assert not same(parameters_of(models[0].unet), parameters_of(models[1].unet))
 
     def loss(tuned):
-        encoded = personalise.encode_images(pipeline, images, 32)
+        encoded = personalisation.encode_images(pipeline, images, 32)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        example = personalise.NoisyLatents(encoded, scheduler, 1.0, seed=99)
+        example = personalisation.NoisyLatents(encoded, scheduler, 1.0, seed=99)
         noisy, timesteps, target = example(256)
         with torch.no_grad():
-            tokens = personalise._token_ids(pipeline, ["<funny-ret>"])
+            tokens = personalisation.token_ids(pipeline.tokenizer, ["<funny-ret>"], "cpu")
             embeddings = pipeline.text_encoder(tokens)[0].expand(256, -1, -1)
             return (tuned.unet(noisy, timesteps, embeddings).sample - target).square().mean()
 
     assert loss(models[0]) < loss(pipeline)
 
 
-def test_subjects_learnt_together_are_learnt_as_if_alone(world, pipeline, tmp_path):
+def test_subjects_learnt_together_are_learnt_as_if_alone(world, pipeline):
     train = world.data.splits["train"]
     subjects = [train.images([0, 1]), train.images([20, 21])]
-    together = invert(pipeline, world, subjects, [3, 4], tmp_path / "together")
-    alone = invert(pipeline, world, subjects[1:], [4], tmp_path / "alone")
+    together = invert(pipeline, world, subjects, [3, 4])
+    alone = invert(pipeline, world, subjects[1:], [4])
     assert torch.allclose(together[1], alone[0], atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-4)
 
 
 def test_the_embedding_loads_with_diffusers_own_loader(world, pipeline, tmp_path):
     images = world.data.splits["train"].images([0, 1])
-    [embedding] = invert(pipeline, world, [images], [3], tmp_path)
+    [embedding] = invert(pipeline, world, [images], [3])
+    save_file({"<funny-ret>": embedding.clone()}, tmp_path / textual_inversion.FILE)
     size = len(pipeline.tokenizer)
-    personalised = personalise.apply(pipeline, tmp_path / "3")
+    personalised = techniques()["textual-inversion"].apply(pipeline, tmp_path)
     token = personalised.tokenizer.convert_tokens_to_ids("<funny-ret>")
     table = personalised.text_encoder.get_input_embeddings().weight
     assert token == size
@@ -92,7 +103,7 @@ def test_the_embedding_loads_with_diffusers_own_loader(world, pipeline, tmp_path
     assert personalised.unet is pipeline.unet
 
 
-def test_an_initialiser_of_several_tokens_is_refused(world, pipeline, tmp_path):
+def test_an_initialiser_of_several_tokens_is_refused(world, pipeline):
     images = world.data.splits["train"].images([0])
     with pytest.raises(InputError, match=r"initializer_token: 'rhinoceros' is not a single"):
-        invert(pipeline, world, [images], [1], tmp_path, initializer_token="rhinoceros")
+        invert(pipeline, world, [images], [1], initializer_token="rhinoceros")
