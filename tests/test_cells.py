@@ -1,8 +1,10 @@
+import numpy as np
 import pandas as pd
 import pytest
 
 from sdaug_utils import experiments
-from sdaug_utils.training import cells, classifier
+from sdaug_utils.data import augment
+from sdaug_utils.training import cells, classifier, features, segmenter
 
 
 @pytest.fixture
@@ -123,3 +125,26 @@ def test_controls_from_outside_are_an_arm_of_their_own(world):
     results = cells.run(world, [inside, outside], progress=False)
     assert results["num_real"].tolist() == [4, 4]
     assert cells._folder(world, inside) != cells._folder(world, outside)
+
+
+def test_keys_know_the_versions_of_all_that_a_run_uses(world, monkeypatch):
+    arms = [{"real_percent": 50, "task": task} for task in ("classification", "segmentation")]
+    both = cells.repeated(arms, "controlled", 1, 1)
+    before = [cells._folder(world, cell) for cell in both]
+    for module in (cells, features, augment):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "CODE_VERSION", 99)
+            assert not set(before) & {cells._folder(world, cell) for cell in both}
+    for module, index in ((classifier, 0), (segmenter, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "CODE_VERSION", 99)
+            changed = [cells._folder(world, cell) != old for cell, old in zip(both, before)]
+            assert changed == [index == 0, index == 1]
+
+
+def test_there_may_be_more_than_256_classes(world, tmp_path, monkeypatch):
+    outcome = classifier.Outcome(np.arange(10) + 295, 0.5, 10, 10)
+    monkeypatch.setattr(classifier, "train_controlled", lambda *_: outcome)
+    [cell] = cells.repeated([{"real_percent": 50}], "controlled", 1, 1)
+    cells.Trainer(world).train(cell, tmp_path)
+    assert np.load(tmp_path / "predictions.npy").tolist() == list(range(295, 305))

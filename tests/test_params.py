@@ -65,7 +65,7 @@ def test_an_unknown_key_lists_the_valid_ones():
     values = params.parameters_cell(NOTEBOOKS / f"{NAME}.ipynb")
     with pytest.raises(InputError, match="real_percent: unknown; valid keys are profile, protocol"):
         params.check_notebook(NAME, values | {"real_percent": 5})
-    with pytest.raises(InputError, match="Input should be 'stable-diffusion-prompt'"):
+    with pytest.raises(InputError, match="Input should be .*'stable-diffusion-prompt'"):
         params.check_notebook(NAME, values | {"techniques": ["deep-dream"]})
     with pytest.raises(InputError, match="less than or equal to 100"):
         params.check_notebook(NAME, values | {"real_percents": [120]})
@@ -89,6 +89,24 @@ def test_a_notebook_collects_its_own_parameters():
     misspelt = {**namespace, "In": ["", 'profile = "miniature"\nnum_draw = 5\n']}
     with pytest.raises(InputError, match="num_draw: unknown"):
         params.from_notebook(NAME, misspelt)
+
+
+def test_a_mistyped_parameter_is_forgotten_once_it_is_put_right():
+    values = params.parameters_cell(NOTEBOOKS / f"{NAME}.ipynb")
+    wrong = '# my own note\nprofile = "miniature"\nnum_draw = 5\n'
+    right = 'profile = "miniature"\nnum_draws = 3\n'
+    injected = "# Parameters\nnum_drawz = 3\n"
+    with pytest.raises(InputError, match="num_draw: unknown"):
+        params.from_notebook(NAME, {**values, "num_draw": 5, "In": ["", wrong]})
+    live = {**values, "num_draw": 5, "num_drawz": 3}
+    for cells in (
+        [wrong, "p = params.from_notebook(...)", right],
+        [right, injected, "%matplotlib inline", "# Parameters\nnum_draws = 3\n"],
+        [right, injected, right],
+    ):
+        assert params.from_notebook(NAME, {**live, "In": ["", *cells]}).model_dump() == values
+    with pytest.raises(InputError, match="num_drawz: unknown"):
+        params.from_notebook(NAME, {**live, "In": ["", right, injected]})
 
 
 def test_a_parameters_cell_holds_assignments_only(tmp_path):

@@ -1,0 +1,80 @@
+"""The house: a file imports only what stands above it, and a technique is known by its own file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from sdaug_utils.registry import techniques
+
+MODULE = Path(__file__).parents[1] / "sdaug_utils"
+FLOW = [
+    *("errors", "registry", "params", "compute", "store"),
+    *(f"data.{room}" for room in ("control", "images", "augment", "photos", "datasets")),
+    "study",
+    *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pools")),
+    "generation.techniques",
+    *(f"training.{room}" for room in ("features", "classifier", "segmenter", "cells")),
+    *(f"evidence.{room}" for room in ("metrics", "subjects", "claims", "figures", "report")),
+    *("experiments", "plan"),
+]
+FILES = {
+    ".".join(path.relative_to(MODULE).with_suffix("").parts): path
+    for path in sorted(MODULE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def place(name):
+    """Where a file stands in the flow: techniques stand side by side."""
+    room = name if name in FLOW else name.rpartition(".")[0]
+    return FLOW.index(room)
+
+
+def imported(path):
+    """The project's files that a file imports, at its top or further down."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdaug_utils"):
+            base = node.module.removeprefix("sdaug_utils").lstrip(".")
+            names = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+            yield from {name if name in FILES else base for name in names}
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("sdaug_utils") for alias in node.names)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_downstream(name):
+    for other in imported(FILES[name]):
+        assert other in FILES, f"{name} imports {other}, which is no file"
+        beside = "techniques" in name and "techniques" in other
+        assert place(other) < place(name) or beside, f"{name} imports {other}, which stands below"
+        assert name not in imported(FILES[other]), f"{name} and {other} import each other"
+
+
+ABOUT_THEM = {
+    "controlnet-canny": {"experiments", "evidence.claims"},  # 06 and 08 are about ControlNet
+    "controlnet-segmentation": {"experiments", "evidence.claims"},
+    "stable-diffusion-prompt": {"experiments"},  # 03 compares protocols on it
+}
+
+
+@pytest.mark.parametrize("technique", techniques().values(), ids=lambda known: known.name)
+def test_a_technique_is_named_in_its_own_file_only(technique):
+    section = technique.section[0] if technique.section else technique.name
+    own = type(technique).__module__.removeprefix("sdaug_utils.")
+    allowed = {own, *ABOUT_THEM.get(technique.name, ())}
+    for name, path in FILES.items():
+        if "techniques" in name or name in allowed:
+            continue  # a technique may build on another
+        strings = [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        attributes = [
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+        ]
+        assert technique.name not in strings, f"{name} names {technique.name}"
+        assert section not in (*strings, *attributes), f"{name} knows {technique.name}'s section"

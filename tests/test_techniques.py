@@ -1,0 +1,116 @@
+"""Adding a technique: real guidance, written as a user would, works from params to figure."""
+
+import io
+import tokenize
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from pydantic import ValidationError
+
+from sdaug_utils import params, plan
+from sdaug_utils.data import datasets
+from sdaug_utils.errors import InputError
+from sdaug_utils.evidence import claims, figures
+from sdaug_utils.experiments import baselines, synthetic
+from sdaug_utils.generation import pools
+from sdaug_utils.generation.technique import Technique, technique_requests
+from sdaug_utils.generation.techniques import real_guidance
+from sdaug_utils.registry import REGISTERED, register, techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training import cells
+
+
+def with_strength(study, strength):
+    own = study.settings.real_guidance.model_copy(update={"strength": strength})
+    settings = study.settings.model_copy(update={"real_guidance": own})
+    return Study(study.profile, settings, study.data, study.store)
+
+
+def test_it_takes_at_most_thirty_lines():
+    with open(real_guidance.__file__) as file:
+        source = file.read()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    kept = (tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER)
+    lines = {line for token in tokens if token.type in kept for line in (token.start[0],)}
+    assert len(lines) <= 30
+
+
+def test_its_parameter_is_checked_and_has_a_default(tmp_path, monkeypatch):
+    assert params.load_settings("smoke").real_guidance.strength == 0.5
+    text = (params.PARAMS_FOLDER / "smoke.yaml").read_text()
+    monkeypatch.setattr(params, "PARAMS_FOLDER", tmp_path)
+    for value, message in (("0.2", None), ("1.5", "real_guidance.strength: Input should be less")):
+        section = f"  real_guidance:\n    strength: {value}\n  classifier:"
+        (tmp_path / "other.yaml").write_text(text.replace("  classifier:", section, 1))
+        if message is None:
+            assert params.load_settings("other").real_guidance.strength == 0.2
+        else:
+            with pytest.raises(InputError, match=message):
+                params.load_settings("other")
+
+
+def test_its_images_begin_as_real_ones_of_the_subset(world):
+    train = world.data.splits["train"]
+    inside = set(datasets.subset(train.labels, 10, 0))
+    distances = {}
+    for strength in (0.5, 1.0):
+        study = with_strength(world, strength)
+        made = pools.technique_pools(study, "real-guidance", 0, 4, 10, progress=False)
+        assert {row for pool in made for row in pool.followed} <= inside
+        distances[strength] = np.mean(
+            [
+                np.abs(image.astype(int) - train.load(row)).mean()
+                for pool in made
+                for image, row in zip(pool.images(), pool.followed, strict=True)
+            ]
+        )
+    assert distances[0.5] < 0.7 * distances[1.0]
+    few, all_of_them = (
+        technique_requests(world, "real-guidance", 0, 4, percent)[0] for percent in (10, 100)
+    )
+    assert few.spec == all_of_them.spec
+    assert few.indices != all_of_them.indices
+
+
+def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
+    values = params.parameters_cell(
+        params.PARAMS_FOLDER.parent / "notebooks" / "04-generation-percentage.ipynb"
+    ) | params.overrides("smoke", "04-generation-percentage")
+    p = params.check_notebook(
+        "04-generation-percentage", values | {"techniques": ["real-guidance"], "profile": "smoke"}
+    )
+    needed = plan.needs(world, p)
+    # 2 draws, 2 classes: 3 images of every class, and of few real ones others than of all
+    assert needed.counts() == (2 * 2 * (3 + 1), 0, 2 * (1 + 2) * 2)
+    assert plan.hours(world, needed, plan.rates(world.settings)) > 0
+    arms = baselines([10]) + synthetic(["real-guidance"], [(10, [1, 3])])
+    results = cells.run(world, cells.repeated(arms, "controlled", 2, 1), progress=False)
+    table = claims.summary(results)
+    figure = figures.amounts(claims.published_settings(["real-guidance"]), table, [10])
+    [_, ours] = figure.axes
+    assert {line.get_label() for line in ours.get_lines()} == {"Real guidance", "Baseline"}
+    assert "Real guidance" in figures.side_by_side(table).index.get_level_values("arm")
+    plt.close(figure)
+
+
+def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):
+    known = dict(techniques())
+    with pytest.raises(ValidationError, match="Input should be 'controlnet-canny'"):
+        cells.Cell(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
+
+    @register
+    class Question(Technique):
+        name, label, colour, marker = "question", "With a question", "#777777", "o"
+
+        def noun(self, settings, class_name):
+            return f"{class_name}?"
+
+    try:
+        [first, _] = technique_requests(world, "question", 0, 1)
+        assert "photo of a trouser?" in first.spec["prompt"]
+        cells.Cell(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
+        assert figures.label_of("question") == "With a question"
+    finally:
+        REGISTERED.pop("question")
+    assert techniques() == known
