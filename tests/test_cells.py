@@ -138,7 +138,9 @@ def test_keys_know_the_versions_of_all_that_a_run_uses(world, monkeypatch):
     for module, index in ((classifier, 0), (segmenter, 1)):
         with monkeypatch.context() as patch:
             patch.setattr(module, "CODE_VERSION", 99)
-            changed = [cells._folder(world, cell) != old for cell, old in zip(both, before)]
+            changed = [
+                cells._folder(world, cell) != old for cell, old in zip(both, before, strict=True)
+            ]
             assert changed == [index == 0, index == 1]
 
 

@@ -65,7 +65,7 @@ def test_an_unknown_key_lists_the_valid_ones():
     values = params.parameters_cell(NOTEBOOKS / f"{NAME}.ipynb")
     with pytest.raises(InputError, match="real_percent: unknown; valid keys are profile, protocol"):
         params.check_notebook(NAME, values | {"real_percent": 5})
-    with pytest.raises(InputError, match="Input should be .*'stable-diffusion-prompt'"):
+    with pytest.raises(InputError, match=r"Input should be .*'stable-diffusion-prompt'"):
         params.check_notebook(NAME, values | {"techniques": ["deep-dream"]})
     with pytest.raises(InputError, match="less than or equal to 100"):
         params.check_notebook(NAME, values | {"real_percents": [120]})

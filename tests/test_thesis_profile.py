@@ -329,8 +329,8 @@ def random_weights(monkeypatch):
 @pytest.mark.usefixtures("random_weights")
 def test_the_thesis_backbones_train_a_classifier_and_a_segmenter(world):
     classifier = {"backbone": "resnet34"}
-    segmenter = {"backbone": "deeplabv3-resnet101", "keep_features": False, "image_size": 32}
-    world = changed(world, classifier=classifier, segmenter=segmenter)
+    segmenting = {"backbone": "deeplabv3-resnet101", "keep_features": False, "image_size": 32}
+    world = changed(world, classifier=classifier, segmenter=segmenting)
     assert features.load_backbone("resnet34")(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
     maps = segmenter.FeatureMaps(world)(world.data.splits["train"].images(range(2)))
     assert maps.shape == (2, 2048, 4, 4)

@@ -359,6 +359,6 @@ def trimap_picture(trimap: np.ndarray) -> np.ndarray:
 
 def save_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, scale: int = 2) -> None:
     """Write a sheet of equally large images as a plain mosaic, each enlarged ``scale`` times."""
-    picture = Image.fromarray(mosaic(rows.values(), gap=2))
+    picture = Image.fromarray(mosaic(rows.values(), gap=2)[:-2, :-2])
     size = (picture.width * scale, picture.height * scale)
     picture.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)
