@@ -288,7 +288,7 @@ def _learn(
     size, store = technique.at_once(study.settings), study.store
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
     description = f"training: {label}" if label else None
-    with tqdm(total=len(parts), desc=description, disable=not label or size > 1) as bar:
+    with tqdm(total=len(parts), desc=description, disable=not (label and parts) or size > 1) as bar:
 
         def learn(number: int) -> None:
             part = parts[number]
@@ -307,6 +307,40 @@ def _learn(
         else:
             for number in range(len(parts)):
                 learn(number)
+
+
+def denoising(study: Study, request: Request) -> np.ndarray:
+    """How the first image of a pool comes about: what the model has in mind after each step.
+
+    For techniques that learn no model. It is sampled alone: from the pool's own image it may differ
+    by rounding.
+
+    Returns:
+        (steps, height, width, 3) 8-bit RGB.
+    """
+    technique, prompt = request.technique, request.spec["prompt"]
+
+    def make(folder: Path) -> None:
+        pipeline, frames = technique.load(study.settings), []
+
+        def keep(pipeline: "Pipeline", step: int, timestep: int, values: dict) -> dict:
+            latents = values["latents"] / pipeline.vae.config.scaling_factor
+            decoded = pipeline.vae.decode(latents, return_dict=False)[0]
+            [frame] = pipeline.image_processor.postprocess(decoded, output_type="np")
+            frames.append((frame * 255).round().astype(np.uint8))
+            return values
+
+        arguments = technique.arguments(study, request)
+        sample = pipeline_sampler(
+            pipeline,
+            prompt,
+            technique.sampling(study.settings),
+            lambda some: {**arguments(some), "callback_on_step_end": keep},
+        )
+        sample([0], [image_seed(request.spec, 0, 0)])
+        np.save(folder / "frames.npy", np.stack(frames))
+
+    return np.load(study.store.get("denoising", request.spec, make) / "frames.npy")
 
 
 @contextmanager

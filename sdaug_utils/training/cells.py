@@ -202,7 +202,7 @@ def _real_rows(study: Study, cell: Cell) -> np.ndarray:
     return subset(study.data.splits["train"].labels, cell.real_percent, cell.draw)
 
 
-def _training_seed(cell: Cell) -> int:
+def training_seed(cell: Cell) -> int:
     """The same for all arms of a draw and seed, and another for every draw."""
     return 1000 * cell.draw + cell.seed
 
@@ -310,7 +310,7 @@ class Trainer:
             (self.features_of("validation")[:, 0], self.splits["validation"].labels),
             self.features_of("test")[:, 0],
             self.study.settings.classifier.controlled,
-            _training_seed(cell),
+            training_seed(cell),
             self.num_classes,
         )
 
@@ -326,7 +326,7 @@ class Trainer:
             settings.image_size,
             cell.augmentation,
             settings.published,
-            _training_seed(cell),
+            training_seed(cell),
             self.num_classes,
             device_of(self.study.settings),
         )
@@ -336,7 +336,7 @@ class Trainer:
         followed = [row for pool in self.cell_pools(cell) for row in pool.followed]
         rows = (*_real_rows(self.study, cell), *followed)
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
-        seed, images = _training_seed(cell), self.training_set(cell)[0]
+        seed, images = training_seed(cell), self.training_set(cell)[0]
         return segmenter.train(self.maps(), images, trimaps, self.splits, cell.protocol, seed)
 
 
@@ -365,7 +365,7 @@ def accuracy_curve(
             trainer.features(cell),
             torch.from_numpy(trainer.training_set(cell)[1]),
             settings,
-            _training_seed(cell),
+            training_seed(cell),
             trainer.num_classes,
             int(np.gcd.reduce(steps)),
             evaluate,

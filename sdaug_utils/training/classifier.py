@@ -8,7 +8,7 @@ kept; the same number of updates for every arm; best validation weights.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def train_head(
     num_classes: int,
     every: int,
     evaluate: Callable[[int, nn.Linear], None],
-) -> None:
+) -> int:
     """Train a linear head by SGD on cached features; ``evaluate(step, head)`` looks at it.
 
     The gradient of softmax cross-entropy is written out: at this size autograd and an optimiser
@@ -70,6 +70,9 @@ def train_head(
         features: (n, views, features); each time an image comes up, one of its views is drawn.
         labels: (n,).
         every: updates between two calls of ``evaluate``.
+
+    Returns:
+        The number of updates that were made.
     """
     num_images, num_views, num_features = features.shape
     head = new_head(num_features, num_classes, seed)
@@ -90,6 +93,7 @@ def train_head(
                 step += 1
                 if step % every == 0:
                     evaluate(step, head)
+    return step
 
 
 def accuracy(head: nn.Module, features: Tensor, labels: Tensor) -> float:
@@ -115,12 +119,13 @@ def train_controlled(
         score = accuracy(head, validation[0], validation_labels)
         if best is None or score > best.validation_score:
             predictions = head(test_features).argmax(dim=1).numpy()
-            best = Outcome(predictions, score, settings.max_train_steps, step)
+            best = Outcome(predictions, score, step, step)
 
     every = min(settings.validation_steps, settings.max_train_steps)
-    train_head(features, torch.from_numpy(labels), settings, seed, num_classes, every, evaluate)
+    targets = torch.from_numpy(labels)
+    updates = train_head(features, targets, settings, seed, num_classes, every, evaluate)
     assert best is not None
-    return best
+    return replace(best, num_updates=updates)
 
 
 def train_published(
