@@ -114,3 +114,9 @@ def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):
     finally:
         REGISTERED.pop("question")
     assert techniques() == known
+
+
+def test_the_readme_shows_it_as_it_is():
+    readme = (params.PARAMS_FOLDER.parent / "README.md").read_text()
+    with open(real_guidance.__file__) as file:
+        assert f"```python\n{file.read().rstrip()}\n```" in readme

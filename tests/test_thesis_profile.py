@@ -31,7 +31,7 @@ from sdaug_utils.generation.techniques import dreambooth_lora
 from sdaug_utils.generation.techniques.dreambooth import dreambooth
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training import cells, features
+from sdaug_utils.training import cells, features, segmenter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
