@@ -14,7 +14,7 @@ test: .venv/installed           ## lint, types, unit tests, notebooks at the smo
 
 notebooks: study                ## renew the outputs of the committed notebooks
 	cp runs/miniature/*.ipynb notebooks/
-	$(BIN)/python -m sdaug_utils.report README.md
+	$(BIN)/python -m sdaug_utils.evidence.report README.md
 
 lab: .venv/installed            ## open the notebooks
 	$(BIN)/jupyter lab notebooks
