@@ -336,39 +336,33 @@ def print_plan(jobs: list[Job]) -> None:
 
     Where the models are those of the thesis, the hours in the thesis's own logs stand beside.
     """
+    import pandas as pd
+
     from sdaug_utils import plan
 
     settings = jobs[0].study.settings
-    rates, at_scale = plan.rates(settings), plan.is_at_scale(settings)
+    (source, rates), at_scale = plan.rates(settings), plan.is_at_scale(settings)
     unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
-    print(
-        f"{'notebook':<26} {'images':>15} {'models':>11} {'training runs':>15} {unit:>10} "
-        f"{'GiB':>6}" + (f" {'thesis, hours':>14}" if at_scale else "")
-    )
-    print(f"{'':<26} {'missing / all':>15}")
-    totals, unshared = [0.0, 0.0, 0.0], 0
-    together: dict[str, plan.Needs] = {}
+    rows, together = [], dict[str, plan.Needs]()
     for job, (needed, missing) in zip(jobs, planned(jobs), strict=True):
         together.setdefault(job.study.data.name, plan.Needs()).add(needed)
-        time, disk, theirs = (
-            plan.hours(job.study, missing, rates) * per_hour,
-            plan.gibibytes(job.study, missing),
-            plan.thesis_hours(job.path.stem),
-        )
-        totals = [sum(pair) for pair in zip(totals, (time, disk, theirs), strict=True)]
-        unshared += needed.unshared
-        pairs = zip(missing.counts(), needed.counts(), strict=True)
-        images, models, runs = (f"{rest} / {whole}" for rest, whole in pairs)
-        print(
-            f"{job.path.stem:<26} {images:>15} {models:>11} {runs:>15} {time:>10.1f} {disk:>6.1f}"
-            + (f" {f'{theirs:.1f}' if theirs else '–':>14}" if at_scale else "")
-        )
+        counts = zip(missing.counts(), needed.counts(), strict=True)
+        texts = (f"{rest} / {whole}" for rest, whole in counts)
+        row: dict[str, Any] = dict(zip(KINDS, texts, strict=True))
+        row[unit] = plan.hours(job.study, missing, rates) * per_hour
+        row["GiB"] = plan.gibibytes(job.study, missing)
+        row["thesis, hours"] = plan.thesis_hours(job.path.stem)
+        rows.append(row)
+    table = pd.DataFrame(rows, index=[job.path.stem for job in jobs])
+    shown = table if at_scale else table.drop(columns="thesis, hours")
+    print("missing / all")
+    print(shown.to_string(float_format="{:.1f}".format))
     total = sum(needs.counts()[0] for needs in together.values())
-    print(f"\n{totals[0]:.0f} {unit}, {totals[1]:.1f} GiB; rates: {rates.source}")
+    unshared = sum(needs.unshared for needs in together.values())
+    print(f"\n{table[unit].sum():.0f} {unit}, {table['GiB'].sum():.1f} GiB; rates: {source}")
     if at_scale:
-        print(
-            f"the thesis's logs: {totals[2]:.0f} hours, one run per setting; their gaps count as 0"
-        )
+        hours = table["thesis, hours"].sum()
+        print(f"the thesis's logs: {hours:.0f} hours, one run per setting; their gaps count as 0")
     print(
         f"{total} images in all; if each setting made its own, as in the thesis, {unshared}: "
         f"{unshared / max(total, 1):.1f} times as many"

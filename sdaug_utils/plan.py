@@ -15,8 +15,9 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import subjects
 from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.generation.foundation import revision
+from sdaug_utils.generation.personalisation import Personalised
 from sdaug_utils.generation.pools import read_pool
-from sdaug_utils.generation.technique import Request, Technique, technique_requests
+from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.params import Domain, Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store, digest
@@ -35,7 +36,7 @@ class Needs:
 
     images: dict[str, set[int]] = field(default_factory=dict)  # indices, by pool
     runs: dict[str, Cell] = field(default_factory=dict)
-    models: dict[str, Technique] = field(default_factory=dict)
+    models: dict[str, Personalised] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
     unshared: int = 0  # images, if each setting made its own, as in the thesis
 
@@ -85,25 +86,18 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
     return rest
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Seconds that the study's kinds of work take on one machine."""
+def rates(settings: Settings) -> tuple[str, dict[str, float]]:
+    """Where rates come from, and the seconds that each kind of work takes there.
 
-    source: str
-    seconds: dict[str, float]
-
-
-def rates(settings: Settings) -> Rates:
-    """Those of ``benchmarks/rates.py`` for small models.
-
-    For models of full size those of ``benchmarks/gpu_check.py`` if it has run, else the thesis's.
+    Those of ``benchmarks/rates.py`` for small models; for models of full size those of
+    ``benchmarks/gpu_check.py`` if it has run, else the thesis's.
     """
     measured = MEASURED / ("gpu.json" if is_at_scale(settings) else "rates.json")
     path = measured if measured.exists() else TABLES / "rates-a100.json"
     content = json.loads(path.read_text())
     machine = content.get("machine", {})
     name = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
-    return Rates(content.get("source", f"{name}, measured"), content["seconds"])
+    return content.get("source", f"{name}, measured"), content["seconds"]
 
 
 def is_at_scale(settings: Settings) -> bool:
@@ -179,17 +173,17 @@ def needs(study: Study, p: params.Experiment) -> Needs:
     return total
 
 
-def hours(study: Study, wanted: Needs, rates: Rates) -> float:
+def hours(study: Study, wanted: Needs, rates: dict[str, float]) -> float:
     """How long it takes to make what is wanted, on the machine that the rates are of.
 
     Start of the notebooks and drawing of the figures are left out.
     """
-    seconds = _views(study, wanted) * rates.seconds["feature"]
+    seconds = _views(study, wanted) * rates["feature"]
     for key, indices in wanted.images.items():
-        seconds += len(indices) * rates.seconds[wanted.requests[key].technique.image_cost]
+        seconds += len(indices) * rates[wanted.requests[key].technique.image_cost]
     for technique in wanted.models.values():
         kind, number = technique.model_cost(study.settings)
-        seconds += number * rates.seconds[kind]
+        seconds += number * rates[kind]
     return (seconds + sum(_run_seconds(study, cell, rates) for cell in wanted.runs.values())) / 3600
 
 
@@ -231,7 +225,7 @@ def _views(study: Study, wanted: Needs) -> int:
     return total + views * sum(largest.values())
 
 
-def _run_seconds(study: Study, cell: Cell, rates: Rates) -> float:
+def _run_seconds(study: Study, cell: Cell, rates: dict[str, float]) -> float:
     settings, classes = study.settings, len(study.data.class_names)
     real = len(study.data.splits["train"]) * cell.real_percent / 100
     images = real + classes * cell.synthetic_per_class
@@ -240,14 +234,14 @@ def _run_seconds(study: Study, cell: Cell, rates: Rates) -> float:
         seen = segmenter.max_train_steps * segmenter.batch_size
         if cell.protocol == "published":
             seen = int(segmenter.max_epochs * images)
-        return seen * rates.seconds["image, training of a segmenter"]
+        return seen * rates["image, training of a segmenter"]
     if cell.protocol == "controlled":
         controlled = settings.classifier.controlled
         seen = controlled.max_train_steps * controlled.batch_size
-        return seen * rates.seconds["image, training of a head"]
+        return seen * rates["image, training of a head"]
     published = settings.classifier.published
     few = published.validation_images_per_class
     held_out = classes * few if few else len(study.data.splits["validation"])
     tested = published.max_epochs * held_out + len(study.data.splits["test"])
-    trained = published.max_epochs * images * rates.seconds["image, training of the whole network"]
-    return trained + tested * rates.seconds["feature"]
+    trained = published.max_epochs * images * rates["image, training of the whole network"]
+    return trained + tested * rates["feature"]

@@ -81,7 +81,7 @@ def test_a_dry_run_needs_neither_data_nor_models(monkeypatch, capsys, tmp_path):
 
 
 def test_hours_are_those_of_the_rates(world):
-    rates = plan.Rates("by hand", {"image by a prompt": 2.0, "feature": 0.0})
+    rates = {"image by a prompt": 2.0, "feature": 0.0}
     needs = plan.Needs().ask(technique_requests(world, "stable-diffusion-prompt", 0, 9))
     assert plan.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
     assert plan.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)

@@ -2,14 +2,14 @@
 
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import yaml
 from IPython.display import Image as DisplayedImage
 from IPython.display import display
 from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.store import note
 
 DEFAULT_FOLDER = Path(__file__).parents[2] / "figures"
+TABLES = Path(__file__).parent / "tables"
 REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),
@@ -192,25 +193,22 @@ def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
     axes.legend()
 
 
-Format = str | Callable[[Any], Any]
+def as_text(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """A table as text, in the columns and formats that ``tables/columns.yaml`` gives its kind.
 
-
-def as_text(table: pd.DataFrame, columns: Mapping[str, tuple[str, Format]]) -> pd.DataFrame:
-    """A table as text: by header, the column that is shown and its format.
-
-    A column ``name_*`` is the interval from ``name_low`` to ``name_high``, with ``*`` alone from
-    ``low`` to ``high``. A missing value is a dash.
+    A missing value is a dash.
     """
+    layout = yaml.safe_load((TABLES / "columns.yaml").read_text())[kind]
     shown = {}
-    for header, (source, form) in columns.items():
-        write = form.format if isinstance(form, str) else form
+    for header, (source, form) in layout["columns"].items():
+        write = label_of if form == "label" else int if form == "count" else form.format
         if source.endswith("*"):
             low, high = (table[source[:-1] + end].map(write) for end in ("low", "high"))
             shown[header] = "[" + low + ", " + high + "]"
         else:
             shown[header] = table[source].map(write)
     empty = {"nan": "–", "+nan": "–", "[nan, nan]": "–", "[+nan, +nan]": "–"}
-    return pd.DataFrame(shown).replace(empty)
+    return pd.DataFrame(shown).replace(empty).set_index(layout["index"])
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
@@ -219,62 +217,20 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     rows = table.sort_values("arm", key=lambda arms: arms.map(places), kind="stable")
     rows = rows.sort_values("real_percent", ascending=False, kind="stable")
     no_gain = (rows["arm"] == "baseline") | rows["gain_points"].isna()
-    shown = as_text(
-        rows,
-        {
-            "real %": ("real_percent", "{:g}"),
-            "arm": ("arm", label_of),
-            "synthetic per class": ("synthetic_per_class", int),
-            "published": ("published", "{:.3f}"),
-            "gain (points)": ("published_gain_points", "{:+.1f}"),
-            "relative (%)": ("published_gain_relative", "{:+.1f}"),
-            "reproduced": ("score", "{:.3f}"),
-            "95 %": ("score_*", "{:.3f}"),
-            "gain (points) ": ("gain_points", "{:+.1f}"),
-            "95 % ": ("gain_points_*", "{:+.1f}"),
-            "relative (%) ": ("gain_relative", "{:+.1f}"),
-        },
-    )
+    shown = as_text(rows, "side by side")
     gains = [name for name in map(str, shown) if name.startswith(("gain", "relative", "95 % "))]
-    shown.loc[no_gain, gains] = "–"
-    return shown.set_index(["real %", "arm", "synthetic per class"])
+    shown.loc[no_gain.to_numpy(), gains] = "–"
+    return shown
 
 
 def combinations(table: pd.DataFrame) -> pd.DataFrame:
     """Table 4.4: the change that an augmentation brings, published and reproduced."""
-    shown = as_text(
-        table,
-        {
-            "technique": ("technique", label_of),
-            "real %": ("real_percent", "{:g}"),
-            "synthetic per class": ("synthetic_per_class", int),
-            "published (points)": ("published_points", "{:+.1f}"),
-            "relative (%)": ("published_relative", "{:+.1f}"),
-            "without": ("without", "{:.3f}"),
-            "with": ("with", "{:.3f}"),
-            "change (points)": ("points", "{:+.1f}"),
-            "95 %": ("points_*", "{:+.1f}"),
-            "relative (%) ": ("relative", "{:+.1f}"),
-        },
-    )
-    return shown.set_index(["technique", "real %", "synthetic per class"])
+    return as_text(table, "combinations")
 
 
 def protocols(table: pd.DataFrame) -> pd.DataFrame:
     """An arm's gain under both protocols."""
-    shown = as_text(
-        table,
-        {
-            "protocol": ("protocol", "{}"),
-            "baseline: updates": ("baseline_updates", "{:.0f}"),
-            "accuracy": ("baseline_accuracy", "{:.3f}"),
-            "with synthetic images: updates": ("updates", "{:.0f}"),
-            "accuracy ": ("accuracy", "{:.3f}"),
-            "gain (points)": ("gain_points", "{:+.1f}"),
-            "95 %": ("gain_points_*", "{:+.1f}"),
-        },
-    )
-    return shown.set_index("protocol")
+    return as_text(table, "protocols")
 
 
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
@@ -287,19 +243,7 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
         f"{runs} in {draws}" + (f" × {images} images" if images > 1 else "") if runs else "–"
         for runs, draws, images in judged[["num_runs", "num_draws", "num_test_images"]].to_numpy()
     ]
-    shown = as_text(
-        points.assign(n=counts),
-        {
-            "id": ("id", "{}"),
-            "claim": ("claim", "{}"),
-            "comparison": ("comparison", "{}"),
-            "difference": ("difference", "{:+.1f}"),
-            "95 %": ("*", "{:+.1f}"),
-            "n": ("n", "{}"),
-            "verdict": ("verdict", "{}"),
-        },
-    )
-    return shown.set_index(["id", "claim"])
+    return as_text(points.assign(n=counts), "verdicts")
 
 
 def show(figure: Figure, num_colours: int = 64) -> None:

@@ -8,16 +8,14 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Sampling, Settings
 from sdaug_utils.store import digest_of, sha256, verify_checksums
 
-if TYPE_CHECKING:
-    import diffusers
-
+Pipeline = Any  # of diffusers: StableDiffusionPipeline or one of its kind
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 PROJECT = Path(__file__).parents[2]
 MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
@@ -122,7 +120,7 @@ def load_pipeline(
     sampling: Sampling | None = None,
     kind: str = "StableDiffusionPipeline",
     **parts: Any,
-) -> "diffusers.StableDiffusionPipeline":
+) -> Pipeline:
     """The text-to-image pipeline of a profile, in evaluation mode on its device.
 
     Args:

@@ -1,7 +1,8 @@
 """Teaching the foundation model a subject from a few images: what such techniques share."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,14 +11,11 @@ from torch import Tensor
 
 from sdaug_utils.compute import device_of, dtype_of, half_precision
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.foundation import revision
+from sdaug_utils.generation.foundation import Pipeline, revision
 from sdaug_utils.generation.technique import Request, Technique
-from sdaug_utils.params import Parameters, Settings
+from sdaug_utils.params import Settings
 from sdaug_utils.store import Spec, digest
-
-if TYPE_CHECKING:
-    import diffusers
-    from diffusers import StableDiffusionPipeline as Pipeline
+from sdaug_utils.study import Study
 
 CODE_VERSION = 1
 ENCODED_AT_ONCE = 8  # images: class images are many
@@ -41,7 +39,9 @@ class Personalised(Technique):
     learns: ClassVar = True
     image_cost: ClassVar = "image of a personalised model"
 
-    def recipe(self, settings: Settings) -> Parameters:
+    model_bytes: ClassVar[float] = 0  # of a model of Stable Diffusion 1.5's size, if it is large
+
+    def recipe(self, settings: Settings) -> Any:
         """The hyper-parameters of learning."""
         return self.of(settings)
 
@@ -49,8 +49,31 @@ class Personalised(Technique):
         """What makes its models another treatment than the paper's own."""
         return {}
 
+    def at_once(self, settings: Settings) -> int:
+        """How many models learn in one go."""
+        return 1
+
+    def keeps_models(self, settings: Settings) -> bool:
+        """Whether a model stays in the store when its images are made."""
+        return True
+
+    def learn(
+        self,
+        study: Study,
+        pipeline: Pipeline,
+        requests: Sequence[Request],
+        folders: Sequence[Path],
+        label: str | None,
+    ) -> None:
+        """Learn the model of each request and save it in its folder; ``label`` names progress."""
+        raise NotImplementedError
+
+    def model_cost(self, settings: Settings) -> tuple[str, int]:
+        """What learning a model costs: a key of the plan's rates, and how many of it."""
+        raise NotImplementedError
+
     def num_inputs(self, settings: Settings) -> tuple[str, int]:
-        """As in the section of its recipe."""
+        """How many images a model learns from, with the name of the parameter that says so."""
         assert self.section is not None
         return f"{self.section[0]}.num_input_images", self.of(settings).num_input_images
 
@@ -87,7 +110,7 @@ def seed_of(request: Request) -> int:
 
 @torch.no_grad()
 def encode_images(
-    pipeline: "Pipeline", images: Sequence[np.ndarray], resolution: int
+    pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of 8-bit RGB images, resized to a square."""
     squares = [
@@ -112,7 +135,7 @@ class NoisyLatents:
     def __init__(
         self,
         latents: tuple[Tensor, Tensor],
-        scheduler: "diffusers.DDPMScheduler",
+        scheduler: Any,
         scale: float,
         seed: int,
     ) -> None:

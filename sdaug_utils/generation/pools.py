@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from tqdm import tqdm
 from sdaug_utils.compute import Batch, in_parallel
 from sdaug_utils.data.images import Images, decoded, read_images
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.technique import Request, Technique, technique_requests
+from sdaug_utils.generation.foundation import Pipeline
+from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.params import Sampling
 from sdaug_utils.store import Spec, Store, digest, write_atomically, write_spec
 from sdaug_utils.study import Study
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline as Pipeline
 
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
@@ -173,7 +171,7 @@ def _decodes(path: Path) -> bool:
 
 
 def pipeline_sampler(
-    pipeline: "Pipeline",
+    pipeline: Pipeline,
     prompt: str,
     sampling: Sampling,
     arguments: Callable[[Sequence[int]], dict[str, Any]] = lambda some: {},
@@ -226,7 +224,8 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
     learnt models are not to be kept, each is made, used and deleted before the next.
     """
     settings, store, technique = study.settings, study.store, requests[0].technique
-    sampling, kept = technique.sampling(settings), technique.keeps_models(settings)
+    sampling = technique.sampling(settings)
+    kept = not technique.learns or technique.keeps_models(settings)
     pipeline = _loaded_once(partial(technique.load, settings))
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
     lacking: dict[str, Request] = {}  # of models whose pools are not complete
@@ -244,7 +243,7 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
     batch = Batch(sampling.batch_size, "sampling.batch_size")
     pools: dict[int, Pool] = {}
 
-    def personalised(request: Request) -> "Pipeline":
+    def personalised(request: Request) -> Pipeline:
         if not request.model:
             return technique.apply(pipeline(), None)
         _learn(study, technique, [request], pipeline, None)  # unless it is there
@@ -279,9 +278,9 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
 
 def _learn(
     study: Study,
-    technique: Technique,
+    technique: Any,
     requests: Sequence[Request],
-    pipeline: Callable[[], "Pipeline"],
+    pipeline: Callable[[], Pipeline],
     label: str | None,
 ) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
@@ -323,7 +322,7 @@ def denoising(study: Study, request: Request) -> np.ndarray:
     def make(folder: Path) -> None:
         pipeline, frames = technique.load(study.settings), []
 
-        def keep(pipeline: "Pipeline", step: int, timestep: int, values: dict) -> dict:
+        def keep(pipeline: Pipeline, step: int, timestep: int, values: dict) -> dict:
             latents = values["latents"] / pipeline.vae.config.scaling_factor
             decoded = pipeline.vae.decode(latents, return_dict=False)[0]
             [frame] = pipeline.image_processor.postprocess(decoded, output_type="np")
@@ -352,11 +351,11 @@ def _passing(store: Store, request: Request) -> Iterator[None]:
         store.drop(request.technique.name, request.model)
 
 
-def _loaded_once(load: Callable[[], "Pipeline"]) -> Callable[[], "Pipeline"]:
+def _loaded_once(load: Callable[[], Pipeline]) -> Callable[[], Pipeline]:
     """Loads the pipeline when first asked for, once, whichever thread asks."""
     lock, loaded = Lock(), cache(load)
 
-    def pipeline() -> "Pipeline":
+    def pipeline() -> Pipeline:
         with lock:
             return loaded()
 

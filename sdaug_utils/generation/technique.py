@@ -3,21 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from sdaug_utils.compute import dtype_of
 from sdaug_utils.data.datasets import personalisation_inputs, subset, subset_size
 from sdaug_utils.data.images import shuffled
-from sdaug_utils.generation.foundation import load_pipeline, revision
+from sdaug_utils.generation.foundation import Pipeline, load_pipeline, revision
 from sdaug_utils.params import Parameters, Sampling, Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Spec, digest
 from sdaug_utils.study import Study
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline as Pipeline
 
 CODE_VERSION = 2
 NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
@@ -29,7 +26,7 @@ class Request:
 
     spec: dict[str, Any]
     indices: Sequence[int]
-    technique: "Technique"
+    technique: Any  # an instance of Technique
     model: Spec | None = None  # what determines the personalised model, if there is one
     inputs: Sequence[np.ndarray] = ()  # real images that it learns from
     rows: np.ndarray | None = None  # of the train split, which image 0, 1, ... follow in turn
@@ -57,10 +54,9 @@ class Technique:
     inputs: ClassVar[Literal["none", "first", "all"]] = "none"
     """Which images of a cell's real subset it may see: the first are learnt from; where it is all,
     image i follows one of them, in turn."""
-    learns: ClassVar[bool] = False  # a model of its own for each set of inputs
+    learns: ClassVar[bool] = False  # a model for each set of inputs: see personalisation.py
     kind: ClassVar[str] = "StableDiffusionPipeline"  # the class of diffusers that makes its images
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
-    model_bytes: ClassVar[float] = 0  # of a learnt model of Stable Diffusion 1.5's size
 
     def of(self, settings: Settings) -> Any:
         """Its own section of the settings."""
@@ -82,7 +78,7 @@ class Technique:
         """What else determines its images; ``rows`` of the train split are those they follow."""
         return {}
 
-    def load(self, settings: Settings) -> "Pipeline":
+    def load(self, settings: Settings) -> Pipeline:
         """The pipeline that makes its images."""
         return load_pipeline(settings, self.sampling(settings), self.kind)
 
@@ -91,45 +87,12 @@ class Technique:
         resolution = study.settings.sampling.resolution
         return lambda indices: {"height": resolution, "width": resolution}
 
-    # Of techniques that learn; see generation/personalisation.py.
-
-    def num_inputs(self, settings: Settings) -> tuple[str, int]:
-        """How many images a model learns from, with the name of the parameter that says so."""
-        raise NotImplementedError
-
-    def model(self, settings: Settings, inputs: Sequence[np.ndarray], draw: int) -> Spec | None:
-        """What determines the model learnt from ``inputs``: its key in the store."""
-        return None
-
-    def at_once(self, settings: Settings) -> int:
-        """How many models learn in one go."""
-        return 1
-
-    def keeps_models(self, settings: Settings) -> bool:
-        """Whether a model stays in the store when its images are made."""
-        return True
-
-    def learn(
-        self,
-        study: Study,
-        pipeline: "Pipeline",
-        requests: Sequence[Request],
-        folders: Sequence[Path],
-        label: str | None,
-    ) -> None:
-        """Learn the model of each request and save it in its folder; ``label`` names progress."""
-        raise NotImplementedError
-
-    def apply(self, pipeline: "Pipeline", folder: Path | None) -> "Pipeline":
-        """A pipeline that draws with what was learnt; ``pipeline`` stays as it was."""
+    def apply(self, pipeline: Pipeline, folder: Path | None) -> Pipeline:
+        """A pipeline to draw with, by what was learnt in ``folder``; ``pipeline`` stays."""
         return twin(pipeline)
 
-    def model_cost(self, settings: Settings) -> tuple[str, int]:
-        """What learning a model costs: a key of the plan's rates, and how many of it."""
-        raise NotImplementedError
 
-
-def twin(pipeline: "Pipeline", **parts: Any) -> "Pipeline":
+def twin(pipeline: Pipeline, **parts: Any) -> Pipeline:
     """A pipeline that shares all parts but those given, and the scheduler, which has a state.
 
     So several may work at the same time.
@@ -170,7 +133,7 @@ def pool_spec(
 
 def request(
     study: Study,
-    technique: Technique,
+    technique: Any,
     name: str,
     prompt: str,
     indices: Sequence[int],
@@ -187,7 +150,7 @@ def request(
         rows: of the train split, which the images follow in turn.
     """
     settings = study.settings
-    model = technique.model(settings, inputs, draw)
+    model = technique.model(settings, inputs, draw) if technique.learns else None
     spec = pool_spec(
         settings,
         technique.name,
@@ -214,7 +177,7 @@ def technique_requests(
     them, the first n, a cell takes the rounds over the first n only: images 0 to n - 1, N to
     N + n - 1, and so on. So cells of other percentages share what they have in common.
     """
-    technique: Technique = techniques()[technique_name]
+    technique = techniques()[technique_name]
     train, prompt = study.data.splits["train"], study.settings.sampling.prompt
     names = study.data.class_names
     if technique.inputs == "first":
@@ -235,7 +198,7 @@ def technique_requests(
     return requests
 
 
-def inputs_percent(study: Study, technique: Technique, real_percent: float) -> float:
+def inputs_percent(study: Study, technique: Any, real_percent: float) -> float:
     """The real percentage that a cell's images depend on; 100 where any gives the same."""
     if technique.inputs == "first" and real_percent:
         smallest = int(np.bincount(study.data.splits["train"].labels).min())

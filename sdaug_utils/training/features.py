@@ -2,10 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, digests
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import Augmentation
-from sdaug_utils.store import write_atomically, write_spec
+from sdaug_utils.store import Spec, write_atomically, write_spec
 from sdaug_utils.study import Study
 
 CODE_VERSION = 1
@@ -124,105 +123,104 @@ def image_features(
     Returns:
         (n, num_views, features), 32-bit floats.
     """
-    shelves = Shelves(study, images, augmentation, num_views)
-    if shelves.missing():
-        with study.store.lock("features", *shelves.specs.values()):
-            shelves.read()  # another process may have made what was missing
-            missing, per_slab = shelves.missing(), max(1, SLAB // num_views)
+    keys, (of, specs) = digests(images), _arrays(study, images, augmentation, num_views)
+    found = _read(study, specs)
+    if not found.keys() >= set(keys):
+        with study.store.lock("features", *specs.values()):
+            found = _read(study, specs)  # another process may have made what was missing
+            first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in found}
+            missing, per_slab = sorted(first.values()), max(1, SLAB // num_views)
             for start in range(0, len(missing), per_slab):
                 some = missing[start : start + per_slab]
-                shelves.write(some, _compute(study, shelves, some))
-    stacked = np.stack([shelves.vectors[key] for key in shelves.digests])
-    return torch.from_numpy(stacked).view(len(images), num_views, -1)
+                views = [(images[i], keys[i], number) for i in some for number in range(num_views)]
+                vectors = _compute(study, augmentation, views).reshape(len(some), num_views, -1)
+                made = dict(zip([keys[i] for i in some], vectors, strict=True))
+                for name in dict.fromkeys(of[i] for i in some):
+                    _add(
+                        study, specs[name], {keys[i]: made[keys[i]] for i in some if of[i] == name}
+                    )
+                found |= made
+    return torch.from_numpy(np.stack([found[key] for key in keys]))
 
 
 def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
     """Whether the store has the features of all of some images, not augmented."""
-    return not Shelves(study, images, "none", 1).missing()
+    _, specs = _arrays(study, images, "none", 1)
+    return _read(study, specs).keys() >= set(digests(images))
 
 
-class Shelves:
-    """The arrays in the store that hold, or will hold, the features of some images."""
-
-    def __init__(
-        self, study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, num_views: int
-    ) -> None:
-        classifier = study.settings.classifier
-        self.images, self.digests = images, digests(images)
-        self.augmentation, self.num_views = augmentation, num_views
-        self.shelf_of = ["images"] * len(images)
-        if isinstance(images, Images):
-            self.shelf_of = [item[3] for item in images.items]
-        recipe = {
-            "version": [CODE_VERSION, augment.CODE_VERSION],
-            "backbone": classifier.backbone,
-            "weights": BACKBONES[classifier.backbone],
-            "image_size": classifier.image_size,
-            "augmentation": augmentation,
-            "num_views": num_views,
-        }
-        self.specs = {shelf: {**recipe, "of": shelf} for shelf in dict.fromkeys(self.shelf_of)}
-        self.folders = {
-            shelf: study.store.folder("features", spec) for shelf, spec in self.specs.items()
-        }
-        self.read()
-
-    def read(self) -> None:
-        """Take in what the store has."""
-        self.kept: dict[str, dict[str, np.ndarray]] = {}
-        for shelf, folder in self.folders.items():
-            if (folder / "features.npz").exists():
-                with np.load(folder / "features.npz") as file:
-                    pairs = zip(file["digests"].tolist(), file["vectors"], strict=True)
-                    self.kept[shelf] = dict(pairs)
-        self.vectors = {k: v for kept in self.kept.values() for k, v in kept.items()}
-
-    def missing(self) -> list[int]:
-        """Positions of the images whose features are not there, each image once."""
-        first = {key: i for i, key in reversed(list(enumerate(self.digests)))}
-        return sorted(i for key, i in first.items() if key not in self.vectors)
-
-    def write(self, positions: Sequence[int], vectors: np.ndarray) -> None:
-        """Add features of shape (n, num_views, features) to their shelves."""
-        touched = set()
-        for position, vector in zip(positions, vectors, strict=True):
-            shelf, key = self.shelf_of[position], self.digests[position]
-            self.kept.setdefault(shelf, {})[key] = self.vectors[key] = vector
-            touched.add(shelf)
-        for shelf in touched:
-            folder, kept = self.folders[shelf], self.kept[shelf]
-            folder.mkdir(parents=True, exist_ok=True)
-            write_spec(folder, self.specs[shelf])
-            arrays = {"digests": np.array(list(kept)), "vectors": np.stack(list(kept.values()))}
-
-            def save(path: Path, arrays: dict[str, Any] = arrays) -> None:
-                with path.open("wb") as file:
-                    np.savez(file, **arrays)
-
-            write_atomically(folder / "features.npz", save)
+def _arrays(
+    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, num_views: int
+) -> tuple[list[str], dict[str, Spec]]:
+    """For each image the name of its pool or split, and what determines their arrays, by name."""
+    classifier = study.settings.classifier
+    recipe = {
+        "version": [CODE_VERSION, augment.CODE_VERSION],
+        "backbone": classifier.backbone,
+        "weights": BACKBONES[classifier.backbone],
+        "image_size": classifier.image_size,
+        "augmentation": augmentation,
+        "num_views": num_views,
+    }
+    of = ["images"] * len(images)
+    if isinstance(images, Images):
+        of = [name for _, _, _, name in images.items]
+    return of, {name: {**recipe, "of": name} for name in dict.fromkeys(of)}
 
 
-def _compute(study: Study, shelves: Shelves, positions: Sequence[int]) -> np.ndarray:
-    """Features of the views of some images: (n, num_views, features)."""
+def _read(study: Study, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
+    """What arrays in the store hold: (views, features) by the image's digest."""
+    found: dict[str, np.ndarray] = {}
+    for spec in specs.values():
+        path = study.store.folder("features", spec) / "features.npz"
+        if path.exists():
+            with np.load(path) as file:
+                found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
+    return found
+
+
+def _add(study: Study, spec: Spec, made: Mapping[str, np.ndarray]) -> None:
+    folder, every = study.store.folder("features", spec), {**_read(study, {"": spec}), **made}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_spec(folder, spec)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, digests=np.array(list(every)), vectors=np.stack(list(every.values())))
+
+    write_atomically(folder / "features.npz", write)
+
+
+def _compute(
+    study: Study,
+    images: Sequence[np.ndarray],
+    keys: Sequence[str],
+    augmentation: Augmentation,
+    num_views: int,
+    rows: Sequence[int],
+) -> np.ndarray:
+    """Features of the views of some of the images: (rows, views, features)."""
     classifier, device = study.settings.classifier, device_of(study.settings)
     backbone = load_backbone(classifier.backbone).to(device)
-    transform = augment.build(shelves.augmentation, classifier.image_size)
-    wanted = [(position, number) for position in positions for number in range(shelves.num_views)]
+    transform = augment.build(augmentation, classifier.image_size)
     # Seeds keep to the first characters of the weights' name: views do not change with the key.
     recipe = (
         f"{CODE_VERSION}-{augment.CODE_VERSION}-{BACKBONES[classifier.backbone][:20]}-"
         f"{classifier.image_size}"
     )
 
-    def view(position: int, number: int) -> np.ndarray:
-        text = f"{recipe}/{shelves.digests[position]}/{shelves.augmentation}/{number}"
+    views = [(row, number) for row in rows for number in range(num_views)]
+
+    def view(row: int, number: int) -> np.ndarray:
+        text = f"{recipe}/{keys[row]}/{augmentation}/{number}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return augment.view(shelves.images[position], transform, seed)
+        return augment.view(images[row], transform, seed)
 
     @torch.inference_mode()
     def features(start: int) -> np.ndarray:
-        views = [view(*one) for one in wanted[start : start + FEATURE_BATCH]]
-        return backbone(normalise(to_pixels(views).to(device), backbone)).cpu().numpy()
+        pixels = to_pixels([view(*one) for one in views[start : start + FEATURE_BATCH]]).to(device)
+        return backbone(normalise(pixels, backbone)).cpu().numpy()
 
-    parts = in_parallel(study.settings, features, range(0, len(wanted), FEATURE_BATCH))
-    return np.concatenate(parts).reshape(len(positions), shelves.num_views, -1)
+    return np.concatenate(
+        in_parallel(study.settings, features, range(0, len(views), FEATURE_BATCH))
+    )

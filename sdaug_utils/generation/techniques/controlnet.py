@@ -1,7 +1,7 @@
 """ControlNet: images that follow the edges or trimap of a real one (Zhang et al., ICCV 2023)."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -10,14 +10,11 @@ from pydantic import Field
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.data import control
 from sdaug_utils.data.images import Split, digests
-from sdaug_utils.generation.foundation import load_pipeline, locate, revision
+from sdaug_utils.generation.foundation import Pipeline, load_pipeline, locate, revision
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.params import Parameters, Sampling, Scheduler, Settings
 from sdaug_utils.registry import register
 from sdaug_utils.study import Study
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline as Pipeline
 
 
 class ControlNetSettings(Parameters):
@@ -51,7 +48,7 @@ class ControlNet(Technique):
         name = getattr(self.of(settings), self.control)
         return {f"ControlNet ({self.control})": (name, f"controlnet-{self.control}")}
 
-    def load(self, settings: Settings) -> "Pipeline":
+    def load(self, settings: Settings) -> Pipeline:
         """The foundation's parts with the ControlNet."""
         import diffusers
 

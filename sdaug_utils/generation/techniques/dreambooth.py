@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
+from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.personalisation import (
     MixedPrecision,
     NoisyLatents,
@@ -28,9 +29,6 @@ from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 from sdaug_utils.store import Spec
 from sdaug_utils.study import Study
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline as Pipeline
 
 
 class DreamBoothSettings(Parameters):
@@ -99,7 +97,7 @@ class DreamBooth(Personalised):
     def learn(
         self,
         study: Study,
-        pipeline: "Pipeline",
+        pipeline: Pipeline,
         requests: Sequence[Request],
         folders: Sequence[Path],
         label: str | None,
@@ -123,11 +121,11 @@ class DreamBooth(Personalised):
         """Choose the weights that learn, or add them."""
         unet.requires_grad_(True)
 
-    def save(self, pipeline: "Pipeline", unet: torch.nn.Module, folder: Path) -> None:
+    def save(self, pipeline: Pipeline, unet: torch.nn.Module, folder: Path) -> None:
         """What :meth:`apply` needs."""
         unet.eval().half().save_pretrained(folder / "unet")  # type: ignore[operator]
 
-    def apply(self, pipeline: "Pipeline", folder: Path | None) -> "Pipeline":
+    def apply(self, pipeline: Pipeline, folder: Path | None) -> Pipeline:
         """With the fine-tuned U-Net."""
         assert folder is not None
         unet = copy.deepcopy(pipeline.unet)
@@ -148,7 +146,7 @@ def class_images_spec(settings: Settings, recipe: DreamBoothSettings, draw: int)
 
 
 def class_images(
-    study: Study, recipe: DreamBoothSettings, draw: int, pipeline: "Pipeline"
+    study: Study, recipe: DreamBoothSettings, draw: int, pipeline: Pipeline
 ) -> Sequence[np.ndarray]:
     """What the model itself makes of DreamBooth's class prompt, for prior preservation."""
     if recipe.prior_loss_weight == 0:
@@ -167,7 +165,7 @@ def class_images(
 
 
 def dreambooth(
-    pipeline: "Pipeline",
+    pipeline: Pipeline,
     images: Sequence[np.ndarray],
     class_images: Sequence[np.ndarray],
     settings: DreamBoothSettings,

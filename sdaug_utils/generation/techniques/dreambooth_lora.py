@@ -2,18 +2,16 @@
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
+from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.technique import twin
 from sdaug_utils.generation.techniques.dreambooth import DreamBooth, DreamBoothSettings
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline as Pipeline
 
 FILE = "pytorch_lora_weights.safetensors"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # as in diffusers
@@ -62,7 +60,7 @@ class DreamBoothLoRA(DreamBooth):
                 if "lora_A" in name:
                     weight.copy_(torch.randn(weight.shape, generator=generator) / rank)
 
-    def save(self, pipeline: "Pipeline", unet: torch.nn.Module, folder: Path) -> None:
+    def save(self, pipeline: Pipeline, unet: torch.nn.Module, folder: Path) -> None:
         """The adapters alone, as diffusers loads them."""
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
@@ -70,7 +68,7 @@ class DreamBoothLoRA(DreamBooth):
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
 
-    def apply(self, pipeline: "Pipeline", folder: Path | None) -> "Pipeline":
+    def apply(self, pipeline: Pipeline, folder: Path | None) -> Pipeline:
         """With the adapters in a copy of the U-Net."""
         adapted = twin(pipeline, unet=copy.deepcopy(pipeline.unet))
         # low_cpu_mem_usage patches all of torch for a moment: not where other threads are at work

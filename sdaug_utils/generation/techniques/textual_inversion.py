@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm import trange
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
+from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.personalisation import (
     MixedPrecision,
     NoisyLatents,
@@ -27,9 +28,6 @@ from sdaug_utils.generation.technique import Request, twin
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 from sdaug_utils.study import Study
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline as Pipeline
 
 FILE = "learned_embeds.safetensors"
 TEMPLATES = (
@@ -75,7 +73,7 @@ class TextualInversion(Personalised):
     def learn(
         self,
         study: Study,
-        pipeline: "Pipeline",
+        pipeline: Pipeline,
         requests: Sequence[Request],
         folders: Sequence[Path],
         label: str | None,
@@ -100,7 +98,7 @@ class TextualInversion(Personalised):
         batch = Batch(len(requests), "textual_inversion.subjects_at_once")
         batch.run(invert, list(zip(requests, folders, strict=True)))
 
-    def apply(self, pipeline: "Pipeline", folder: Path | None) -> "Pipeline":
+    def apply(self, pipeline: Pipeline, folder: Path | None) -> Pipeline:
         """With the word in copies of tokenizer and text encoder."""
         names = ("tokenizer", "text_encoder")
         made = twin(pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names})
@@ -115,7 +113,7 @@ class TextualInversion(Personalised):
 
 
 def textual_inversion(
-    pipeline: "Pipeline",
+    pipeline: Pipeline,
     subjects: Sequence[Sequence[np.ndarray]],
     settings: TextualInversionSettings,
     resolution: int,
