@@ -132,14 +132,11 @@ def image_features(
             missing, per_slab = sorted(first.values()), max(1, SLAB // num_views)
             for start in range(0, len(missing), per_slab):
                 some = missing[start : start + per_slab]
-                views = [(images[i], keys[i], number) for i in some for number in range(num_views)]
-                vectors = _compute(study, augmentation, views).reshape(len(some), num_views, -1)
-                made = dict(zip([keys[i] for i in some], vectors, strict=True))
+                vectors = _compute(study, images, keys, augmentation, num_views, some)
+                made = dict(zip(some, vectors, strict=True))
                 for name in dict.fromkeys(of[i] for i in some):
-                    _add(
-                        study, specs[name], {keys[i]: made[keys[i]] for i in some if of[i] == name}
-                    )
-                found |= made
+                    _add(study, specs[name], {keys[i]: made[i] for i in some if of[i] == name})
+                found |= {keys[i]: vector for i, vector in made.items()}
     return torch.from_numpy(np.stack([found[key] for key in keys]))
 
 
