@@ -218,6 +218,5 @@ def _compute(
         pixels = to_pixels([view(*one) for one in views[start : start + FEATURE_BATCH]]).to(device)
         return backbone(normalise(pixels, backbone)).cpu().numpy()
 
-    return np.concatenate(
-        in_parallel(study.settings, features, range(0, len(views), FEATURE_BATCH))
-    )
+    parts = in_parallel(study.settings, features, range(0, len(views), FEATURE_BATCH))
+    return np.concatenate(parts).reshape(len(rows), num_views, -1)
