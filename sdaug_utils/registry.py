@@ -21,8 +21,10 @@ def register(technique: Class) -> Class:
 
 @cache
 def techniques() -> dict[str, Any]:
-    """Every technique by its name, in the order of their files."""
+    """Every technique by its name, in alphabetical order."""
     package = importlib.import_module("sdaug_utils.generation.techniques")
     for file in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{file.name}")
+    for name in sorted(REGISTERED):
+        REGISTERED[name] = REGISTERED.pop(name)
     return REGISTERED
