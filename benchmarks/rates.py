@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from machine import describe
 
 from sdaug_utils.data.images import Split
@@ -94,9 +93,7 @@ def main() -> None:
         {"batch of 100": (100, partial(sample, seeds, seeds))}
     )
 
-    latents = torch.randn(64, 4, 8, 8)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    example = NoisyLatents((latents, 0 * latents), scheduler, 1.0, seed=0)
+    example = NoisyLatents(pipeline, study.data.splits["train"].images(range(64)), 32, seed=0)
     embeddings = torch.zeros(1, 1, pipeline.unet.config.cross_attention_dim)
 
     def unet_step(size: int) -> None:

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation import personalisation
 from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.technique import request
 from sdaug_utils.generation.techniques import textual_inversion
-from sdaug_utils.generation.techniques.dreambooth import dreambooth
 from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
 
 
 @pytest.fixture
@@ -24,29 +24,33 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def invert(pipeline, world, subjects, seeds, **changes):
-    settings = world.settings.textual_inversion.model_copy(update=changes)
-    return textual_inversion.textual_inversion(pipeline, subjects, settings, 32, seeds)
+def with_settings(world, section, **changes):
+    own = getattr(world.settings, section).model_copy(update=changes)
+    settings = world.settings.model_copy(update={section: own})
+    return Study(world.profile, settings, world.data, world.store)
 
 
-def unfreeze(unet, seed):
-    unet.requires_grad_(True)
+def asked(world, technique, inputs):
+    return request(world, techniques()[technique], "subject", "A {}", range(1), inputs=inputs)
 
 
-def tune(pipeline, folder, *arguments):
+def invert(pipeline, world, subjects, **changes):
+    world = with_settings(world, "textual_inversion", **changes)
+    requests = [asked(world, "textual-inversion", inputs) for inputs in subjects]
+    return techniques()["textual-inversion"].embeddings(world, pipeline, requests, None)
+
+
+def tune(pipeline, world, inputs, folder, **changes):
     """The pipeline with what DreamBooth saved of a U-Net that it fine-tuned."""
-    technique = techniques()["dreambooth"]
-    technique.save(pipeline, dreambooth(pipeline, *arguments, 32, 7, unfreeze), folder)
+    world, technique = with_settings(world, "dreambooth", **changes), techniques()["dreambooth"]
+    technique.learn(world, pipeline, [asked(world, "dreambooth", inputs)], [folder])
     return technique.apply(pipeline, folder)
 
 
 def test_dreambooth_fine_tunes_a_copy_of_the_unet(world, pipeline, tmp_path):
     before = parameters_of(pipeline.unet)
     images = world.data.splits["train"].images(range(2))
-    settings = world.settings.dreambooth
-    tuned, again = (
-        tune(pipeline, tmp_path / name, images, images, settings) for name in ("first", "second")
-    )
+    tuned, again = (tune(pipeline, world, images, tmp_path / name) for name in ("first", "second"))
     assert same(parameters_of(pipeline.unet), before)
     assert not same(parameters_of(tuned.unet), before)
     assert tuned.vae is pipeline.vae
@@ -57,20 +61,15 @@ def test_dreambooth_lowers_its_own_loss_and_prior_preservation_changes_it(
     world, pipeline, tmp_path
 ):
     images = world.data.splits["train"].images(range(2))
-    alone = world.settings.dreambooth.model_copy(
-        update={"prior_loss_weight": 0.0, "max_train_steps": 30, "train_batch_size": 8}
-    )
-    with_prior = alone.model_copy(update={"prior_loss_weight": 1.0})
+    longer = {"max_train_steps": 30, "train_batch_size": 8}
     models = [
-        tune(pipeline, tmp_path / "alone", images, [], alone),
-        tune(pipeline, tmp_path / "prior", images, images[:1], with_prior),
+        tune(pipeline, world, images, tmp_path / str(weight), prior_loss_weight=weight, **longer)
+        for weight in (0.0, 1.0)
     ]
     assert not same(parameters_of(models[0].unet), parameters_of(models[1].unet))
 
     def loss(tuned):
-        encoded = personalisation.encode_images(pipeline, images, 32)
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        example = personalisation.NoisyLatents(encoded, scheduler, 1.0, seed=99)
+        example = personalisation.NoisyLatents(pipeline, images, 32, seed=99)
         noisy, timesteps, target = example(256)
         with torch.no_grad():
             tokens = personalisation.token_ids(pipeline.tokenizer, ["<funny-ret>"], "cpu")
@@ -83,15 +82,15 @@ def test_dreambooth_lowers_its_own_loss_and_prior_preservation_changes_it(
 def test_subjects_learnt_together_are_learnt_as_if_alone(world, pipeline):
     train = world.data.splits["train"]
     subjects = [train.images([0, 1]), train.images([20, 21])]
-    together = invert(pipeline, world, subjects, [3, 4])
-    alone = invert(pipeline, world, subjects[1:], [4])
+    together = invert(pipeline, world, subjects)
+    alone = invert(pipeline, world, subjects[1:])
     assert torch.allclose(together[1], alone[0], atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-4)
 
 
 def test_the_embedding_loads_with_diffusers_own_loader(world, pipeline, tmp_path):
     images = world.data.splits["train"].images([0, 1])
-    [embedding] = invert(pipeline, world, [images], [3])
+    [embedding] = invert(pipeline, world, [images])
     save_file({"<funny-ret>": embedding.clone()}, tmp_path / textual_inversion.FILE)
     size = len(pipeline.tokenizer)
     personalised = techniques()["textual-inversion"].apply(pipeline, tmp_path)
@@ -106,4 +105,4 @@ def test_the_embedding_loads_with_diffusers_own_loader(world, pipeline, tmp_path
 def test_an_initialiser_of_several_tokens_is_refused(world, pipeline):
     images = world.data.splits["train"].images([0])
     with pytest.raises(InputError, match=r"initializer_token: 'rhinoceros' is not a single"):
-        invert(pipeline, world, [images], [1], initializer_token="rhinoceros")
+        invert(pipeline, world, [images], initializer_token="rhinoceros")

@@ -28,7 +28,6 @@ from sdaug_utils.experiments import check_percents
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.generation.techniques import dreambooth_lora
-from sdaug_utils.generation.techniques.dreambooth import dreambooth
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training import cells, features, segmenter
@@ -204,7 +203,7 @@ def test_lora_learns(world, tmp_path):
     pipeline, lora = foundation.load_pipeline(world.settings), techniques()["dreambooth-lora"]
     [request, _] = technique_requests(world, "dreambooth-lora", 0, 1)
     for name in ("first", "second"):
-        lora.learn(world, pipeline, [request], [tmp_path / name], None)
+        lora.learn(world, pipeline, [request], [tmp_path / name])
     first, second = (
         (tmp_path / name / dreambooth_lora.FILE).read_bytes() for name in ("first", "second")
     )
@@ -216,20 +215,17 @@ def test_lora_learns(world, tmp_path):
 
 
 def test_mixed_precision_and_checkpointing_change_memory_and_hardly_the_model(world):
-    seen = world.data.splits["train"].images(range(2))
-    pipeline = foundation.load_pipeline(world.settings)
-    plain = world.settings.dreambooth.model_copy(update={"prior_loss_weight": 0.0})
-    variants = {
-        "plain": (plain, False),
-        "checkpointing": (plain.model_copy(update={"gradient_checkpointing": True}), False),
-        "mixed": (plain, True),
+    pipeline, technique = foundation.load_pipeline(world.settings), techniques()["dreambooth"]
+    world = changed(world, dreambooth={"prior_loss_weight": 0.0})
+    [request, _] = technique_requests(world, "dreambooth", 0, 1)  # the same seed for all
+    weights = {
+        name: technique.tuned(changed(world, **changes), pipeline, request).state_dict()
+        for name, changes in {
+            "plain": {},
+            "checkpointing": {"dreambooth": {"gradient_checkpointing": True}},
+            "mixed": {"training_precision": "mixed"},
+        }.items()
     }
-    weights = {}
-    for name, (settings, mixed) in variants.items():
-        unet = dreambooth(
-            pipeline, seen, [], settings, 32, 7, lambda unet, _: unet.requires_grad_(True), mixed
-        )
-        weights[name] = unet.state_dict()
     for name, value in weights["plain"].items():
         assert torch.equal(value, weights["checkpointing"][name])
         assert (value - weights["mixed"][name]).abs().max() < 1e-3

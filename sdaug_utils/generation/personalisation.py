@@ -14,7 +14,7 @@ from sdaug_utils.data.images import digests
 from sdaug_utils.generation.foundation import Pipeline, revision
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.params import Settings
-from sdaug_utils.store import Spec, digest
+from sdaug_utils.store import digest
 from sdaug_utils.study import Study
 
 CODE_VERSION = 1
@@ -38,7 +38,6 @@ class Personalised(Technique):
     inputs: ClassVar = "first"
     learns: ClassVar = True
     image_cost: ClassVar = "image of a personalised model"
-
     model_bytes: ClassVar[float] = 0  # of a model of Stable Diffusion 1.5's size, if it is large
 
     def recipe(self, settings: Settings) -> Any:
@@ -63,9 +62,13 @@ class Personalised(Technique):
         pipeline: Pipeline,
         requests: Sequence[Request],
         folders: Sequence[Path],
-        label: str | None,
+        label: str | None = None,
     ) -> None:
-        """Learn the model of each request and save it in its folder; ``label`` names progress."""
+        """Learn the model of each request and save it in its folder.
+
+        ``pipeline`` stays as it was; ``label`` names a progress bar. With mixed precision passes
+        are in half precision, weights in single precision.
+        """
         raise NotImplementedError
 
     def model_cost(self, settings: Settings) -> tuple[str, int]:
@@ -77,13 +80,7 @@ class Personalised(Technique):
         assert self.section is not None
         return f"{self.section[0]}.num_input_images", self.of(settings).num_input_images
 
-    def model(
-        self,
-        settings: Settings,
-        inputs: Sequence[np.ndarray],
-        draw: int,
-        class_images: Spec | None = None,
-    ) -> Spec:
+    def model(self, settings: Settings, inputs: Sequence[np.ndarray], draw: int) -> dict[str, Any]:
         """What determines a model: inputs, foundation, hyper-parameters."""
         unusual = self.unusual(settings)
         if settings.training_precision == "mixed":
@@ -95,17 +92,49 @@ class Personalised(Technique):
             "dtype": str(dtype_of(settings)),
             "settings": self.recipe(settings).model_dump(exclude=NOT_OF_THE_MODEL),
             "resolution": settings.sampling.resolution,
-            "class_images": digest(class_images) if class_images else None,
+            "class_images": None,
             "inputs": digests(inputs),
             "draw": draw,
             **unusual,
         }
 
+    def seed(self, request: Request) -> int:
+        """The seed that a request's model learns with."""
+        return int(digest(request.model or {})[:12], 16)
 
-def seed_of(request: Request) -> int:
-    """The seed that a request's model learns with."""
-    assert request.model is not None
-    return int(digest(request.model)[:12], 16)
+
+class NoisyLatents:
+    """Draws training examples for the U-Net from a few images, from a seed of its own."""
+
+    def __init__(
+        self, pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int, seed: int
+    ) -> None:
+        """Encode 8-bit RGB images (height, width, 3), resized to a square of ``resolution``."""
+        from diffusers import DDPMScheduler
+
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.scale = pipeline.vae.config.scaling_factor
+        self.mean, self.std = encode_images(pipeline, images, resolution)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and the target of the model's prediction."""
+        device, config = self.mean.device, self.scheduler.config
+
+        def normal() -> Tensor:
+            shape = (batch_size, *self.mean.shape[1:])
+            return torch.randn(shape, generator=self.generator).to(device)
+
+        def integers(below: int) -> Tensor:
+            return torch.randint(below, (batch_size,), generator=self.generator).to(device)
+
+        rows = integers(len(self.mean))
+        latents = self.scale * (self.mean[rows] + self.std[rows] * normal())
+        noise, timesteps = normal(), integers(config.num_train_timesteps)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        if config.prediction_type == "v_prediction":
+            return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, timesteps, noise
 
 
 @torch.no_grad()
@@ -113,54 +142,15 @@ def encode_images(
     pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of 8-bit RGB images, resized to a square."""
-    squares = [
-        np.asarray(
-            Image.fromarray(image).resize((resolution, resolution), Image.Resampling.BILINEAR)
-        )
-        for image in images
+    side, smooth = (resolution, resolution), Image.Resampling.BILINEAR
+    squares = [np.asarray(Image.fromarray(image).resize(side, smooth)) for image in images]
+    pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    encoded = [
+        pipeline.vae.encode(part.to(pipeline.device, pipeline.dtype)).latent_dist
+        for part in pixels.split(ENCODED_AT_ONCE)
     ]
-    levels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-    pixels = levels.float() / 127.5 - 1
-    means, deviations = [], []
-    for part in pixels.split(ENCODED_AT_ONCE):
-        latents = pipeline.vae.encode(part.to(pipeline.device, pipeline.dtype)).latent_dist
-        means.append(latents.mean.float())
-        deviations.append(latents.std.float())
+    means, deviations = [x.mean.float() for x in encoded], [x.std.float() for x in encoded]
     return torch.cat(means), torch.cat(deviations)
-
-
-class NoisyLatents:
-    """Draws training examples for the U-Net from a few encoded images, from a seed of its own."""
-
-    def __init__(
-        self,
-        latents: tuple[Tensor, Tensor],
-        scheduler: Any,
-        scale: float,
-        seed: int,
-    ) -> None:
-        self.mean, self.std = latents
-        self.scheduler, self.scale = scheduler, scale
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps and the target of the model's prediction."""
-
-        def normal() -> Tensor:
-            shape = (batch_size, *self.mean.shape[1:])
-            return torch.randn(shape, generator=self.generator).to(self.mean.device)
-
-        rows = torch.randint(len(self.mean), (batch_size,), generator=self.generator)
-        rows = rows.to(self.mean.device)
-        latents = self.scale * (self.mean[rows] + self.std[rows] * normal())
-        noise = normal()
-        timesteps = torch.randint(
-            self.scheduler.config.num_train_timesteps, (batch_size,), generator=self.generator
-        ).to(self.mean.device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
-        return noisy, timesteps, noise
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
@@ -169,14 +159,11 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> T
     return tokens.input_ids.to(device)
 
 
-class MixedPrecision:
-    """Passes in half precision where it is asked for; weights stay in single precision."""
+class Precision:
+    """Single precision, or mixed: passes in half precision and a loss that is scaled if need be."""
 
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self.half = half_precision(device) if enabled else None
-        self.device, self.enabled = device.type, enabled
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.half == torch.float16)
-
-    def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
-        return torch.autocast(self.device, self.half, enabled=self.enabled)
+    def __init__(self, settings: Settings) -> None:
+        mixed, device = settings.training_precision == "mixed", device_of(settings)
+        half = half_precision(device) if mixed else None
+        self.autocast = torch.autocast(device.type, half, enabled=mixed)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)

@@ -108,7 +108,8 @@ def grow(
 
             def make(part: Sequence[int]) -> Sequence[int]:
                 rows.update(_make_batch(spec, part, sampler(), folder, max_attempts))
-                _write_metadata(folder, rows)
+                lines = [rows[index] for index in sorted(rows)]
+                write_atomically(folder / "metadata.csv", partial(_write_rows, lines))
                 if progress:
                     progress.update(len(part))
                 return part
@@ -148,14 +149,11 @@ def _make_batch(
     )
 
 
-def _write_metadata(folder: Path, rows: dict[int, Row]) -> None:
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows[index] for index in sorted(rows))
-
-    write_atomically(folder / "metadata.csv", write)
+def _write_rows(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _file_name(index: int) -> str:
@@ -238,16 +236,15 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
         if request.model:
             store.record("models", store.folder(technique.name, request.model), [0], [])
     if technique.learns and kept:
-        _learn(study, technique, list(lacking.values()), pipeline, label)
+        _learn(study, list(lacking.values()), pipeline, label)
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
     batch = Batch(sampling.batch_size, "sampling.batch_size")
     pools: dict[int, Pool] = {}
 
     def personalised(request: Request) -> Pipeline:
-        if not request.model:
-            return technique.apply(pipeline(), None)
-        _learn(study, technique, [request], pipeline, None)  # unless it is there
-        return technique.apply(pipeline(), store.folder(technique.name, request.model))
+        if request.model:
+            _learn(study, [request], pipeline)  # unless it is there
+        return technique.apply(pipeline(), store.folder(technique.name, request.model or {}))
 
     def fill_group(key: str) -> None:
         first = requests[groups[key][0]]
@@ -278,32 +275,31 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
 
 def _learn(
     study: Study,
-    technique: Any,
     requests: Sequence[Request],
     pipeline: Callable[[], Pipeline],
-    label: str | None,
+    label: str | None = None,
 ) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
-    size, store = technique.at_once(study.settings), study.store
+    if not requests:
+        return
+    store, technique = study.store, requests[0].technique
+    size, shown = technique.at_once(study.settings), f"training: {label}" if label else None
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-    description = f"training: {label}" if label else None
-    with tqdm(total=len(parts), desc=description, disable=not (label and parts) or size > 1) as bar:
+    with tqdm(total=len(parts), desc=shown, disable=not shown or size > 1) as bar:
 
         def learn(number: int) -> None:
-            part = parts[number]
-
             def make(missing: list[int], folders: list[Path]) -> None:
-                chosen = [part[i] for i in missing]
-                technique.learn(study, pipeline(), chosen, folders, description)
+                chosen = [parts[number][i] for i in missing]
+                technique.learn(study, pipeline(), chosen, folders, shown)
                 for folder in folders:
                     store.record("models", folder.with_suffix(""), [0], [0])
 
-            store.get_all(technique.name, [request.model or {} for request in part], make)
+            store.get_all(technique.name, [request.model or {} for request in parts[number]], make)
             bar.update()
 
         if size == 1:
             in_parallel(study.settings, learn, range(len(parts)))
-        else:
+        else:  # one batch keeps all cores busy
             for number in range(len(parts)):
                 learn(number)
 
@@ -317,27 +313,26 @@ def denoising(study: Study, request: Request) -> np.ndarray:
     Returns:
         (steps, height, width, 3) 8-bit RGB.
     """
-    technique, prompt = request.technique, request.spec["prompt"]
+    technique, settings = request.technique, study.settings
 
     def make(folder: Path) -> None:
-        pipeline, frames = technique.load(study.settings), []
+        pipeline, frames = technique.load(settings), []
 
         def keep(pipeline: Pipeline, step: int, timestep: int, values: dict) -> dict:
             latents = values["latents"] / pipeline.vae.config.scaling_factor
             decoded = pipeline.vae.decode(latents, return_dict=False)[0]
-            [frame] = pipeline.image_processor.postprocess(decoded, output_type="np")
-            frames.append((frame * 255).round().astype(np.uint8))
+            frames.append(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
             return values
 
-        arguments = technique.arguments(study, request)
+        arguments, prompt = technique.arguments(study, request), request.spec["prompt"]
         sample = pipeline_sampler(
             pipeline,
             prompt,
-            technique.sampling(study.settings),
+            technique.sampling(settings),
             lambda some: {**arguments(some), "callback_on_step_end": keep},
         )
         sample([0], [image_seed(request.spec, 0, 0)])
-        np.save(folder / "frames.npy", np.stack(frames))
+        np.save(folder / "frames.npy", np.stack([np.asarray(frame) for frame in frames]))
 
     return np.load(study.store.get("denoising", request.spec, make) / "frames.npy")
 

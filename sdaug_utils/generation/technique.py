@@ -87,7 +87,7 @@ class Technique:
         resolution = study.settings.sampling.resolution
         return lambda indices: {"height": resolution, "width": resolution}
 
-    def apply(self, pipeline: Pipeline, folder: Path | None) -> Pipeline:
+    def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         """A pipeline to draw with, by what was learnt in ``folder``; ``pipeline`` stays."""
         return twin(pipeline)
 

@@ -39,17 +39,14 @@ class ControlNet(Technique):
     control: ClassVar[str]  # the parameter that names the model
 
     def sampling(self, settings: Settings) -> Sampling:
-        """With a ControlNet in steps of its own."""
         keys = {"num_inference_steps", "guidance_scale", "scheduler"}
         return settings.sampling.model_copy(update=self.of(settings).model_dump(include=keys))
 
     def models(self, settings: Settings) -> dict[str, tuple[str, str]]:
-        """The ControlNet."""
         name = getattr(self.of(settings), self.control)
         return {f"ControlNet ({self.control})": (name, f"controlnet-{self.control}")}
 
     def load(self, settings: Settings) -> Pipeline:
-        """The foundation's parts with the ControlNet."""
         import diffusers
 
         [model] = self.models(settings).values()
@@ -67,7 +64,6 @@ class ControlNet(Technique):
         raise NotImplementedError
 
     def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
-        """The images or trimaps that control images are made of, and the ControlNet."""
         own, [model] = self.of(study.settings), self.models(study.settings).values()
         scale, palette = own.conditioning_scale, {own.palette} - {"miniature"}
         return {
@@ -76,7 +72,6 @@ class ControlNet(Technique):
         }
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
-        """With a control image each."""
         train, settings = study.data.splits["train"], study.settings
         plain, rows = super().arguments(study, request), request.rows
         assert rows is not None
@@ -100,11 +95,9 @@ class Canny(ControlNet):
     colour, marker = "#8a5aa8", "h"
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
-        """Of the images."""
         return digests(train.images(rows))
 
     def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
-        """White edges on black."""
         return control.canny(train.load(row), settings.sampling.resolution)
 
 
@@ -116,10 +109,8 @@ class Segmentation(ControlNet):
     label, colour, marker = "ControlNet (segmentation)", "#8a5aa8", "h"
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
-        """Of the trimaps."""
         return digests([train.trimap(int(row)) for row in rows])
 
     def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
-        """Labels as colours."""
         resolution, palette = settings.sampling.resolution, self.of(settings).palette
         return control.segmentation_map(train.trimap(row), resolution, palette)

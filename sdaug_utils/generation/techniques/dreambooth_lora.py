@@ -35,20 +35,16 @@ class DreamBoothLoRA(DreamBooth):
     model_bytes: ClassVar = 0  # of a few megabytes
 
     def recipe(self, settings: Settings) -> DreamBoothSettings:
-        """DreamBooth's hyper-parameters but for rate and steps."""
         own = self.of(settings).model_dump(exclude={"rank"})
-        return super().recipe(settings).model_copy(update=own)
+        return settings.dreambooth.model_copy(update=own)
 
     def unusual(self, settings: Settings) -> dict[str, Any]:
-        """The rank determines a model, too."""
         return {"rank": self.of(settings).rank, **super().unusual(settings)}
 
     def keeps_models(self, settings: Settings) -> bool:
-        """Always: adapters are small."""
-        return True
+        return True  # adapters are small
 
     def unfreeze(self, settings: Settings, unet: torch.nn.Module, seed: int) -> None:
-        """Add adapters, which learn; the U-Net's own weights do not."""
         from peft import LoraConfig
 
         rank = self.of(settings).rank
@@ -60,16 +56,14 @@ class DreamBoothLoRA(DreamBooth):
                 if "lora_A" in name:
                     weight.copy_(torch.randn(weight.shape, generator=generator) / rank)
 
-    def save(self, pipeline: Pipeline, unet: torch.nn.Module, folder: Path) -> None:
-        """The adapters alone, as diffusers loads them."""
+    def save(self, pipeline: Pipeline, unet: Any, folder: Path) -> None:
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
 
-    def apply(self, pipeline: Pipeline, folder: Path | None) -> Pipeline:
-        """With the adapters in a copy of the U-Net."""
+    def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         adapted = twin(pipeline, unet=copy.deepcopy(pipeline.unet))
         # low_cpu_mem_usage patches all of torch for a moment: not where other threads are at work
         adapted.unet.load_lora_adapter(
