@@ -13,17 +13,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.evidence.metrics import (
-    Estimate,
-    contrast,
-    estimate,
-    paired_difference,
-    slope_weights,
-)
+from sdaug_utils.evidence import metrics
 from sdaug_utils.training.cells import SETTING, scores
 
 TABLES = Path(__file__).parent / "tables"
 OF_SUBJECTS = ("num_inputs", "input_set", "measure")
+NOTHING = metrics.Estimate(np.nan, np.nan, np.nan, 0, 0, 0)  # of what has no runs
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
 
 
@@ -135,20 +130,19 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
             raise NotRun(f"no run with {column} {missing}")
         rows = rows[rows[column].isin(values)]
     keys = [column for column in (*SETTING, *OF_SUBJECTS) if column in rows]
-    settings: list[tuple[dict[str, Any], pd.DataFrame]] = [
-        (dict(zip(keys, name, strict=True)), group) for name, group in rows.groupby(keys)
-    ]
-    if not settings:
+    groups = [group for _, group in rows.groupby(keys)]
+    if not groups:
         raise NotRun(f"no run of {selector}")
-    arrays = [scores(group) for _, group in settings]
+    arrays = [scores(group) for group in groups]
     if how == "mean":
         return [(1 / len(arrays), array) for array in arrays]
     if how == "best":
-        validation = [group["validation_score"].mean() for _, group in settings]
+        validation = [group["validation_score"].mean() for group in groups]
         return [(1.0, arrays[int(np.argmax(validation))])]
     kind, column = how.split(" over ")
     lines: dict[tuple[Any, ...], list[tuple[float, np.ndarray]]] = {}
-    for (setting, _), array in zip(settings, arrays, strict=True):
+    for group, array in zip(groups, arrays, strict=True):
+        setting = group.iloc[0]
         others = tuple(setting[key] for key in keys if key != column)
         x = np.log2(setting[column]) if kind == "slope" else setting[column]
         lines.setdefault(others, []).append((x, array))
@@ -156,28 +150,23 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
     for points in lines.values():
         if len(points) < 2:
             raise NotRun(f"a slope over {column} needs two points")
-        weights = slope_weights([x for x, _ in points]) / len(lines)
+        weights = metrics.slope_weights([x for x, _ in points]) / len(lines)
         weighted += [(w, array) for w, (_, array) in zip(weights, points, strict=True)]
     return weighted
 
 
-def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> Estimate:
+def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> metrics.Estimate:
     """The difference that decides a comparison: ``first`` minus ``second``, or a sum of ``terms``.
 
     Raises:
         NotRun: ``results`` lacks runs that it needs.
     """
-    selectors = comparison.get("terms") or [
-        {**comparison[key], "weight": weight}
-        for key, weight in (("first", 1), ("second", -1))
-        if key in comparison
+    signs = {"first": 1, "second": -1}
+    parts = comparison.get("terms") or [
+        {**comparison[key], "weight": sign} for key, sign in signs.items() if key in comparison
     ]
-    return contrast(
-        [
-            (selector["weight"] * weight, array)
-            for selector in selectors
-            for weight, array in terms(results, selector)
-        ]
+    return metrics.contrast(
+        [(part["weight"] * w, array) for part in parts for w, array in terms(results, part)]
     )
 
 
@@ -191,53 +180,45 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """
     rows = []
     for claim in read_claims(experiment):
-        differences: list[Estimate] = []
-        outcomes: list[Verdict] = []
+        parts, outcomes = [], []
         for comparison in claim["comparisons"]:
+            expect, margin = comparison["expect"], comparison.get("margin", 0.0)
+            outcome: Verdict = "not tested"
             try:
                 found = compared(results, comparison)
-                margin = comparison.get("margin", 0.0)
-                outcomes.append(verdict(found.low, found.high, comparison["expect"], margin))
+                outcome = verdict(found.low, found.high, expect, margin)
             except NotRun:
-                found = Estimate(np.nan, np.nan, np.nan, 0, 0, 0)
-                outcomes.append("not tested")
-            differences.append(found)
-        rows += [
-            {
-                **{key: claim[key] for key in ("id", "section", "claim")},
-                "comparison": f"{comparison['what']}: {_bound(comparison)}",
-                "difference": found.mean,
-                "low": found.low,
-                "high": found.high,
-                "num_draws": found.num_draws,
-                "num_runs": found.num_runs,
-                "num_test_images": found.num_images,
-                "comparison_verdict": outcome,
-                "verdict": all_of(outcomes),
-            }
-            for comparison, found, outcome in zip(
-                claim["comparisons"], differences, outcomes, strict=True
+                found = NOTHING
+            outcomes.append(outcome)
+            parts.append(
+                {
+                    **{key: claim[key] for key in ("id", "section", "claim")},
+                    "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
+                    "difference": found.mean,
+                    "low": found.low,
+                    "high": found.high,
+                    "num_draws": found.num_draws,
+                    "num_runs": found.num_runs,
+                    "num_test_images": found.num_images,
+                    "comparison_verdict": outcome,
+                }
             )
-        ]
+        rows += [{**part, "verdict": all_of(outcomes)} for part in parts]
     return pd.DataFrame(rows)
 
 
-def _bound(comparison: dict[str, Any]) -> str:
-    expect, points = comparison["expect"], f"{100 * comparison.get('margin', 0.0):g} points"
-    if expect in ("above", "below") or points == "0 points":
+def _bound(expect: Expectation, margin: float) -> str:
+    if expect in ("above", "below") or margin == 0:
         return f"{expect} 0"
-    return {"within": f"within ± {points}", "between": f"between 0 and {points}"}.get(
-        expect, f"{expect} {points}"
-    )
+    start = {"within": "within ±", "between": "between 0 and"}.get(expect, expect)
+    return f"{start} {100 * margin:g} points"
 
 
-def _gain(prefix: str, change: Estimate) -> dict[str, float]:
-    """A difference of scores in absolute points, with its 95 % interval, as columns of a table."""
-    names = [f"{prefix}points{end}" for end in ("", "_low", "_high")]
-    return {
-        name: 100 * value
-        for name, value in zip(names, (change.mean, change.low, change.high), strict=True)
-    }
+def _gain(prefix: str, first: np.ndarray, second: np.ndarray | None) -> dict[str, float]:
+    """A paired difference in absolute points, with its 95 % interval, as columns of a table."""
+    change = NOTHING if second is None else metrics.paired_difference(first, second)
+    ends = {"points": change.mean, "points_low": change.low, "points_high": change.high}
+    return {prefix + name: 100 * value for name, value in ends.items()}
 
 
 def _published_gain(prefix: str, value: float, baseline: float) -> dict[str, float]:
@@ -255,9 +236,7 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
     rows, gains = [], []
     for protocol in ("published", "controlled"):
         runs = results[results["protocol"] == protocol]
-        first, second = (
-            scores(runs, arm=name).mean(axis=1, keepdims=True) for name in (arm, "baseline")
-        )
+        first, second = (scores(runs, arm=x).mean(axis=1, keepdims=True) for x in (arm, "baseline"))
         gains.append(first - second)
         updates = runs.groupby("arm")["num_updates"].mean()
         rows.append(
@@ -267,11 +246,11 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
                 "baseline_accuracy": second.mean(),
                 "updates": updates[arm],
                 "accuracy": first.mean(),
-                **_gain("gain_", estimate(gains[-1])),
+                **_gain("gain_", first, second),
             }
         )
-    difference = _gain("gain_", estimate(gains[0] - gains[1]))
-    return pd.DataFrame([*rows, {"protocol": "published − controlled", **difference}])
+    rows.append({"protocol": "published − controlled", **_gain("gain_", *gains)})
+    return pd.DataFrame(rows)
 
 
 def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> pd.DataFrame:
@@ -283,31 +262,30 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
     ``dataset``; None leaves them out.
     """
     theirs, rows = _published_values(dataset or ""), []
+    keys = ["task", "arm", "real_percent", "synthetic_per_class"]
     setting: Any
-    for setting, group in results.groupby(
-        ["task", "arm", "real_percent", "synthetic_per_class"], sort=False
-    ):
+    for setting, group in results.groupby(keys, sort=False):
         task, arm, percent, count = setting
-        values = scores(group)
-        score, value = estimate(values), theirs.get((task, arm, percent, count), np.nan)
-        base_value = theirs.get((task, "baseline", percent, 0), np.nan) if percent else np.nan
-        gain, relative = Estimate(np.nan, np.nan, np.nan, 0, 0, 0), np.nan
+        published, published_base = theirs.get(setting, np.nan), np.nan
+        values, baseline = scores(group), None
         if percent > 0:
+            published_base = theirs.get((task, "baseline", percent, 0), np.nan)
             baseline = scores(results, arm="baseline", real_percent=percent)
-            gain = paired_difference(values, baseline)
-            relative = 100 * gain.mean / baseline.mean()
+        score, gain = metrics.estimate(values), _gain("gain_", values, baseline)
         rows.append(
             {
                 "arm": arm,
                 "real_percent": percent,
                 "synthetic_per_class": count,
-                "published": value,
-                **_published_gain("published_gain_", value, base_value),
+                "published": published,
+                **_published_gain("published_gain_", published, published_base),
                 "score": score.mean,
                 "score_low": score.low,
                 "score_high": score.high,
-                **_gain("gain_", gain),
-                "gain_relative": relative,
+                **gain,
+                "gain_relative": np.nan
+                if baseline is None
+                else gain["gain_points"] / baseline.mean(),
                 "num_draws": score.num_draws,
                 "num_seeds": score.num_runs // score.num_draws,
                 "num_test_images": score.num_images,
@@ -344,21 +322,21 @@ def combinations(results: pd.DataFrame, augmentation: str) -> pd.DataFrame:
     chosen = results[results["augmentation"] == augmentation]
     for (technique, percent, count), group in chosen.groupby(keys, sort=False):
         setting = {"real_percent": percent, "synthetic_per_class": count}
-        without = scores(results, arm=technique, **setting)
-        change = paired_difference(scores(group), without)
         before, after = (
             theirs.get(("classification", name, percent, count), np.nan)
             for name in (technique, f"{technique}+{augmentation}")
         )
+        with_it, without = scores(group), scores(results, arm=technique, **setting)
+        change = _gain("", with_it, without)
         rows.append(
             {
                 "technique": technique,
                 **setting,
                 **_published_gain("published_", after, before),
                 "without": without.mean(),
-                "with": scores(group).mean(),
-                **_gain("", change),
-                "relative": 100 * change.mean / without.mean(),
+                "with": with_it.mean(),
+                **change,
+                "relative": change["points"] / without.mean(),
             }
         )
     return pd.DataFrame(rows)
