@@ -8,21 +8,13 @@ import ast
 import json
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from sdaug_utils.errors import InputError
@@ -31,23 +23,16 @@ from sdaug_utils.registry import techniques
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
 
-def _registered(name: str) -> str:
-    return _among(name, list(techniques()))
-
-
-def _that_learns(name: str) -> str:
-    return _among(name, [known for known, technique in techniques().items() if technique.learns])
-
-
-def _among(name: str, names: list[str]) -> str:
+def _technique(name: str, learns: bool = False) -> str:
+    names = [known for known, one in techniques().items() if one.learns or not learns]
     if name not in names:
         listed = ", ".join(map(repr, names))
         raise PydanticCustomError("technique", "Input should be {names}", {"names": listed})
     return name
 
 
-Technique = Annotated[str, AfterValidator(_registered)]
-Personalisation = Annotated[str, AfterValidator(_that_learns)]
+Technique = Annotated[str, AfterValidator(_technique)]
+Personalisation = Annotated[str, AfterValidator(partial(_technique, learns=True))]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment"]
 Protocol = Literal["published", "controlled"]
@@ -61,7 +46,7 @@ Counts = Annotated[list[Count], Field(min_length=1)]
 class Parameters(BaseModel):
     """A model that refuses unknown keys, and lists in which a value comes twice."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*")
     @classmethod
@@ -141,7 +126,7 @@ class Data(Parameters):
     folder: str | None = None
     download: bool = False
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _photographs_have_a_folder(self) -> "Data":
         if (self.folder is None) != (self.name in ("fashion-mnist", "digits")):
             raise ValueError("folder: needed for data sets of photographs, and for them alone")
@@ -271,11 +256,8 @@ class Segmentation(Runs):
     synthetic_percents: dict[Percent, Counts] = Field(min_length=1)  # of the real images
 
 
-class SecondDomain(Runs):
+class SecondDomain(GenerationPercentage):
     """Experiment 09 (thesis, section 4.3.9)."""
-
-    techniques: list[Technique] = Field(min_length=1)
-    synthetic_per_class: dict[Percent, Counts] = Field(min_length=1)  # by real %
 
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
@@ -296,20 +278,15 @@ def domain_of(notebook: str) -> Domain:
     return "second" if EXPERIMENTS[notebook] is SecondDomain else "main"
 
 
-def profiles() -> list[str]:
-    """Names of the profiles that have a file."""
-    return sorted(path.stem for path in PARAMS_FOLDER.glob("*.yaml"))
-
-
 def read_profile(profile: str) -> dict[str, Any]:
     """The sections of ``params/<profile>.yaml``, unchecked but for their names.
 
-    Raises:
-        InputError: no such profile, no YAML, or a section that is no notebook's.
+    An InputError says that there is no such profile, no YAML, or a section that is no notebook's.
     """
     path = PARAMS_FOLDER / f"{profile}.yaml"
     if not path.exists():
-        raise InputError(f"profile '{profile}' is unknown: choose from {', '.join(profiles())}")
+        known = ", ".join(sorted(file.stem for file in PARAMS_FOLDER.glob("*.yaml")))
+        raise InputError(f"profile '{profile}' is unknown: choose from {known}")
     try:
         sections = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -329,10 +306,8 @@ def load_settings(profile: str) -> Settings:
     """The checked section ``common`` of a profile.
 
     The environment's ``SDAUG_DATASET``, if it is set, is a folder of class folders that takes the
-    place of the main data set.
-
-    Raises:
-        InputError: unknown profile; unknown, missing or ill-typed key.
+    place of the main data set. An InputError names an unknown profile, or an unknown, missing or
+    ill-typed key.
     """
     values = read_profile(profile)["common"]
     if (own := os.environ.get("SDAUG_DATASET")) and isinstance(values.get("data"), dict):
@@ -350,7 +325,7 @@ def _settings() -> type[Settings]:
             name, model = technique.section
             required = any(field.is_required() for field in model.model_fields.values())
             sections[name] = (model, ... if required else model())
-    return create_model("Settings", __base__=Settings, **sections)
+    return pydantic.create_model("Settings", __base__=Settings, **sections)
 
 
 def overrides(profile: str, notebook: str) -> dict[str, Any]:
@@ -361,8 +336,7 @@ def overrides(profile: str, notebook: str) -> dict[str, Any]:
 def parameters_cell(path: Path) -> dict[str, Any]:
     """The values that a notebook's cell tagged ``parameters`` assigns, without running it.
 
-    Raises:
-        InputError: there is no such cell, or it holds more than plain assignments.
+    An InputError says that there is no such cell, or that it holds more than plain assignments.
     """
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
@@ -370,17 +344,15 @@ def parameters_cell(path: Path) -> dict[str, Any]:
                 source: list[Any] = ast.parse("".join(cell["source"])).body
                 return {line.targets[0].id: ast.literal_eval(line.value) for line in source}
             except (AttributeError, SyntaxError, ValueError) as error:
-                raise InputError(
-                    f"{path}: parameters cell: only 'name = value': {error}"
-                ) from error
+                message = f"{path}: parameters cell: only 'name = value': {error}"
+                raise InputError(message) from error
     raise InputError(f"{path}: no cell is tagged 'parameters'")
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
     """Check the values of a notebook's ``parameters`` cell against its model in ``EXPERIMENTS``.
 
-    Raises:
-        InputError: unknown, missing or ill-typed parameter.
+    An InputError names an unknown, missing or ill-typed parameter.
     """
     return _checked(EXPERIMENTS[notebook], values, f"notebooks/{notebook}.ipynb")
 
@@ -417,22 +389,14 @@ def _assigned(source: str) -> Iterator[str]:
             yield line.target.id
 
 
-Model = TypeVar("Model", bound=Parameters)
-
-
-def _checked(model: type[Model], values: dict[str, Any], where: str) -> Model:
+def _checked(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     try:
         return model.model_validate(values)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"]
+        location, message = [str(part) for part in first["loc"]], first["msg"]
         if first["type"] == "extra_forbidden":
-            message = f"unknown; valid keys are {', '.join(_siblings(model, first['loc']))}"
-        raise InputError(f"{where}: {key}: {message}") from error
-
-
-def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
+            for part in location[:-1]:
+                model = model.model_fields[part].annotation  # type: ignore[assignment]
+            message = f"unknown; valid keys are {', '.join(model.model_fields)}"
+        raise InputError(f"{where}: {'.'.join(location)}: {message}") from error
