@@ -72,7 +72,7 @@ def arms(study: Study, p: params.Runs) -> list[Arm]:
             counts = [(percent, [p.synthetic_per_class]) for percent in p.real_percents]
             real = baselines(p.real_percents, p.augmentations)
             return real + synthetic(p.techniques, counts)
-        case params.GenerationPercentage() | params.SecondDomain():
+        case params.GenerationPercentage():  # and experiment 09
             counts = list(p.synthetic_per_class.items())
             return baselines(p.synthetic_per_class) + synthetic(p.techniques, counts)
         case params.AllGenerated():

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -281,7 +281,8 @@ def domain_of(notebook: str) -> Domain:
 def read_profile(profile: str) -> dict[str, Any]:
     """The sections of ``params/<profile>.yaml``, unchecked but for their names.
 
-    An InputError says that there is no such profile, no YAML, or a section that is no notebook's.
+    Raises:
+        InputError: no such profile, no YAML, or a section that is no notebook's.
     """
     path = PARAMS_FOLDER / f"{profile}.yaml"
     if not path.exists():
@@ -306,8 +307,10 @@ def load_settings(profile: str) -> Settings:
     """The checked section ``common`` of a profile.
 
     The environment's ``SDAUG_DATASET``, if it is set, is a folder of class folders that takes the
-    place of the main data set. An InputError names an unknown profile, or an unknown, missing or
-    ill-typed key.
+    place of the main data set.
+
+    Raises:
+        InputError: unknown profile; unknown, missing or ill-typed key.
     """
     values = read_profile(profile)["common"]
     if (own := os.environ.get("SDAUG_DATASET")) and isinstance(values.get("data"), dict):
@@ -336,7 +339,8 @@ def overrides(profile: str, notebook: str) -> dict[str, Any]:
 def parameters_cell(path: Path) -> dict[str, Any]:
     """The values that a notebook's cell tagged ``parameters`` assigns, without running it.
 
-    An InputError says that there is no such cell, or that it holds more than plain assignments.
+    Raises:
+        InputError: there is no such cell, or it holds more than plain assignments.
     """
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
@@ -352,7 +356,8 @@ def parameters_cell(path: Path) -> dict[str, Any]:
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
     """Check the values of a notebook's ``parameters`` cell against its model in ``EXPERIMENTS``.
 
-    An InputError names an unknown, missing or ill-typed parameter.
+    Raises:
+        InputError: unknown, missing or ill-typed parameter.
     """
     return _checked(EXPERIMENTS[notebook], values, f"notebooks/{notebook}.ipynb")
 
@@ -396,7 +401,9 @@ def _checked(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
         first = error.errors()[0]
         location, message = [str(part) for part in first["loc"]], first["msg"]
         if first["type"] == "extra_forbidden":
+            kind: Any = model
             for part in location[:-1]:
-                model = model.model_fields[part].annotation  # type: ignore[assignment]
-            message = f"unknown; valid keys are {', '.join(model.model_fields)}"
+                by_name = get_args(kind)  # of a dictionary: the key's type and the value's
+                kind = by_name[1] if by_name else kind.model_fields[part].annotation
+            message = f"unknown; valid keys are {', '.join(kind.model_fields)}"
         raise InputError(f"{where}: {'.'.join(location)}: {message}") from error

@@ -52,6 +52,11 @@ def test_an_unknown_profile_lists_the_known():
         ("num_class_images: 4", "num_class_images: 0", "num_class_images must be positive"),
         ("train: 20", "train: 0", "train: Input should be greater than or equal to 1"),
         ("[trouser, bag]", "[bag, bag]", "classes: .*a value comes twice"),
+        (
+            "      classes:",
+            "      x: 1\n      classes:",
+            r"data\.main\.x: unknown; valid keys are name",
+        ),
     ],
 )
 def test_bad_profiles_are_refused_in_one_line(profile_folder, old, new, message):
