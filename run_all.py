@@ -125,14 +125,12 @@ def require_models(settings: params.Settings) -> None:
     Raises:
         InputError: one is missing or corrupt.
     """
+    from sdaug_utils import plan
     from sdaug_utils.generation import foundation
-    from sdaug_utils.registry import techniques
     from sdaug_utils.training import features
 
-    foundation.revision(settings.foundation)
-    for technique in techniques().values():
-        for model in technique.models(settings).values():
-            foundation.revision(*model)
+    for model in plan.models(settings):
+        foundation.revision(*model)
     for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
         if backbone != "efficientnet-lite0":  # whose weights come with the packages
             features.load_backbone(backbone)

@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sdaug_utils import experiments, params
-from sdaug_utils.data import photos
-from sdaug_utils.data.datasets import restricted
+from sdaug_utils.data import datasets, photos
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import subjects
 from sdaug_utils.evidence.claims import TABLES
@@ -18,7 +17,7 @@ from sdaug_utils.generation.foundation import revision
 from sdaug_utils.generation.personalisation import Personalised
 from sdaug_utils.generation.pools import read_pool
 from sdaug_utils.generation.technique import Request, technique_requests
-from sdaug_utils.params import Domain, Settings
+from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store, digest
 from sdaug_utils.study import Study, open_study
@@ -70,19 +69,17 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
     """
     root, rest = study.store.root, Needs()
     for key, indices in wanted.images.items():
-        new = indices - done.images.get(key, set())
+        request, new = wanted.requests[key], indices - done.images.get(key, set())
         new -= set(read_pool(root / "pools" / key, sorted(new), decode=False))
-        rest.images[key], rest.requests[key] = new, wanted.requests[key]
-        if new and (model := wanted.requests[key].model):
-            technique, name = wanted.requests[key].technique, digest(model)
+        rest.images[key], rest.requests[key] = new, request
+        if new and request.model:
+            technique, name = request.technique, digest(request.model)
             there = name in done.models or (root / technique.name / name).exists()
             if not (there and technique.keeps_models(study.settings)):
                 rest.models[name] = technique
-    rest.runs = {
-        key: cell
-        for key, cell in wanted.runs.items()
-        if key not in done.runs and not (root / "cells" / key).exists()
-    }
+    for key, cell in wanted.runs.items():
+        if key not in done.runs and not (root / "cells" / key).exists():
+            rest.runs[key] = cell
     return rest
 
 
@@ -105,7 +102,13 @@ def is_at_scale(settings: Settings) -> bool:
     return settings.sampling.resolution >= 256
 
 
-def planned(profile: str, domain: Domain = "main") -> tuple[Study, list[str]]:
+def models(settings: Settings) -> list[tuple[str, str]]:
+    """Name and part of all models that a profile names: the foundation and what goes with it."""
+    beside = [technique.models(settings).values() for technique in techniques().values()]
+    return [(settings.foundation, ""), *(model for each in beside for model in each)]
+
+
+def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
     """A study to plan with, and what of it is not here yet.
 
     In the place of absent models stand others, whose images are not in the store either; in the
@@ -115,34 +118,30 @@ def planned(profile: str, domain: Domain = "main") -> tuple[Study, list[str]]:
         InputError: as :func:`open_study`; the data are not here and their sizes are not known.
     """
     settings, absent = params.load_settings(profile), []
+    for name, part in models(settings):
+        try:
+            revision(name, part)
+        except InputError:
+            absent.append(name)
     changes: dict[str, Any] = {}
+    for key, value in settings:
+        if value in absent:
+            changes[key] = "miniature"
+        elif isinstance(value, params.Parameters):
+            here = {own: "miniature" for own, name in value if name in absent}
+            changes[key] = value.model_copy(update=here)
     if is_at_scale(settings) and settings.device == settings.precision == "auto":
         changes["precision"] = "float16"  # the GPU host's, though the plan be made elsewhere
-    try:
-        revision(settings.foundation)
-    except InputError:
-        absent.append(settings.foundation)
-        changes["foundation"] = "miniature"
-    for technique in techniques().values():
-        for name, part in technique.models(settings).values():
-            try:
-                revision(name, part)
-            except InputError:
-                absent.append(name)
-                section, own = technique.section[0], technique.of(settings)
-                here = {key: "miniature" for key, value in own if value == name}
-                changes[section] = changes.get(section, own).model_copy(update=here)
     chosen = settings.data[domain]
     try:
-        study = open_study(profile, domain=domain, download=False)
+        data = open_study(profile, domain=domain, download=False).data
     except InputError:
         if chosen.name not in photos.SIZES:
             raise
         absent.append(chosen.name)
         whole = photos.stand_in(chosen.name)
-        data = restricted(whole, chosen.classes, chosen.max_images_per_class)
-        study = Study(profile, settings, data, Store())
-    return Study(profile, settings.model_copy(update=changes), study.data, study.store), absent
+        data = datasets.restricted(whole, chosen.classes, chosen.max_images_per_class)
+    return Study(profile, settings.model_copy(update=changes), data, Store()), absent
 
 
 def needs(study: Study, p: params.Experiment) -> Needs:
@@ -156,12 +155,8 @@ def needs(study: Study, p: params.Experiment) -> Needs:
         total.unshared = total.counts()[0]
         return total
     assert isinstance(p, params.Runs)
-    every = experiments.cells(study, p)
-    if isinstance(p, params.TrainingPercentage):
-        for protocol in ("published", "controlled"):
-            every += experiments.protocol_cells(p, protocol)
     asked, settings = set(), set()
-    for cell in every:
+    for cell in experiments.every_cell(study, p):
         total.runs[digest(cells.spec(study, cell))] = cell
         if cell.technique:
             settings.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
@@ -191,11 +186,11 @@ def gibibytes(study: Study, wanted: Needs) -> float:
     """Disk that what is wanted takes: images, kept or passing models, features."""
     settings = study.settings
     size = wanted.counts()[0] * PNG_BYTES * settings.sampling.resolution**2
-    if is_at_scale(settings):
-        kept = [t.model_bytes for t in wanted.models.values() if t.keeps_models(settings)]
-        passing = [t.model_bytes for t in wanted.models.values() if not t.keeps_models(settings)]
-        size += sum(kept) + max(passing, default=0)
     size += _views(study, wanted) * 1280 * 4
+    if is_at_scale(settings):
+        every = wanted.models.values()
+        size += sum(t.model_bytes for t in every if t.keeps_models(settings))
+        size += max((t.model_bytes for t in every if not t.keeps_models(settings)), default=0)
     return size / GIB
 
 
@@ -211,17 +206,16 @@ def thesis_hours(experiment: str) -> float:
 
 def _views(study: Study, wanted: Needs) -> int:
     """How many features: each image once, and each augmented view of it."""
-    views = study.settings.classifier.controlled.num_views
-    real = sum(len(split) for split in study.data.splits.values()) if wanted.runs else 0
-    total = real + wanted.counts()[0]
+    total, views = wanted.counts()[0], study.settings.classifier.controlled.num_views
+    if wanted.runs:
+        total += sum(map(len, study.data.splits.values()))
     train, classes = len(study.data.splits["train"]), len(study.data.class_names)
     largest: dict[tuple[Any, ...], int] = {}
     for cell in wanted.runs.values():
         if cell.augmentation != "none" and cell.protocol == "controlled":
             largest[cell.augmentation, None, 0] = train
             key = (cell.augmentation, cell.technique, cell.draw)
-            count = classes * cell.synthetic_per_class
-            largest[key] = max(largest.get(key, 0), count)
+            largest[key] = max(largest.get(key, 0), classes * cell.synthetic_per_class)
     return total + views * sum(largest.values())
 
 
