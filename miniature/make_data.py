@@ -6,7 +6,7 @@ The folder holds the four idx files: Debian's package ``dataset-fashion-mnist`` 
 /usr/share/datasets/fashion-mnist, and ``torchvision.datasets.FashionMNIST(root, download=True)``
 into ``root/FashionMNIST/raw``. One sheet per split: a row of 28x28 tiles per class. The draw is
 seeded and Pillow is pinned, so the files come out bit for bit; ``SHA256SUMS`` is written beside
-them and checked by ``sdaug_utils.datasets`` whenever they are read.
+them and checked by ``sdaug_utils.data.datasets`` whenever they are read.
 """
 
 import argparse
