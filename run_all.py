@@ -440,7 +440,7 @@ def main() -> int:
     if arguments.dry_run or arguments.download_only:
         return 0
     reports = execute_all(jobs, output, arguments.profile, arguments.keep_going)
-    used = set[str]().union(*(report.artefacts for report in reports))
+    used = set[str]().union(*(each.artefacts for each in reports))
     root = store.Store().root
     report.write_tables(arguments.profile, [root / artefact for artefact in used])
     print_summary(reports, arguments.profile)

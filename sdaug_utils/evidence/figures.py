@@ -17,11 +17,11 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import note
 
 DEFAULT_FOLDER = Path(__file__).parents[2] / "figures"
-TABLES = Path(__file__).parent / "tables"
 REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),

@@ -100,7 +100,7 @@ class Personalised(Technique):
 
     def seed(self, request: Request) -> int:
         """The seed that a request's model learns with."""
-        return int(digest(request.model or {})[:12], 16)
+        return int(digest(request.model)[:12], 16)
 
 
 class NoisyLatents:

@@ -244,7 +244,7 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
     def personalised(request: Request) -> Pipeline:
         if request.model:
             _learn(study, [request], pipeline)  # unless it is there
-        return technique.apply(pipeline(), store.folder(technique.name, request.model or {}))
+        return technique.apply(pipeline(), store.folder(technique.name, request.model))
 
     def fill_group(key: str) -> None:
         first = requests[groups[key][0]]
@@ -294,7 +294,7 @@ def _learn(
                 for folder in folders:
                     store.record("models", folder.with_suffix(""), [0], [0])
 
-            store.get_all(technique.name, [request.model or {} for request in parts[number]], make)
+            store.get_all(technique.name, [request.model for request in parts[number]], make)
             bar.update()
 
         if size == 1:
@@ -340,7 +340,6 @@ def denoising(study: Study, request: Request) -> np.ndarray:
 @contextmanager
 def _passing(store: Store, request: Request) -> Iterator[None]:
     """Keep a request's model for as long as one process uses it, then delete it."""
-    assert request.model is not None
     with store.lock("passing-models", request.model):
         yield
         store.drop(request.technique.name, request.model)

@@ -1,5 +1,6 @@
 """What a technique is, and what a pool of its images is made from."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,9 @@ class Request:
     spec: dict[str, Any]
     indices: Sequence[int]
     technique: Any  # an instance of Technique
-    model: Spec | None = None  # what determines the personalised model, if there is one
-    inputs: Sequence[np.ndarray] = ()  # real images that it learns from
-    rows: np.ndarray | None = None  # of the train split, which image 0, 1, ... follow in turn
+    model: Spec  # what determines the personalised model; empty if there is none
+    inputs: Sequence[np.ndarray]  # real images that it learns from
+    rows: np.ndarray | None  # of the train split, which image 0, 1, ... follow in turn
 
     @property
     def followed(self) -> tuple[int, ...]:
@@ -97,8 +98,6 @@ def twin(pipeline: Pipeline, **parts: Any) -> Pipeline:
 
     So several may work at the same time.
     """
-    import copy
-
     scheduler = copy.deepcopy(pipeline.scheduler)
     every = pipeline.components | {"scheduler": scheduler} | parts
     made = type(pipeline)(**every, requires_safety_checker=False)
@@ -150,7 +149,7 @@ def request(
         rows: of the train split, which the images follow in turn.
     """
     settings = study.settings
-    model = technique.model(settings, inputs, draw) if technique.learns else None
+    model = technique.model(settings, inputs, draw) if technique.learns else {}
     spec = pool_spec(
         settings,
         technique.name,

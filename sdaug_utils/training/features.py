@@ -128,8 +128,9 @@ def image_features(
     if not found.keys() >= set(keys):
         with study.store.lock("features", *specs.values()):
             found = _read(study, specs)  # another process may have made what was missing
-            first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in found}
-            missing, per_slab = sorted(first.values()), max(1, SLAB // num_views)
+            _, first = np.unique(keys, return_index=True)  # an image that comes twice counts once
+            missing = [int(i) for i in np.sort(first) if keys[i] not in found]
+            per_slab = max(1, SLAB // num_views)
             for start in range(0, len(missing), per_slab):
                 some = missing[start : start + per_slab]
                 vectors = _compute(study, images, keys, augmentation, num_views, some)

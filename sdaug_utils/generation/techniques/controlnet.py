@@ -78,13 +78,12 @@ class ControlNet(Technique):
         made = [self.control_image(settings, train, int(row)) for row in rows]
         controls = [Image.fromarray(image) for image in made]
         scale = self.of(settings).conditioning_scale
-        return lambda indices: (
-            plain(indices)
-            | {
-                "image": [controls[i % len(controls)] for i in indices],
-                "controlnet_conditioning_scale": scale,
-            }
-        )
+
+        def following(indices: Sequence[int]) -> dict[str, Any]:
+            images = [controls[i % len(controls)] for i in indices]
+            return {**plain(indices), "image": images, "controlnet_conditioning_scale": scale}
+
+        return following
 
 
 @register

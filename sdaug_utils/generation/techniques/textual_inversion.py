@@ -99,8 +99,8 @@ class TextualInversion(Personalised):
             for request, seed in zip(requests, seeds, strict=True)
         ]
         templates = [np.random.default_rng(seed) for seed in seeds]
-        tokenizer, text_encoder, first = self._with_tokens(pipeline, settings, len(requests))
         placeholders = [f"<subject-{number}>" for number in range(len(requests))]
+        tokenizer, text_encoder, first = self._with_tokens(pipeline, settings, placeholders)
         table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
         original = table.detach()[:first].clone()
         unet = copy.deepcopy(pipeline.unet).float().requires_grad_(False)
@@ -128,10 +128,12 @@ class TextualInversion(Personalised):
                 table[:first] = original
         return table.detach()[first:].cpu()
 
-    def _with_tokens(self, pipeline: Pipeline, settings: Any, number: int) -> tuple[Any, Any, int]:
+    def _with_tokens(
+        self, pipeline: Pipeline, settings: Any, tokens: list[str]
+    ) -> tuple[Any, Any, int]:
         """Copies of tokenizer and text encoder with new tokens, and the id of the first of them."""
         tokenizer = copy.deepcopy(pipeline.tokenizer)
-        text_encoder = copy.deepcopy(pipeline.text_encoder).float().requires_grad_(False)
+        text_encoder = copy.deepcopy(pipeline.text_encoder).float()
         initial = tokenizer.encode(settings.initializer_token, add_special_tokens=False)
         if len(initial) != 1:
             raise InputError(
@@ -140,7 +142,7 @@ class TextualInversion(Personalised):
                 "common noun"
             )
         first = len(tokenizer)
-        tokenizer.add_tokens([f"<subject-{i}>" for i in range(number)])
+        tokenizer.add_tokens(tokens)
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         text_encoder.requires_grad_(False)
         with torch.no_grad():
