@@ -4,11 +4,13 @@
     python run_all.py                         all notebooks, miniature profile
     python run_all.py --only 03 06            some of them
     python run_all.py --dry-run               what they need and how long it takes; starts nothing
+    python run_all.py --force                 what is up to date, too
     python run_all.py --profile thesis --dataset FOLDER    on one's own images
 
-All parameters of all notebooks are checked before the first one starts. A notebook that fails does
-not stop the others, unless --no-keep-going says so: it is kept as far as it came, and the run ends
-with exit code 1.
+All parameters of all notebooks are checked before the first one starts. An executed notebook is an
+artefact like any other: with the same code, settings, data and images it is not run again. One
+that fails does not stop the others, unless --no-keep-going says so: it is kept as far as it came,
+and the run ends with exit code 1.
 """
 
 import argparse
@@ -19,8 +21,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,9 @@ from sdaug_utils.errors import InputError
 
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
+MODULE, SOURCES = ROOT / "sdaug_utils", {".py", ".yaml", ".json", ".csv"}
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
-NOTHING = dict.fromkeys(KINDS, 0)
+FINE = ("ok", "up to date")
 
 
 @dataclass
@@ -42,6 +46,27 @@ class Job:
     study: Any
     parameters: Any
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Everything that determines what comes of it, but for the images and runs that it uses."""
+        import nbformat
+
+        from sdaug_utils import plan
+        from sdaug_utils.generation import foundation
+        from sdaug_utils.training.cells import data_digest
+
+        settings = self.study.settings
+        files = [Path(__file__), *sorted(p for p in MODULE.rglob("*") if p.suffix in SOURCES)]
+        return {
+            "notebook": self.path.stem,
+            "code": source_digest(nbformat.read(self.path, as_version=4)),
+            "module": store.digest_of("".join(map(store.file_digest, files)).encode()),
+            "parameters": self.parameters.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json"),
+            "data": data_digest(self.study, "Segmentation" in type(self.parameters).__name__),
+            "models": [foundation.revision(*model) for model in plan.models(settings)],
+        }
+
 
 @dataclass
 class Report:
@@ -52,9 +77,9 @@ class Report:
     minutes: float
     figures: list[str]
     where: Path
-    made: dict[str, int]  # by kind
-    reused: dict[str, int]
-    artefacts: set[str]  # of the store, that it used
+    used: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Items of each artefact of the store that it used, by kind."""
+    made: dict[str, int] = field(default_factory=dict)  # how many of them, by kind
 
 
 def chosen_notebooks(only: list[str] | None) -> list[Path]:
@@ -89,7 +114,6 @@ def check(
     A dry check downloads nothing: what is not here yet is planned for by its published size.
     """
     from sdaug_utils import experiments, plan, study
-    from sdaug_utils.evidence import figures
 
     jobs: list[Job] = []
     opened: dict[str, study.Study] = {}
@@ -114,7 +138,7 @@ def check(
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not dry:
         require_models(params.load_settings(profile))
-    for folder in (output, figures.folder(profile)):
+    for folder in (output, study.figures_folder(profile)):
         store.require_writable(folder)
     return jobs
 
@@ -170,18 +194,18 @@ class Kernel:
 
 
 def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Report:
-    """Run one notebook and say what became of it."""
+    """Run one notebook and say what became of it; what went well is kept in the store."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from sdaug_utils.evidence import figures
+    from sdaug_utils.study import figures_folder
 
-    path, folder = job.path, figures.folder(profile)
+    path, folder = job.path, figures_folder(profile)
     target, began, status = output / path.name, time.time(), "ok"
     target.unlink(missing_ok=True)
     (folder / f"verdicts-{path.stem[:2]}.csv").unlink(missing_ok=True)
     if kernel is None:
-        return Report(path.stem, "failed: no kernel", 0, [], target, NOTHING, NOTHING, set())
+        return Report(path.stem, "failed: no kernel", 0, [], target)
     try:
         papermill.execute_notebook(
             path, target, job.overrides, cwd=NOTEBOOKS, progress_bar=False, km=kernel.manager
@@ -190,30 +214,88 @@ def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Repo
         status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run
         status = f"failed: {type(error).__name__}: {error}"
-    made, reused, artefacts = read_ledger(kernel.ledger)
+    used, made = read_ledger(kernel.ledger)
     written = files_written(kernel.ledger)
     if target.exists():
         tidy(target, profile, [folder / name for name in written if name.endswith(".csv")])
+    if status == "ok":
+        remember(job, target, [folder / name for name in written], used)
     drawn = [name for name in written if name.endswith(".png")]
     minutes, status = (time.time() - began) / 60, status.splitlines()[0]
-    return Report(path.stem, status, minutes, drawn, target, made, reused, artefacts)
+    return Report(path.stem, status, minutes, drawn, target, used, made)
 
 
-def execute_all(jobs: list[Job], output: Path, profile: str, keep_going: bool) -> list[Report]:
-    """Run notebooks one after the other, to the first that fails or, to keep going, to the last."""
+def remember(
+    job: Job, executed: Path, written: list[Path], used: Mapping[str, Mapping[str, list[int]]]
+) -> None:
+    """Keep an executed notebook with the figures and tables that it wrote, and what it used."""
+
+    def keep(folder: Path) -> None:
+        for file in (executed, *written):
+            shutil.copyfile(file, folder / file.name)
+        record = {"used": used, "state": state(job.study.store.root, used)}
+        (folder / "used.json").write_text(json.dumps(record))
+
+    job.study.store.drop("notebooks", job.spec)
+    job.study.store.get("notebooks", job.spec, keep)
+
+
+def recall(job: Job, output: Path, profile: str) -> Report | None:
+    """Put an executed notebook with its figures and tables in place, if it is up to date."""
+    from sdaug_utils.study import figures_folder
+
+    folder = job.study.store.folder("notebooks", job.spec)
+    if not folder.exists():
+        return None
+    record = json.loads((folder / "used.json").read_text())
+    if record["state"] != state(job.study.store.root, record["used"]):
+        return None
+    target, drawn = output / job.path.name, []
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in {".json", ".ipynb"}:
+            store.write_atomically(
+                figures_folder(profile) / file.name, partial(shutil.copyfile, file)
+            )
+            drawn += [file.name] if file.suffix == ".png" else []
+    store.write_atomically(target, partial(shutil.copyfile, folder / target.name))
+    return Report(job.path.stem, "up to date", 0, drawn, target, record["used"])
+
+
+def state(root: Path, used: Mapping[str, Mapping[str, list[int]]]) -> str:
+    """A hash of names, sizes and times of the images and runs that a notebook used.
+
+    Models do not count: images are made of them, and some are deleted when theirs are made.
+    """
+    found = []
+    for artefact, items in used.get("images", {}).items():
+        found += [root / artefact / f"{item:05d}.png" for item in items]
+    for artefact in used.get("runs", {}):
+        found += sorted((root / artefact).glob("*"))
+    facts = [(str(f), f.exists() and (f.stat().st_size, f.stat().st_mtime_ns)) for f in found]
+    return store.digest_of(json.dumps(facts).encode())
+
+
+def execute_all(
+    jobs: list[Job], output: Path, profile: str, keep_going: bool, force: bool
+) -> list[Report]:
+    """Run what is not up to date, in order, to the first that fails or, to keep going, the last."""
+    recalled = [None if force else recall(job, output, profile) for job in jobs]
+    waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
     reports: list[Report] = []
     ahead: Kernel | None = None
     try:
-        for number, job in enumerate(jobs, start=1):
-            print(f"{job.path.stem} …", flush=True)
-            kernel, ahead = ahead or start_kernel(), None
-            try:
-                ahead = start_kernel() if number < len(jobs) else None
-                reports.append(execute(job, kernel, output, profile))
-            finally:
-                if kernel:
-                    kernel.stop()
-            if reports[-1].status != "ok" and not keep_going:
+        for job, report in zip(jobs, recalled, strict=True):
+            if not report:
+                print(f"{job.path.stem} …", flush=True)
+                kernel, ahead = ahead or start_kernel(), None
+                try:
+                    ahead = start_kernel() if job is not waiting[-1] else None
+                    report = execute(job, kernel, output, profile)
+                finally:
+                    if kernel:
+                        kernel.stop()
+            reports.append(report)
+            if report.status not in FINE and not keep_going:
                 break
     finally:
         if ahead:
@@ -230,20 +312,20 @@ def start_kernel() -> Kernel | None:
         return None
 
 
-def read_ledger(ledger: Path) -> tuple[dict[str, int], dict[str, int], set[str]]:
-    """How many things of each kind a notebook made, how many more it used, and which artefacts."""
-    used: dict[tuple[str, str], set[int]] = {}
-    made: dict[tuple[str, str], set[int]] = {}
+def read_ledger(ledger: Path) -> tuple[dict[str, dict[str, list[int]]], dict[str, int]]:
+    """The items of each artefact that a notebook used, and how many it made, by kind."""
+    used: dict[str, dict[str, set[int]]] = {kind: {} for kind in KINDS}
+    made: dict[str, dict[str, set[int]]] = {kind: {} for kind in KINDS}
     for entry in _entries(ledger):
         if "artefact" in entry:
-            key = (entry["what"], entry["artefact"])
-            used.setdefault(key, set()).update(entry["used"])
-            made.setdefault(key, set()).update(entry["made"])
-    totals = dict(NOTHING), dict(NOTHING)
-    for key, items in used.items():
-        totals[0][key[0]] += len(made[key])
-        totals[1][key[0]] += len(items - made[key])
-    return *totals, {artefact for _, artefact in used}
+            for items, noted in ((used, "used"), (made, "made")):
+                known = items[entry["what"]].setdefault(entry["artefact"], set())
+                known.update(entry[noted])
+    listed = {
+        kind: {artefact: sorted(items) for artefact, items in sorted(artefacts.items())}
+        for kind, artefacts in used.items()
+    }
+    return listed, {kind: sum(map(len, artefacts.values())) for kind, artefacts in made.items()}
 
 
 def files_written(ledger: Path) -> list[str]:
@@ -296,7 +378,7 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
 
 
 def print_summary(reports: list[Report], profile: str) -> None:
-    from sdaug_utils.evidence import figures
+    from sdaug_utils.study import figures_folder
 
     print(f"\n{'notebook':<26} {'minutes':>7}  status")
     for report in reports:
@@ -306,13 +388,12 @@ def print_summary(reports: list[Report], profile: str) -> None:
         named += [f"{sheets} sample sheet{'s' * (sheets > 1)}"] if sheets else []
         print(f"{'':<35} {', '.join(named)}")
     for kind, label in KINDS.items():
-        made, reused = (
-            sum(getattr(r, x).get(kind, 0) for r in reports) for x in ("made", "reused")
-        )
-        print(f"{label:<26} {made:>7} made, {reused} reused")
+        made = sum(report.made.get(kind, 0) for report in reports)
+        used = sum(len(x) for report in reports for x in report.used.get(kind, {}).values())
+        print(f"{label:<26} {made:>7} made, {used - made} reused")
     executed = reports[0].where.parent if reports else ROOT
     print(f"\nexecuted notebooks: {_relative(executed)}")
-    print(f"figures and their numbers: {_relative(figures.folder(profile))}")
+    print(f"figures and their numbers: {_relative(figures_folder(profile))}")
 
 
 def planned(jobs: list[Job]) -> list[Any]:
@@ -406,13 +487,14 @@ def main() -> int:
         default=True,
         help="go on with the next notebook when one fails (the default)",
     )
+    parser.add_argument("--force", action="store_true", help="run what is up to date, too")
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
     arguments = parser.parse_args()
     for variable in ("SDAUG_STORE", "SDAUG_FIGURES"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     from sdaug_utils import plan
-    from sdaug_utils.evidence import figures, report
+    from sdaug_utils.study import figures_folder
 
     name = arguments.profile
     if arguments.dataset:
@@ -420,7 +502,7 @@ def main() -> int:
     for part in (arguments.protocol, arguments.dataset and arguments.dataset.resolve().name):
         if part:  # beside the default's figures, not over them
             name += f"-{part}"
-            os.environ["SDAUG_FIGURES"] = str(figures.folder(part))
+            os.environ["SDAUG_FIGURES"] = str(figures_folder(part))
     output = arguments.output or ROOT / "runs" / name
     if arguments.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -439,12 +521,14 @@ def main() -> int:
         print_plan(jobs)
     if arguments.dry_run or arguments.download_only:
         return 0
-    reports = execute_all(jobs, output, arguments.profile, arguments.keep_going)
-    used = set[str]().union(*(each.artefacts for each in reports))
+    reports = execute_all(jobs, output, arguments.profile, arguments.keep_going, arguments.force)
+    from sdaug_utils.evidence import report
+
+    used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root
     report.write_tables(arguments.profile, [root / artefact for artefact in used])
     print_summary(reports, arguments.profile)
-    return 0 if all(report.status == "ok" for report in reports) else 1
+    return 0 if all(each.status in FINE for each in reports) else 1
 
 
 if __name__ == "__main__":

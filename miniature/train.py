@@ -7,10 +7,11 @@ hundred steps into ``--build`` and goes on from it; ``export`` writes the fp16 s
 ``StableDiffusionPipeline.from_pretrained`` loads.
 
     tokenizer     byte-pair encoding, learnt on the captions
-    vae           AutoencoderKL, 32x32x3 -> 8x8x4
+    vae           AutoencoderKL, 32x32x3 -> 8x8x8
     latents       the corpus, encoded once
     decoder       the VAE's decoder once more, with a perceptual loss; the latents stay
     unet          UNet2DConditionModel and CLIPTextModel, jointly; the larger part of the time
+    guidance      the U-Net once more: it learns what guidance makes of its two passes, in one
     canny         ControlNetModel, Canny edges
     segmentation  ControlNetModel, map of subject, border and background
     export        miniature/weights
@@ -50,10 +51,21 @@ from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.data.datasets import DIGIT_CLASSES, FASHION_CLASSES, digits_halves, pad_to_rgb
 from sdaug_utils.training.features import load_backbone, normalise
 
-STAGES = ("tokenizer", "vae", "latents", "decoder", "unet", "canny", "segmentation", "export")
+STAGES = (
+    "tokenizer",
+    "vae",
+    "latents",
+    "decoder",
+    "unet",
+    "guidance",
+    "canny",
+    "segmentation",
+    "export",
+)
 CLASS_NAMES = (*FASHION_CLASSES, *DIGIT_CLASSES)
 HYPERNYMS = ("product",) * 10 + ("digit",) * 10
 DIGIT_REPEATS = 6  # 899 digits beside 60,000 garments
+LATENT_CHANNELS = 8  # with 4, as Stable Diffusion has, prints and weaves are lost
 MAX_TOKENS = 32
 VOCABULARY_SIZE = 900  # 512 bytes, the merges, the two special tokens
 SEED = 2023
@@ -146,7 +158,7 @@ def new_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=32,
         scaling_factor=1.0,
@@ -173,8 +185,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -264,24 +276,30 @@ def step_generator(step: int) -> torch.Generator:
 
 
 def train_vae(build: Path, corpus: Corpus, arguments: argparse.Namespace) -> None:
-    """L1 + MSE on pixels, L1 on their finite differences (sharp edges), KL weight 1e-6."""
+    """L1 + MSE on pixels, L1 on their finite differences (sharp edges), KL weight 1e-6.
+
+    Passes are in bfloat16, which is half as fast again; the decoder's second training is not.
+    """
     torch.manual_seed(SEED)
-    vae = new_vae()
+    vae = new_vae().to(memory_format=torch.channels_last)
 
     def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = vae.quant_conv(vae.encoder(pixels)).chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         decoded = vae.decoder(vae.post_quant_conv(mean + noise * torch.exp(0.5 * logvar)))
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+        divergence = mean.float().square() + logvar.float().exp() - 1 - logvar.float()
+        kl = 0.5 * divergence.sum(dim=(1, 2, 3)).mean()
         return decoded, kl
 
     compiled = torch.compile(reconstruct)
 
     def loss_of_step(step: int, indices: np.ndarray) -> Tensor:
         pixels = corpus.pixels(indices)
-        noise = torch.randn(len(indices), 4, 8, 8, generator=step_generator(step))
-        decoded, kl = compiled(pixels, noise)
-        error = decoded - pixels
+        shape = (len(indices), LATENT_CHANNELS, 8, 8)
+        noise = torch.randn(shape, generator=step_generator(step))
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded, kl = compiled(pixels.to(memory_format=torch.channels_last), noise)
+        error = decoded.float() - pixels
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + error.square().mean() + edges + 1e-6 * kl
 
@@ -302,9 +320,10 @@ def standardise_latents(vae: AutoencoderKL, corpus: Corpus) -> None:
     )
     mean, scale = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     encode, decode = vae.quant_conv, vae.post_quant_conv
-    encode.weight[:4] /= scale[:, None, None, None]
-    encode.bias[:4] = (encode.bias[:4] - mean) / scale
-    encode.bias[4:] -= 2 * scale.log()
+    of_mean, of_variance = slice(LATENT_CHANNELS), slice(LATENT_CHANNELS, None)
+    encode.weight[of_mean] /= scale[:, None, None, None]
+    encode.bias[of_mean] = (encode.bias[of_mean] - mean) / scale
+    encode.bias[of_variance] -= 2 * scale.log()
     decode.bias += (decode.weight[..., 0, 0] * mean).sum(dim=1)
     decode.weight *= scale[None, :, None, None]
 
@@ -491,9 +510,9 @@ def main() -> None:
     parser.add_argument(
         "--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction"
     )
-    parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--decoder-steps", type=int, default=700)
-    parser.add_argument("--unet-steps", type=int, default=3000)
+    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--controlnet-steps", type=int, default=700)
     arguments = parser.parse_args()
 

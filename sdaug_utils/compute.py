@@ -1,51 +1,63 @@
 """Where the work is done: device, precision, threads, batches that fit; torch comes when used."""
 
+from __future__ import annotations
+
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from sdaug_utils.errors import InputError
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Settings
 
-if TYPE_CHECKING:
-    import torch
-
+GPU_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # what Linux shows of them in /dev
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "timm")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def device_of(settings: Settings) -> "torch.device":
+def device_of(settings: Settings) -> torch.device:
     """``auto`` is CUDA, else Apple's MPS, else the CPU."""
-    import torch
-
-    if settings.device != "auto":
-        return torch.device(settings.device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device(_device_name(settings))
 
 
-def dtype_of(settings: Settings) -> "torch.dtype":
+def dtype_of(settings: Settings) -> torch.dtype:
     """``auto`` is half precision on a GPU and single precision on the CPU."""
-    import torch
+    return getattr(torch, dtype_name(settings))
 
+
+def dtype_name(settings: Settings) -> str:
+    """As :func:`dtype_of`; to tell it takes no PyTorch where there can be no GPU."""
     if settings.precision != "auto":
-        return getattr(torch, settings.precision)
-    return torch.float32 if device_of(settings).type == "cpu" else torch.float16
+        return settings.precision
+    return "float32" if _device_name(settings) == "cpu" else "float16"
 
 
-def half_precision(device: "torch.device") -> "torch.dtype":
+def _device_name(settings: Settings) -> str:
+    if settings.device != "auto":
+        return settings.device
+    if not _may_have_gpu():
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@cache
+def _may_have_gpu() -> bool:
+    drivers = [path for name in GPU_DRIVERS for path in Path("/dev").glob(name)]
+    return bool(drivers) or platform.system() != "Linux"
+
+
+def half_precision(device: torch.device) -> torch.dtype:
     """bfloat16, which needs no scaling of the loss, where there is hardware for it."""
-    import torch
-
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
@@ -59,8 +71,6 @@ def in_parallel(
     Small networks gain little from several cores: a thread per piece keeps all of them busy.
     The results do not depend on the number of workers.
     """
-    import torch
-
     if device_of(settings).type != "cpu":
         return [work(item) for item in items]
     workers = torch.get_num_threads()
@@ -83,8 +93,6 @@ class Batch:
         Raises:
             InputError: the memory is too small even for one.
         """
-        import torch
-
         done: list[Result] = []
         while len(done) < len(items):
             part, short = items[len(done) : len(done) + self.size], ""
@@ -108,8 +116,6 @@ class Batch:
 @cache
 def made_with() -> dict[str, str]:
     """What an artefact made now is made with: versions of libraries, and the GPU or processor."""
-    import torch
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {name: version(name) for name in LIBRARIES} | {"device": gpu or processor()}
 

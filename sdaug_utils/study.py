@@ -1,11 +1,20 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from sdaug_utils.data import datasets
 from sdaug_utils.data.images import Dataset
 from sdaug_utils.params import Domain, Settings, load_settings
 from sdaug_utils.store import Store
+
+FIGURES = Path(__file__).parents[1] / "figures"
+
+
+def figures_folder(profile: str) -> Path:
+    """Where a profile's figures go; the environment's ``SDAUG_FIGURES`` moves them elsewhere."""
+    return Path(os.environ.get("SDAUG_FIGURES") or FIGURES) / profile
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ import pandas as pd
 from PIL import Image
 
 from sdaug_utils.evidence import figures
+from sdaug_utils.study import figures_folder
 
 
 def table():
@@ -36,7 +37,7 @@ def test_a_figure_is_saved_three_times_with_its_numbers(tmp_path):
     assert axes.get_xscale() == "log"
     figures.save(figure, "smoke", "fig", table())
     plt.close(figure)
-    folder = figures.folder("smoke")
+    folder = figures_folder("smoke")
     assert folder.is_relative_to(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["fig.csv", "fig.pdf", "fig.png"]
     pd.testing.assert_frame_equal(pd.read_csv(folder / "fig.csv"), table())

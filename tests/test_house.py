@@ -9,7 +9,7 @@ from sdaug_utils.registry import techniques
 
 MODULE = Path(__file__).parents[1] / "sdaug_utils"
 FLOW = [
-    *("errors", "registry", "params", "compute", "store"),
+    *("errors", "lazy", "registry", "params", "compute", "store"),
     *(f"data.{room}" for room in ("control", "images", "augment", "photos", "datasets")),
     "study",
     *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pools")),

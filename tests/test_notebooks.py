@@ -12,8 +12,9 @@ import papermill
 import pytest
 
 import run_all
-from sdaug_utils.evidence import figures, report
+from sdaug_utils.evidence import report
 from sdaug_utils.store import digest_of
+from sdaug_utils.study import FIGURES
 
 NOTEBOOKS = sorted(run_all.NOTEBOOKS.glob("*.ipynb"))
 
@@ -72,12 +73,12 @@ def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path
     assert made_from["settings"] == settings, f"{path.stem} {stale}"
     assert made_from["numbers"], f"{path.stem} writes no numbers"
     for name, digest in made_from["numbers"].items():
-        found = map(digest_of, contents(figures.DEFAULT_FOLDER / "miniature" / name))
+        found = map(digest_of, contents(FIGURES / "miniature" / name))
         assert digest in found, f"{path.stem}: {name} {stale}"
 
 
 def test_the_readme_shows_the_verdicts_that_the_notebooks_found():
-    folder = figures.DEFAULT_FOLDER / "miniature"
+    folder = FIGURES / "miniature"
     verdicts = pd.concat(map(pd.read_csv, sorted(folder.glob("verdicts-*.csv"))))
     whole = pd.read_csv(folder / "claims.csv")
     pd.testing.assert_frame_equal(verdicts.reset_index(drop=True), whole)

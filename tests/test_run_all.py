@@ -9,8 +9,51 @@ import run_all
 from sdaug_utils import params
 from sdaug_utils.evidence import figures
 from sdaug_utils.store import file_digest
+from sdaug_utils.study import figures_folder
 
 NAME = "03-training-percentage"
+
+
+def test_what_is_up_to_date_is_not_run_again(monkeypatch, capsys, tmp_path):
+    books, output = tmp_path / "notebooks", tmp_path / "runs"
+    name = "03-training-percentage"
+    books.mkdir()
+    code = """
+import pandas as pd
+from sdaug_utils.evidence import figures
+from sdaug_utils.generation.pools import technique_pools
+from sdaug_utils.study import open_study
+open(MARK, "a").write("x")
+pools = technique_pools(open_study("smoke"), "stable-diffusion-prompt", 0, 1, progress=False)
+figures.save_table("smoke", "table-x", pd.DataFrame({"a": [len(pools)]}))
+print(pools[0].files[0].parent)
+""".replace("MARK", repr(str(tmp_path / "mark")))
+    notebook(books, f"{name}.ipynb", code)
+    monkeypatch.setattr(run_all, "NOTEBOOKS", books)
+    made = tmp_path / "figures" / "smoke" / "table-x.csv"
+
+    def run(*arguments):
+        line = ["run_all.py", "--profile", "smoke", "--output", str(output), *arguments]
+        monkeypatch.setattr(sys, "argv", line)
+        assert run_all.main() == 0
+        shown = capsys.readouterr().out
+        [status] = [line.split()[-1] for line in shown.splitlines() if line.startswith(f"{name}  ")]
+        assert (output / f"{name}.ipynb").exists()
+        assert made.read_text() == "a\n2\n"
+        return status, len((tmp_path / "mark").read_text())
+
+    assert run() == ("ok", 1)
+    assert run() == ("date", 1)
+    (output / f"{name}.ipynb").unlink()  # what was made is put back, wherever it is asked for
+    made.write_text("a\n3\n")
+    assert run() == ("date", 1)
+    assert run("--force") == ("ok", 2)
+    [image, _] = (tmp_path / "store" / "pools").glob("*/00000.png")
+    image.write_bytes(image.read_bytes()[:100])  # damaged: it is made anew, and the notebook run
+    assert run() == ("ok", 3)
+    assert run() == ("date", 3)
+    notebook(books, f"{name}.ipynb", f"{code}\nprint('changed')")
+    assert run() == ("ok", 4)
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -125,26 +168,26 @@ def test_the_ledger_counts_each_artefact_once(tmp_path):
         {"file": "fig.png"},
     ]
     (tmp_path / "ledger").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made, reused, artefacts = run_all.read_ledger(tmp_path / "ledger")
+    used, made = run_all.read_ledger(tmp_path / "ledger")
     assert made == {"images": 2, "models": 0, "runs": 0}
-    assert reused == {"images": 2, "models": 0, "runs": 1}
-    assert artefacts == {"pools/a", "pools/b", "cells/c"}
-    assert run_all.read_ledger(tmp_path / "nothing")[0]["images"] == 0
+    assert used["images"] == {"pools/a": [0, 1, 2], "pools/b": [0]}
+    assert used["runs"] == {"cells/c": [0]}
+    assert run_all.read_ledger(tmp_path / "nothing")[1]["images"] == 0
 
 
 def test_the_ledger_names_the_files_that_a_notebook_wrote(monkeypatch, tmp_path):
     monkeypatch.setenv("SDAUG_LEDGER", str(tmp_path / "ledger"))
     figures.save_table("smoke", "table-x", pd.DataFrame({"a": [1]}))
     assert run_all.files_written(tmp_path / "ledger") == ["table-x.csv"]
-    assert run_all.read_ledger(tmp_path / "ledger")[0]["images"] == 0
+    assert run_all.read_ledger(tmp_path / "ledger")[1]["images"] == 0
 
 
 def test_a_kernel_that_does_not_start_fails_its_notebook_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "Kernel", lambda: 1 / 0)
     jobs = [run_all.Job(path, {}, None, None) for path in run_all.chosen_notebooks(["01", "02"])]
-    reports = run_all.execute_all(jobs, tmp_path, "smoke", keep_going=True)
+    reports = run_all.execute_all(jobs, tmp_path, "smoke", keep_going=True, force=True)
     assert [report.status for report in reports] == ["failed: no kernel"] * 2
-    assert len(run_all.execute_all(jobs, tmp_path, "smoke", keep_going=False)) == 1
+    assert len(run_all.execute_all(jobs, tmp_path, "smoke", False, force=True)) == 1
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -182,7 +225,7 @@ def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path)
     monkeypatch.setattr(run_all, "print_plan", lambda jobs: None)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--protocol", "published", "--dry-run"])
     assert run_all.main() == 0
-    assert figures.folder("miniature") == tmp_path / "figures" / "published" / "miniature"
+    assert figures_folder("miniature") == tmp_path / "figures" / "published" / "miniature"
     assert seen[0][2].name == "miniature-published"
 
 

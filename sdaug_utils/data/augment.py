@@ -1,12 +1,14 @@
 """Classical transforms, as the thesis composed them (section 4.2.2 and its code)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from threading import Lock
 
 import numpy as np
-import torch
 from PIL import Image
 
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation
 
 CODE_VERSION = 1

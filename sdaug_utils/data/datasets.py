@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +89,11 @@ def _restrict(split: Split, classes: Sequence[int], limit: int | None, name: str
     indices = first_per_class(split.labels, limit, classes)
     positions = {label: position for position, label in enumerate(classes)}
     labels = np.array([positions[label] for label in split.labels[indices]])
-    digest = split.digest
     return Split(
         lambda i: split.load(indices[i]),
         labels,
         lambda i: split.trimap(indices[i]),
-        digest and (lambda i: digest(indices[i])),
+        lambda i: split.image_digest(indices[i]),
         name,
     )
 
@@ -122,6 +122,7 @@ def _fashion_mnist() -> Dataset:
 def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:
     """Pictures of one subject each on black: the trimap follows the silhouette."""
 
+    @cache
     def trimap(i: int) -> np.ndarray:
         return control.trimap(control.silhouette(images[i]))
 
@@ -190,17 +191,19 @@ def digits_halves() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np
         The foundation model's half and the study's half, each as 8-bit RGB images of shape
         (n, 32, 32, 3), white on black, and labels of shape (n,).
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.stack([_digit_to_rgb(image) for image in digits.images])
+    package = find_spec("sklearn")
+    assert package is not None
+    file = Path(str(package.origin)).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")  # as load_digits does, whose import takes a second
+    labels = table[:, -1].astype(int)
+    images = np.stack([_digit_to_rgb(image) for image in table[:, :-1].reshape(-1, 8, 8)])
     rng = np.random.default_rng(DIGITS_SEED)
-    orders = [rng.permutation(np.flatnonzero(digits.target == label)) for label in range(10)]
+    orders = [rng.permutation(np.flatnonzero(labels == label)) for label in range(10)]
     foundation = np.concatenate([order[: len(order) // 2] for order in orders])
     study = np.concatenate([order[len(order) // 2 :] for order in orders])
     return (
-        (images[foundation], digits.target[foundation]),
-        (images[study], digits.target[study]),
+        (images[foundation], labels[foundation]),
+        (images[study], labels[study]),
     )
 
 

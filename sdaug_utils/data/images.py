@@ -1,7 +1,7 @@
 """Images and what holds them: lazy sequences, labelled splits, files of any mode."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -65,15 +65,28 @@ class Split:
     trimap: Callable[[int], np.ndarray]
     digest: Callable[[int], str] | None = None
     name: str = "images"  # of data set and split
+    _known: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def images(self, indices: Sequence[int] | np.ndarray | None = None) -> Images:
         """The images at ``indices``, all by default."""
-        digest = self.digest or (lambda i: array_digest(self.load(i)))
         rows = range(len(self)) if indices is None else indices
-        return Images(tuple((self.load, digest, int(i), self.name) for i in rows))
+        return Images(tuple((self.load, self.image_digest, int(i), self.name) for i in rows))
+
+    def image_digest(self, i: int) -> str:
+        """A hash of image i's content, computed once."""
+        if ("image", i) not in self._known:
+            digest = self.digest(i) if self.digest else array_digest(self.load(i))
+            self._known["image", i] = digest
+        return self._known["image", i]
+
+    def trimap_digest(self, i: int) -> str:
+        """A hash of image i's trimap, computed once."""
+        if ("trimap", i) not in self._known:
+            self._known["trimap", i] = array_digest(self.trimap(i))
+        return self._known["trimap", i]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,6 @@
 """One style for every figure; sample sheets; curves; published beside reproduced."""
 
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from PIL import Image
 from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import note
+from sdaug_utils.study import figures_folder
 
-DEFAULT_FOLDER = Path(__file__).parents[2] / "figures"
 REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),
@@ -55,11 +54,6 @@ def in_order(arms: Iterable[str]) -> list[str]:
     return sorted(set(arms), key=lambda arm: (places[arm.split("+")[0]], arm))
 
 
-def folder(profile: str) -> Path:
-    """Where a profile's figures go; the environment's ``SDAUG_FIGURES`` moves them elsewhere."""
-    return Path(os.environ.get("SDAUG_FIGURES") or DEFAULT_FOLDER) / profile
-
-
 def set_style() -> None:
     """The study's look: call once per notebook."""
     pd.set_option("display.max_colwidth", None)  # claims are sentences
@@ -80,7 +74,7 @@ def set_style() -> None:
 
 def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = None) -> None:
     """Write a figure as .png and .pdf, and the numbers behind it, if there are any, as .csv."""
-    target = folder(profile)
+    target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     figure.savefig(target / f"{name}.png")
     note({"file": f"{name}.png"})
@@ -91,7 +85,7 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
 
 def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     """Write the numbers of a table as .csv."""
-    target = folder(profile)
+    target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     data.to_csv(target / f"{name}.csv", index=False, float_format="%.4f", lineterminator="\n")
     note({"file": f"{name}.csv"})

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from scipy import stats
+import scipy
 
 from sdaug_utils.data.control import silhouette
 from sdaug_utils.params import Attribute
@@ -43,7 +43,7 @@ def estimate(values: np.ndarray) -> Estimate:
     counts = (values.shape[0] * values.shape[1], num_draws, num_images)
     if num_images == 1:
         mean, spread = per_draw.mean(), per_draw.std(ddof=1) / np.sqrt(num_draws)
-        half = stats.t.ppf(0.975, num_draws - 1) * spread
+        half = scipy.stats.t.ppf(0.975, num_draws - 1) * spread
         return Estimate(float(mean), float(mean - half), float(mean + half), *counts)
 
     per_draw = per_draw + (_enlargement(num_draws) - 1) * (
@@ -54,7 +54,7 @@ def estimate(values: np.ndarray) -> Estimate:
         of_draws = per_draw[draws].mean(axis=-2)
         return np.take_along_axis(of_draws, images, axis=axis).mean(axis=axis)
 
-    interval = stats.bootstrap(
+    interval = scipy.stats.bootstrap(
         (np.arange(num_draws), np.arange(num_images)),
         mean_of,
         n_resamples=NUM_RESAMPLES,
@@ -67,7 +67,7 @@ def estimate(values: np.ndarray) -> Estimate:
 
 
 def _enlargement(num_draws: int) -> float:
-    quantile = stats.t.ppf(0.975, num_draws - 1) / stats.norm.ppf(0.975)
+    quantile = scipy.stats.t.ppf(0.975, num_draws - 1) / scipy.stats.norm.ppf(0.975)
     return float(quantile * np.sqrt(num_draws / (num_draws - 1)))
 
 

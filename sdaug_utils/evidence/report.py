@@ -18,11 +18,12 @@ import yaml
 
 from sdaug_utils.compute import LIBRARIES, made_with, processor
 from sdaug_utils.evidence.claims import TABLES
-from sdaug_utils.evidence.figures import folder, save_table
+from sdaug_utils.evidence.figures import save_table
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import makers
+from sdaug_utils.study import figures_folder
 from sdaug_utils.training.features import BACKBONES
 
 TOOLS = (
@@ -112,7 +113,7 @@ def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
     }
     for name, facts in tables.items():
         save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))
-    files = sorted(folder(profile).glob("verdicts-*.csv"))
+    files = sorted(figures_folder(profile).glob("verdicts-*.csv"))
     if files:
         save_table(profile, "claims", pd.concat(map(pd.read_csv, files)))
 
@@ -138,7 +139,7 @@ def verdict_table(claims: pd.DataFrame) -> str:
 
 def renew(readme: Path, profile: str = "miniature") -> None:
     """Put the table of verdicts between its marks in a Markdown file."""
-    claims = pd.read_csv(folder(profile) / "claims.csv")
+    claims = pd.read_csv(figures_folder(profile) / "claims.csv")
     before, rest = readme.read_text().split(START)
     after = rest.split(END)[1]
     readme.write_text(f"{before}{START}\n{verdict_table(claims)}\n{END}{after}")

@@ -3,6 +3,8 @@
 Experiments 01 and 02 judge images; the thesis judged by eye.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from sdaug_utils import params
 from sdaug_utils.data.images import shuffled
@@ -23,10 +24,11 @@ from sdaug_utils.evidence.metrics import (
 )
 from sdaug_utils.generation.pools import Pool, fill
 from sdaug_utils.generation.technique import Request, request
+from sdaug_utils.lazy import torch
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import train_head
-from sdaug_utils.training.features import image_features
+from sdaug_utils.training.features import feature_arrays, image_features
 
 MEASURES = ("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class")
 
@@ -235,5 +237,5 @@ def centred_features(study: Study) -> np.ndarray:
 
     Without the mean every cosine would be near 1: all images share most of their features.
     """
-    features = image_features(study, study.data.splits["train"].images())[:, 0]
-    return (features - features.mean(dim=0)).numpy()
+    features = feature_arrays(study, study.data.splits["train"].images())[:, 0]
+    return features - features.mean(axis=0)

@@ -1,18 +1,19 @@
 """Teaching the foundation model a subject from a few images: what such techniques share."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from sdaug_utils.compute import device_of, dtype_of, half_precision
+from sdaug_utils.compute import device_of, dtype_name, half_precision
 from sdaug_utils.data.images import digests
 from sdaug_utils.generation.foundation import Pipeline, revision
 from sdaug_utils.generation.technique import Request, Technique
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Settings
 from sdaug_utils.store import digest
 from sdaug_utils.study import Study
@@ -89,7 +90,7 @@ class Personalised(Technique):
             "version": CODE_VERSION,
             "technique": self.name,
             "foundation": revision(settings.foundation),
-            "dtype": str(dtype_of(settings)),
+            "dtype": f"torch.{dtype_name(settings)}",
             "settings": self.recipe(settings).model_dump(exclude=NOT_OF_THE_MODEL),
             "resolution": settings.sampling.resolution,
             "class_images": None,
@@ -117,15 +118,15 @@ class NoisyLatents:
         self.mean, self.std = encode_images(pipeline, images, resolution)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy latents, timesteps and the target of the model's prediction."""
         device, config = self.mean.device, self.scheduler.config
 
-        def normal() -> Tensor:
+        def normal() -> torch.Tensor:
             shape = (batch_size, *self.mean.shape[1:])
             return torch.randn(shape, generator=self.generator).to(device)
 
-        def integers(below: int) -> Tensor:
+        def integers(below: int) -> torch.Tensor:
             return torch.randint(below, (batch_size,), generator=self.generator).to(device)
 
         rows = integers(len(self.mean))
@@ -137,23 +138,23 @@ class NoisyLatents:
         return noisy, timesteps, noise
 
 
-@torch.no_grad()
 def encode_images(
     pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the latents of 8-bit RGB images, resized to a square."""
     side, smooth = (resolution, resolution), Image.Resampling.BILINEAR
     squares = [np.asarray(Image.fromarray(image).resize(side, smooth)) for image in images]
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    encoded = [
-        pipeline.vae.encode(part.to(pipeline.device, pipeline.dtype)).latent_dist
-        for part in pixels.split(ENCODED_AT_ONCE)
-    ]
+    with torch.no_grad():
+        encoded = [
+            pipeline.vae.encode(part.to(pipeline.device, pipeline.dtype)).latent_dist
+            for part in pixels.split(ENCODED_AT_ONCE)
+        ]
     means, deviations = [x.mean.float() for x in encoded], [x.std.float() for x in encoded]
     return torch.cat(means), torch.cat(deviations)
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
+def token_ids(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
     """Prompts as (n, length) tokens, padded to the tokenizer's length."""
     tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device)

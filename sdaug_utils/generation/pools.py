@@ -4,8 +4,11 @@ A pool is a sequence: image i depends only on the pool's specification and i. As
 10 adds 40. On disk it is an ordinary image folder with ``metadata.csv``.
 """
 
+from __future__ import annotations
+
 import csv
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +18,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from sdaug_utils.data.images import Images, decoded, read_images
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.technique import Request, technique_requests
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling
 from sdaug_utils.store import Spec, Store, digest, write_atomically, write_spec
 from sdaug_utils.study import Study
@@ -69,9 +72,9 @@ def read_pool(
         return {}
     with listing.open(newline="") as file:
         rows = {int(row["file_name"].removesuffix(".png")): row for row in csv.DictReader(file)}
-    wanted = rows if indices is None else indices
-    is_whole = _decodes if decode else Path.exists
-    return {i: rows[i] for i in wanted if i in rows and is_whole(folder / _file_name(i))}
+    wanted, there = rows if indices is None else indices, set(os.listdir(folder))
+    listed = [i for i in wanted if i in rows and _file_name(i) in there]
+    return {i: rows[i] for i in listed if not decode or _decodes(folder / _file_name(i))}
 
 
 def grow(

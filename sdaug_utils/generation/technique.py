@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from sdaug_utils.compute import dtype_of
+from sdaug_utils.compute import dtype_name
 from sdaug_utils.data.datasets import personalisation_inputs, subset, subset_size
 from sdaug_utils.data.images import shuffled
 from sdaug_utils.generation.foundation import Pipeline, load_pipeline, revision
@@ -123,7 +123,7 @@ def pool_spec(
         "prompt": prompt,
         "draw": draw,
         "foundation": revision(settings.foundation),
-        "dtype": str(dtype_of(settings)),
+        "dtype": f"torch.{dtype_name(settings)}",
         "sampling": chosen.model_dump(exclude=NOT_OF_THE_IMAGES),
         **({} if chosen.safety_checker else {"safety_checker": False}),
         **more,

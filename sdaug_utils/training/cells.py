@@ -1,5 +1,7 @@
 """Cells: one training run each, one row of results each, made once and kept in the store."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache, partial
@@ -8,17 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from pydantic import Field
-from torch import Tensor
 from tqdm import tqdm
 
 from sdaug_utils.compute import device_of, in_parallel
 from sdaug_utils.data import augment
 from sdaug_utils.data.datasets import first_per_class, subset
-from sdaug_utils.data.images import Images, digests, read_images
+from sdaug_utils.data.images import Images, read_images
 from sdaug_utils.generation.pools import Pool, technique_pools
 from sdaug_utils.generation.technique import inputs_percent, technique_requests
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Parameters, Protocol, Technique
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import digest
@@ -197,9 +198,14 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def _real_rows(study: Study, cell: Cell) -> np.ndarray:
-    if cell.real_percent == 0:
-        return np.array([], int)
-    return subset(study.data.splits["train"].labels, cell.real_percent, cell.draw)
+    return _subset(study, cell.real_percent, cell.draw)
+
+
+@lru_cache(maxsize=256)
+def _subset(study: Study, percent: float, draw: int) -> np.ndarray:
+    return (
+        subset(study.data.splits["train"].labels, percent, draw) if percent else np.array([], int)
+    )
 
 
 def training_seed(cell: Cell) -> int:
@@ -222,9 +228,9 @@ def data_digest(study: Study, with_trimaps: bool = False) -> str:
     """A hash of all images and labels of the three splits, and of the trimaps if need be."""
     content = {}
     for name, split in study.data.splits.items():
-        content[name] = [digests(split.images()), split.labels.tolist()]
+        content[name] = [split.images().digests(), split.labels.tolist()]
         if with_trimaps:
-            content[name].append(digests([split.trimap(i) for i in range(len(split))]))
+            content[name].append([split.trimap_digest(i) for i in range(len(split))])
     return digest(content)
 
 
@@ -247,7 +253,7 @@ class Trainer:
 
     def _features_of(
         self, part: str | tuple[Path, ...], augmentation: Augmentation = "none"
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """Features of a split, by its name, or of files: (n, views, features)."""
         images = self.splits[part].images() if isinstance(part, str) else read_images(part)
         views = self.study.settings.classifier.controlled.num_views
@@ -270,7 +276,7 @@ class Trainer:
         images = self.splits["train"].images(rows) + read_images(synthetic)
         return images, np.concatenate([self.splits["train"].labels[rows], labels])
 
-    def features(self, cell: Cell) -> Tensor:
+    def features(self, cell: Cell) -> torch.Tensor:
         """Features of a cell's training images, real ones first: (n, views, features)."""
         real = self.features_of("train", cell.augmentation)[_real_rows(self.study, cell)]
         if not (pools := self.cell_pools(cell)):

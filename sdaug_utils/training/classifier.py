@@ -5,23 +5,22 @@ kept; the same number of updates for every arm; best validation weights.
 ``published``: as the thesis's code did it, quirks included.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from sdaug_utils.data import augment
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, to_pixels
 
 CODE_VERSION = 1
 UPDATES = 50  # whose features are gathered at once
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,17 @@ class Outcome:
     selected_step: int  # the update after which those weights were taken
 
 
-def new_head(num_features: int, num_classes: int, seed: int) -> nn.Linear:
+def new_head(num_features: int, num_classes: int, seed: int) -> torch.nn.Linear:
     """A linear layer with PyTorch's initial weights, from a seed."""
     generator = torch.Generator().manual_seed(seed)
-    head = nn.utils.skip_init(nn.Linear, num_features, num_classes)
-    nn.init.kaiming_uniform_(head.weight, a=math.sqrt(5), generator=generator)
+    head = torch.nn.utils.skip_init(torch.nn.Linear, num_features, num_classes)
+    torch.nn.init.kaiming_uniform_(head.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(num_features)
-    nn.init.uniform_(head.bias, -bound, bound, generator=generator)
+    torch.nn.init.uniform_(head.bias, -bound, bound, generator=generator)
     return head
 
 
-def batches(num_images: int, batch_size: int, num_updates: int, seed: int) -> Tensor:
+def batches(num_images: int, batch_size: int, num_updates: int, seed: int) -> torch.Tensor:
     """Which images each update sees: (num_updates, batch_size), reshuffled every epoch."""
     rng = np.random.default_rng(seed)
     epochs = -(-num_updates * batch_size // num_images)
@@ -53,13 +52,13 @@ def batches(num_images: int, batch_size: int, num_updates: int, seed: int) -> Te
 
 
 def train_head(
-    features: Tensor,
-    labels: Tensor,
+    features: torch.Tensor,
+    labels: torch.Tensor,
     settings: Controlled,
     seed: int,
     num_classes: int,
     every: int,
-    evaluate: Callable[[int, nn.Linear], None],
+    evaluate: Callable[[int, torch.nn.Linear], None],
 ) -> int:
     """Train a linear head by SGD on cached features; ``evaluate(step, head)`` looks at it.
 
@@ -79,7 +78,7 @@ def train_head(
     rows = batches(num_images, settings.batch_size, settings.max_train_steps, seed)
     generator = torch.Generator().manual_seed(seed)
     views = torch.randint(num_views, rows.shape, generator=generator)
-    targets = F.one_hot(labels, num_classes).float()
+    targets = torch.nn.functional.one_hot(labels, num_classes).float()
     rate = settings.learning_rate / settings.batch_size
     step = 0
     with torch.no_grad():
@@ -96,16 +95,16 @@ def train_head(
     return step
 
 
-def accuracy(head: nn.Module, features: Tensor, labels: Tensor) -> float:
+def accuracy(head: torch.nn.Module, features: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of images that a head puts in the right class."""
     return (head(features).argmax(dim=1) == labels).double().mean().item()
 
 
 def train_controlled(
-    features: Tensor,
+    features: torch.Tensor,
     labels: np.ndarray,
-    validation: tuple[Tensor, np.ndarray],
-    test_features: Tensor,
+    validation: tuple[torch.Tensor, np.ndarray],
+    test_features: torch.Tensor,
     settings: Controlled,
     seed: int,
     num_classes: int,
@@ -114,7 +113,7 @@ def train_controlled(
     best: Outcome | None = None
     validation_labels = torch.from_numpy(validation[1])
 
-    def evaluate(step: int, head: nn.Linear) -> None:
+    def evaluate(step: int, head: torch.nn.Linear) -> None:
         nonlocal best
         score = accuracy(head, validation[0], validation_labels)
         if best is None or score > best.validation_score:
@@ -139,7 +138,7 @@ def train_published(
     settings: Published,
     seed: int,
     num_classes: int,
-    device: torch.device = CPU,
+    device: torch.device | str = "cpu",
 ) -> Outcome:
     """As in the thesis's code: frozen weights, but a network in train mode.
 
@@ -179,7 +178,7 @@ def train_published(
                 batch = [resized[row] for row in rows]
             with torch.no_grad():
                 features = backbone(to_pixels(batch).to(device))
-            loss = F.cross_entropy(head(features), targets[rows])
+            loss = torch.nn.functional.cross_entropy(head(features), targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

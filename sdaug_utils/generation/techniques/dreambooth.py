@@ -1,5 +1,7 @@
 """DreamBooth: fine-tune the U-Net on a few images of a subject (Ruiz et al., CVPR 2023)."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Sequence
 from functools import partial
@@ -7,10 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors.torch import load_file
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
@@ -18,6 +17,7 @@ from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.pools import grow, pipeline_sampler
 from sdaug_utils.generation.technique import Request, pool_spec, twin
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 from sdaug_utils.store import Spec, digest
@@ -40,7 +40,7 @@ class DreamBoothSettings(Parameters):
     keep_models: bool = True  # else a fine-tuned U-Net goes once the images asked for are made
 
     @model_validator(mode="after")
-    def _prior_has_images(self) -> "DreamBoothSettings":
+    def _prior_has_images(self) -> DreamBoothSettings:
         if self.prior_loss_weight > 0 and self.num_class_images == 0:
             raise ValueError("num_class_images must be positive when prior_loss_weight is")
         return self
@@ -123,7 +123,11 @@ class DreamBooth(Personalised):
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         weights = [weight for weight in unet.parameters() if weight.requires_grad]
-        adamw = _adamw_8bit() if settings.optimizer == "adamw-8bit" else _adamw
+        adamw = (
+            _adamw_8bit()
+            if settings.optimizer == "adamw-8bit"
+            else partial(torch.optim.AdamW, fused=True)
+        )
         optimizer = adamw(weights, lr=settings.learning_rate, weight_decay=1e-2)
         precision = Precision(study.settings)
         for _ in range(settings.max_train_steps):
@@ -135,9 +139,9 @@ class DreamBooth(Personalised):
                 condition = embeddings.repeat_interleave(size, dim=0)
             with precision.autocast:
                 prediction = unet(noisy, timesteps, condition.float()).sample.float()
-            loss = F.mse_loss(prediction[:size], target[:size])
+            loss = torch.nn.functional.mse_loss(prediction[:size], target[:size])
             if prior:
-                prior_loss = F.mse_loss(prediction[size:], target[size:])
+                prior_loss = torch.nn.functional.mse_loss(prediction[size:], target[size:])
                 loss = loss + settings.prior_loss_weight * prior_loss
             precision.scaler.scale(loss).backward()
             precision.scaler.unscale_(optimizer)
@@ -160,6 +164,8 @@ class DreamBooth(Personalised):
         unet.eval().half().save_pretrained(folder / "unet")
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
+        from safetensors.torch import load_file
+
         unet = copy.deepcopy(pipeline.unet)
         weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         unet.load_state_dict(weights)
@@ -169,9 +175,6 @@ class DreamBooth(Personalised):
         recipe = self.recipe(settings)
         size = recipe.train_batch_size * (1 + (recipe.prior_loss_weight > 0))
         return "latent, fine-tuning of the U-Net", recipe.max_train_steps * size
-
-
-_adamw = partial(torch.optim.AdamW, fused=True)
 
 
 def _adamw_8bit() -> Any:

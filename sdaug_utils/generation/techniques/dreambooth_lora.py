@@ -1,15 +1,17 @@
 """DreamBooth by low-rank adapters of the U-Net's attention (LoRA; Hu et al., 2022)."""
 
+from __future__ import annotations
+
 import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.technique import twin
 from sdaug_utils.generation.techniques.dreambooth import DreamBooth, DreamBoothSettings
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 

@@ -1,16 +1,14 @@
 """Textual inversion: learn a word for a subject (Gal et al., ICLR 2023)."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import trange
 
 from sdaug_utils.compute import Batch
@@ -18,6 +16,7 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.technique import Request, twin
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 from sdaug_utils.study import Study
@@ -68,6 +67,8 @@ class TextualInversion(Personalised):
         folders: Sequence[Path],
         label: str | None = None,
     ) -> None:
+        from safetensors.torch import save_file
+
         token = self.of(study.settings).placeholder_token
 
         def invert(part: Sequence[tuple[Request, Path]]) -> Sequence[Path]:
@@ -83,7 +84,7 @@ class TextualInversion(Personalised):
 
     def embeddings(
         self, study: Study, pipeline: Pipeline, requests: Sequence[Request], label: str | None
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """An embedding for the subject of each request, all in one batch: (requests, width).
 
         Subjects share the forward passes and nothing else: each has its own token, examples and
@@ -119,7 +120,8 @@ class TextualInversion(Personalised):
                 tokens = token_ids(tokenizer, prompts, pipeline.device)
                 with precision.autocast:
                     prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample.float()
-                loss = F.mse_loss(prediction, target) * len(requests) / accumulation
+                error = torch.nn.functional.mse_loss(prediction, target)
+                loss = error * len(requests) / accumulation
                 precision.scaler.scale(loss).backward()
             precision.scaler.step(optimizer)
             precision.scaler.update()
