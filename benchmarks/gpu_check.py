@@ -43,7 +43,7 @@ from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study
-from sdaug_utils.training.classifier import train_head
+from sdaug_utils.training.classifier import TrainingSet, train_head
 from sdaug_utils.training.features import to_pixels
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
@@ -281,7 +281,7 @@ def training_rates(settings: Settings, size: int, device: torch.device) -> dict[
         work()
         rates[name] = timed(work)[0] / len(photographs)
     seconds, _ = timed(
-        lambda: train_head(head, labels, controlled, 0, 37, 500, lambda step, made: None)
+        lambda: train_head(TrainingSet(head, labels, 0), controlled, 37, 500, lambda *_: None)
     )
     return rates | {"image, training of a head": seconds / (500 * controlled.batch_size)}
 

@@ -88,10 +88,8 @@ def accuracies(study: Study) -> dict[str, float]:
         scores: dict[int, list[float]] = {}
         for seed in SEEDS:
             training.train_head(
-                trained_on,
-                labels,
+                training.TrainingSet(trained_on, labels, seed),
                 settings,
-                seed,
                 num_classes,
                 60,
                 lambda step, head: scores.setdefault(step, []).append(

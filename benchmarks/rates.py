@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from machine import describe
 
@@ -29,6 +28,7 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import open_study
 from sdaug_utils.training import classifier, segmenter
+from sdaug_utils.training.cells import STACK
 from sdaug_utils.training.features import load_backbone
 
 RESULT = Path(__file__).parent / "results" / "rates.json"
@@ -60,7 +60,7 @@ def seconds(measured: dict[str, Any]) -> dict[str, float]:
         "feature": backbone["evaluation"],
         "image, training of the whole network": backbone["training"],
         "image, training of a head": 16
-        * measured["linear head, updates per second"]["batch of 16"],
+        * measured["linear head, updates per second"][f"{STACK} side by side"],
         "image, training of a segmenter": measured["segmenter training, images per second"][
             "batch of 16"
         ],
@@ -116,16 +116,15 @@ def main() -> None:
             }
         )
 
-    features, labels = torch.randn(550, 1, 1280), torch.from_numpy(np.arange(550) % 10)
+    data = classifier.TrainingSet(torch.randn(550, 1, 1280), torch.arange(550) % 10, seed=0)
     head = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
     result["linear head, updates per second"] = rates(
         {
-            "batch of 16": (
-                500,
-                lambda: classifier.train_head(
-                    features, labels, head, 0, 10, 500, lambda step, trained: None
-                ),
+            f"{size} side by side": (
+                500 * size,
+                partial(classifier.train_heads, [data] * size, head, 10, 500, lambda *_: None),
             )
+            for size in (1, STACK)
         }
     )
     segmenting = settings.segmenter.model_copy(update={"max_train_steps": 50})

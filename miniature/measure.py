@@ -27,7 +27,7 @@ from sdaug_utils.evidence import figures
 from sdaug_utils.generation.foundation import load_pipeline
 from sdaug_utils.generation.pools import pipeline_sampler
 from sdaug_utils.study import Study, open_study
-from sdaug_utils.training.classifier import train_controlled
+from sdaug_utils.training.classifier import TrainingSet, train_controlled
 from sdaug_utils.training.features import image_features
 
 SEEDS = range(5)
@@ -54,19 +54,15 @@ def head_accuracy(
     """Mean test accuracy of heads trained on ``images``, selected on validation."""
     splits = study.data.splits
     validation = splits["validation"]
-    scores = []
-    for seed in SEEDS:
-        outcome = train_controlled(
-            image_features(study, images),
-            labels,
-            (image_features(study, validation.images())[:, 0], validation.labels),
-            image_features(study, test)[:, 0],
-            study.settings.classifier.controlled,
-            seed,
-            len(study.data.class_names),
-        )
-        scores.append(float((outcome.predictions == splits["test"].labels).mean()))
-    return float(np.mean(scores))
+    features, targets = image_features(study, images), torch.from_numpy(labels)
+    outcomes = train_controlled(
+        [TrainingSet(features, targets, seed) for seed in SEEDS],
+        (image_features(study, validation.images())[:, 0], validation.labels),
+        image_features(study, test)[:, 0],
+        study.settings.classifier.controlled,
+        len(study.data.class_names),
+    )
+    return float(np.mean([outcome.predictions == splits["test"].labels for outcome in outcomes]))
 
 
 def pixel_accuracy(

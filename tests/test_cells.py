@@ -146,7 +146,7 @@ def test_keys_know_the_versions_of_all_that_a_run_uses(world, monkeypatch):
 
 def test_there_may_be_more_than_256_classes(world, tmp_path, monkeypatch):
     outcome = classifier.Outcome(np.arange(10) + 295, 0.5, 10, 10)
-    monkeypatch.setattr(classifier, "train_controlled", lambda *_: outcome)
+    monkeypatch.setattr(classifier, "train_controlled", lambda *_: [outcome])
     [cell] = cells.repeated([{"real_percent": 50}], "controlled", 1, 1)
-    cells.Trainer(world).train(cell, tmp_path)
+    cells.Trainer(world).train([cell], [tmp_path])
     assert np.load(tmp_path / "predictions.npy").tolist() == list(range(295, 305))

@@ -43,8 +43,9 @@ def test_a_separable_problem_is_solved_and_the_best_weights_are_kept():
     features, labels = blobs(64, 0)
     validation, validation_labels = blobs(40, 1)
     test, test_labels = blobs(100, 2)
-    outcome = classifier.train_controlled(
-        features, labels, (validation[:, 0], validation_labels), test[:, 0], CONTROLLED, 0, 2
+    data = classifier.TrainingSet(features, torch.from_numpy(labels), seed=0)
+    [outcome] = classifier.train_controlled(
+        [data], (validation[:, 0], validation_labels), test[:, 0], CONTROLLED, 2
     )
     assert (outcome.predictions == test_labels).mean() > 0.97
     assert outcome.validation_score > 0.97
@@ -56,7 +57,7 @@ def test_a_separable_problem_is_solved_and_the_best_weights_are_kept():
     def look(step, head):
         scores[step] = classifier.accuracy(head, validation[:, 0], targets)
 
-    classifier.train_head(features, torch.from_numpy(labels), CONTROLLED, 0, 2, 50, look)
+    classifier.train_head(data, CONTROLLED, 2, 50, look)
     assert outcome.selected_step == max(scores, key=scores.get)  # the first of the best
     assert outcome.validation_score == max(scores.values())
 
@@ -68,7 +69,8 @@ def test_the_written_out_gradient_is_that_of_autograd():
     def keep(step, head):
         reached[step] = head.weight.detach().clone(), head.bias.detach().clone()
 
-    classifier.train_head(features, targets, CONTROLLED, 3, 2, 200, keep)
+    data = classifier.TrainingSet(features, targets, seed=3)
+    classifier.train_head(data, CONTROLLED, 2, 200, keep)
     head = classifier.new_head(4, 2, 3)
     optimizer = torch.optim.SGD(head.parameters(), lr=CONTROLLED.learning_rate)
     for rows in classifier.batches(64, 8, 200, seed=3):
@@ -78,6 +80,29 @@ def test_the_written_out_gradient_is_that_of_autograd():
         optimizer.step()
     assert torch.allclose(reached[200][0], head.weight, atol=1e-5)
     assert torch.allclose(reached[200][1], head.bias, atol=1e-5)
+
+
+def test_what_a_head_learns_does_not_depend_on_those_beside_it():
+    generator = torch.Generator().manual_seed(0)
+    sets = [
+        classifier.TrainingSet(
+            torch.randn(40 + 8 * seed, 2, 1280, generator=generator),
+            torch.arange(40 + 8 * seed) % 10,
+            seed,
+        )
+        for seed in range(9)
+    ]
+    held_out = torch.randn(100, 1280, generator=generator), np.arange(100) % 10
+
+    def train(some):
+        return classifier.train_controlled(some, held_out, held_out[0], CONTROLLED, 10)
+
+    together = train(sets)
+    for size in (1, 2, 5):
+        apart = [outcome for i in range(0, 9, size) for outcome in train(sets[i : i + size])]
+        for one, other in zip(together, apart, strict=True):
+            assert (one.predictions == other.predictions).all()
+            assert one.validation_score == other.validation_score
 
 
 def test_seeds_decide_the_head_and_the_order():
@@ -253,3 +278,14 @@ def test_published_training_leaves_the_shared_backbone_alone(world):
     )
     assert torch.equal(backbone.bn1.running_mean, before)
     assert not backbone.training
+
+
+def test_folding_batchnorm_changes_features_by_rounding_alone():
+    pixels = torch.rand(4, 3, 32, 32)
+    plain, folded = (
+        load("efficientnet-lite0") for load in (features.load_backbone, features.folded_backbone)
+    )
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not norms
+    with torch.no_grad():
+        assert torch.allclose(plain(pixels), folded(pixels), atol=1e-4)

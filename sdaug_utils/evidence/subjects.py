@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sdaug_utils import params
-from sdaug_utils.data.images import shuffled
+from sdaug_utils.data.images import Images, shuffled
 from sdaug_utils.evidence.metrics import (
     diversity,
     estimate,
@@ -27,7 +27,7 @@ from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.lazy import torch
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training.classifier import train_head
+from sdaug_utils.training.classifier import TrainingSet, train_head
 from sdaug_utils.training.features import feature_arrays, image_features
 
 MEASURES = ("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class")
@@ -149,15 +149,9 @@ class Judge:
         self.real = features[:, 0].numpy() - self.mean  # (n, d), of the training images
         self.num_classes = len(study.data.class_names)
         settings, heads = study.settings.classifier.controlled, []
-        train_head(
-            features,
-            torch.from_numpy(self.train.labels),
-            settings,
-            0,
-            self.num_classes,
-            settings.max_train_steps,
-            lambda step, head: heads.append(head),
-        )
+        data = TrainingSet(features, torch.from_numpy(self.train.labels), seed=0)
+        steps = settings.max_train_steps
+        train_head(data, settings, self.num_classes, steps, lambda _, head: heads.append(head))
         self.head = heads[-1]  # a classifier of real images, all of the training split
 
     def __call__(
@@ -180,8 +174,10 @@ class Judge:
         alike = np.flatnonzero(np.isin(self.train.labels, subject.labels))
         typical = typical_attributes(self.train.images(alike))
         fidelity, nearest, diverse, obeyed, right = [], [], [], [], []
-        for pool, attribute in zip(pools, prompts.values(), strict=True):
-            made = image_features(self.study, pool.images())[:, 0]
+        images = [image for pool in pools for image in pool.images().items]
+        every = image_features(self.study, Images(tuple(images)))[:, 0]
+        of_pools = every.split([len(pool.files) for pool in pools])
+        for pool, made, attribute in zip(pools, of_pools, prompts.values(), strict=True):
             centred = made.numpy() - self.mean
             fidelity.append(similarity(centred, real).mean())
             nearest.append(similarity(centred, inputs).max(axis=1).mean())

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.errors import InputError
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling, Settings
 from sdaug_utils.store import digest_of, sha256, verify_checksums
 
@@ -113,6 +114,28 @@ def resolved(name: str, part: str = "") -> str:
     folder = locate(name, part)
     is_snapshot = folder.parent.name == "snapshots"
     return f"{name.partition('@')[0]}@{folder.name}" if is_snapshot else name
+
+
+def takes_scale(pipeline: Pipeline) -> bool:
+    """Whether guidance is folded into the U-Net, so that one pass does what else takes two.
+
+    Such a U-Net is told the scale (Meng et al., CVPR 2023); diffusers' pipelines see to that.
+    """
+    return pipeline.unet.config.time_cond_proj_dim is not None
+
+
+def scale_condition(pipeline: Pipeline, count: int, scale: float = 1.0) -> Any:
+    """What such a U-Net is told of the guidance scale, (count, width); None for any other.
+
+    A model that learns is trained at scale 1, which is no guidance.
+    """
+    if not takes_scale(pipeline):
+        return None
+    width = pipeline.unet.config.time_cond_proj_dim
+    embedded = pipeline.get_guidance_scale_embedding(
+        torch.full((count,), scale - 1.0), embedding_dim=width
+    )
+    return embedded.to(pipeline.device)
 
 
 def load_pipeline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,12 +63,12 @@ class Personalised(Technique):
         pipeline: Pipeline,
         requests: Sequence[Request],
         folders: Sequence[Path],
-        label: str | None = None,
+        stepped: Callable[[], object] = lambda: None,
     ) -> None:
         """Learn the model of each request and save it in its folder.
 
-        ``pipeline`` stays as it was; ``label`` names a progress bar. With mixed precision passes
-        are in half precision, weights in single precision.
+        ``pipeline`` stays as it was; ``stepped`` is called after each update. With mixed precision
+        passes are in half precision, weights in single precision.
         """
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sdaug_utils.compute import Batch, in_parallel
 from sdaug_utils.data.images import Images, decoded, read_images
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline
+from sdaug_utils.generation.foundation import Pipeline, takes_scale
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling
@@ -110,7 +110,7 @@ def grow(
             sampler = cache(make_sampler)  # another process may have made what was missing
 
             def make(part: Sequence[int]) -> Sequence[int]:
-                rows.update(_make_batch(spec, part, sampler(), folder, max_attempts))
+                rows.update(_make_batch(spec, part, sampler(), folder, max_attempts, batch.size))
                 lines = [rows[index] for index in sorted(rows)]
                 write_atomically(folder / "metadata.csv", partial(_write_rows, lines))
                 if progress:
@@ -132,13 +132,19 @@ def grow(
 
 
 def _make_batch(
-    spec: Spec, indices: Sequence[int], sampler: Sampler, folder: Path, max_attempts: int
+    spec: Spec,
+    indices: Sequence[int],
+    sampler: Sampler,
+    folder: Path,
+    max_attempts: int,
+    batch_size: int,
 ) -> dict[int, Row]:
+    """Some images of a pool; every pass has ``batch_size``, since rounding depends on its shape."""
     rows, waiting = {}, list(indices)
     for attempt in range(max_attempts):
-        seeds = [image_seed(spec, index, attempt) for index in waiting]
-        images = sampler(waiting, seeds)
-        for index, seed, image in zip(waiting, seeds, images, strict=True):
+        filled = [*waiting, *waiting[-1:] * (batch_size - len(waiting))]
+        seeds = [image_seed(spec, index, attempt) for index in filled]
+        for index, seed, image in zip(waiting, seeds, sampler(filled, seeds), strict=False):
             if image is not None:
                 write_atomically(folder / _file_name(index), partial(image.save, format="PNG"))
                 values = (_file_name(index), spec["class"], spec["prompt"], seed, attempt + 1)
@@ -184,10 +190,9 @@ def pipeline_sampler(
     """
 
     def sample(indices: Sequence[int], seeds: Sequence[int]) -> list[Image.Image | None]:
+        twice = sampling.guidance_scale > 1 and not takes_scale(pipeline)
         with torch.no_grad():  # once for all images: they share the prompt
-            embeddings = pipeline.encode_prompt(
-                prompt, pipeline.device, len(seeds), sampling.guidance_scale > 1
-            )
+            embeddings = pipeline.encode_prompt(prompt, pipeline.device, len(seeds), twice)
         result = pipeline(
             prompt_embeds=embeddings[0],
             negative_prompt_embeds=embeddings[1],
@@ -286,25 +291,24 @@ def _learn(
     if not requests:
         return
     store, technique = study.store, requests[0].technique
-    size, shown = technique.at_once(study.settings), f"training: {label}" if label else None
+    size, steps = (
+        technique.at_once(study.settings),
+        technique.recipe(study.settings).max_train_steps,
+    )
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-    with tqdm(total=len(parts), desc=shown, disable=not shown or size > 1) as bar:
+    shown = f"training: {label}" if label else None
+    with tqdm(total=len(parts) * steps, desc=shown, disable=not shown, unit="steps") as bar:
 
         def learn(number: int) -> None:
             def make(missing: list[int], folders: list[Path]) -> None:
                 chosen = [parts[number][i] for i in missing]
-                technique.learn(study, pipeline(), chosen, folders, shown)
+                technique.learn(study, pipeline(), chosen, folders, bar.update)
                 for folder in folders:
                     store.record("models", folder.with_suffix(""), [0], [0])
 
             store.get_all(technique.name, [request.model for request in parts[number]], make)
-            bar.update()
 
-        if size == 1:
-            in_parallel(study.settings, learn, range(len(parts)))
-        else:  # one batch keeps all cores busy
-            for number in range(len(parts)):
-                learn(number)
+        in_parallel(study.settings, learn, range(len(parts)))
 
 
 def denoising(study: Study, request: Request) -> np.ndarray:

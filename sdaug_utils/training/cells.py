@@ -27,6 +27,7 @@ from sdaug_utils.study import Study
 from sdaug_utils.training import classifier, features, segmenter
 
 CODE_VERSION = 3
+STACK = 9  # heads that are trained side by side: more are not faster
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""
 
@@ -113,17 +114,22 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
         trainer.prepare(cell)
     with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
 
-        def train(cell: Cell) -> None:
-            study.store.get("cells", spec(study, cell), partial(trainer.train, cell))
-            bar.update()
+        def train(some: Sequence[Cell]) -> None:
+            def make(positions: list[int], folders: list[Path]) -> None:
+                trainer.train([some[position] for position in positions], folders)
 
-        # Heads on kept features are too small to gain from threads; a segmenter's dropout draws
-        # from the one global generator: no two at the same time.
-        whole = [c for c in missing if c.task == "classification" and c.protocol == "published"]
+            study.store.get_all("cells", [spec(study, cell) for cell in some], make)
+            bar.update(len(some))
+
+        # A segmenter's dropout draws from the one global generator: no two at the same time.
         for cell in missing:
-            if cell not in whole:
-                train(cell)
-        in_parallel(study.settings, lambda i: train(whole[i]), range(len(whole)))
+            if cell.task == "segmentation":
+                train([cell])
+        single = [[c] for c in missing if c.task != "segmentation" and c.protocol == "published"]
+        heads = [c for c in missing if c.task != "segmentation" and c.protocol == "controlled"]
+        stacks = [heads[i : i + STACK] for i in range(0, len(heads), STACK)]
+        parts = [*single, *stacks]
+        in_parallel(study.settings, lambda number: train(parts[number]), range(len(parts)))
     new = set(missing)
     for cell, folder in folders.items():
         study.store.record("runs", folder, [0], [0] if cell in new else [])
@@ -284,23 +290,34 @@ class Trainer:
         files = tuple(file for pool in pools for file in pool.files)
         return torch.cat([real, self.features_of(files, cell.augmentation)])
 
-    def train(self, cell: Cell, folder: Path) -> None:
-        """Train one cell; ``folder`` gets ``result.json`` and what there is per test image."""
-        num_real, num_all = len(_real_rows(self.study, cell)), len(self.training_set(cell)[1])
-        result: dict[str, Any] = {"num_real": num_real, "num_synthetic": num_all - num_real}
-        if cell.task == "segmentation":
-            segmented = self._segmentation(cell)
-            scores = segmented.weighted_jaccard
-            np.save(folder / "scores.npy", scores.astype(np.float32))
-            np.save(folder / "mean_iou.npy", segmented.mean_iou.astype(np.float32))
-            shown = first_per_class(self.splits["test"].labels, 1)
-            np.savez_compressed(folder / "examples.npz", rows=shown, labels=segmented.labels[shown])
-            outcome: Any = segmented
+    def train(self, some: Sequence[Cell], folders: Sequence[Path]) -> None:
+        """Train cells: one, or several of the controlled protocol.
+
+        A folder gets ``result.json`` and what there is per test image.
+        """
+        if some[0].task == "segmentation":
+            outcomes: list[Any] = [self._segmentation(some[0])]
+        elif some[0].protocol == "published":
+            outcomes = [self.published(some[0])]
         else:
-            outcome = (self.controlled if cell.protocol == "controlled" else self.published)(cell)
+            outcomes = self.controlled(some)
+        for cell, folder, outcome in zip(some, folders, outcomes, strict=True):
+            self._save(cell, folder, outcome)
+
+    def _save(self, cell: Cell, folder: Path, outcome: Any) -> None:
+        labels = self.splits["test"].labels
+        if cell.task == "segmentation":
+            scores = outcome.weighted_jaccard
+            np.save(folder / "scores.npy", scores.astype(np.float32))
+            np.save(folder / "mean_iou.npy", outcome.mean_iou.astype(np.float32))
+            shown = first_per_class(labels, 1)
+            np.savez_compressed(folder / "examples.npz", rows=shown, labels=outcome.labels[shown])
+        else:
             np.save(folder / "predictions.npy", outcome.predictions.astype(np.int32))
-            scores = outcome.predictions == self.splits["test"].labels
-        result |= {
+            scores = outcome.predictions == labels
+        result = {
+            "num_real": len(_real_rows(self.study, cell)),
+            "num_synthetic": self.num_classes * cell.synthetic_per_class,
             "num_updates": outcome.num_updates,
             "selected_step": outcome.selected_step,
             "validation_score": outcome.validation_score,
@@ -308,15 +325,25 @@ class Trainer:
         }
         (folder / "result.json").write_text(json.dumps(result, indent=2))
 
-    def controlled(self, cell: Cell) -> classifier.Outcome:
-        """A classifier under the controlled protocol, on kept features."""
+    def head_sets(self, some: Sequence[Cell]) -> list[classifier.TrainingSet]:
+        """What the heads of cells learn from; those that differ in their seed alone share it."""
+
+        @cache
+        def seen(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.features(cell), torch.from_numpy(self.training_set(cell)[1])
+
+        return [
+            classifier.TrainingSet(*seen(cell.model_copy(update={"seed": 0})), training_seed(cell))
+            for cell in some
+        ]
+
+    def controlled(self, some: Sequence[Cell]) -> list[classifier.Outcome]:
+        """Classifiers under the controlled protocol, on kept features."""
         return classifier.train_controlled(
-            self.features(cell),
-            self.training_set(cell)[1],
+            self.head_sets(some),
             (self.features_of("validation")[:, 0], self.splits["validation"].labels),
             self.features_of("test")[:, 0],
             self.study.settings.classifier.controlled,
-            training_seed(cell),
             self.num_classes,
         )
 
@@ -367,15 +394,8 @@ def accuracy_curve(
             if step in steps:
                 rows.append((step, classifier.accuracy(head, test, test_labels)))
 
-        classifier.train_head(
-            trainer.features(cell),
-            torch.from_numpy(trainer.training_set(cell)[1]),
-            settings,
-            training_seed(cell),
-            trainer.num_classes,
-            int(np.gcd.reduce(steps)),
-            evaluate,
-        )
+        [data], every = trainer.head_sets([cell]), int(np.gcd.reduce(steps))
+        classifier.train_head(data, settings, trainer.num_classes, every, evaluate)
         table = pd.DataFrame(rows, columns=["step", "test_accuracy"])
         table.to_csv(folder / "curve.csv", index=False)
 

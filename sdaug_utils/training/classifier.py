@@ -19,7 +19,7 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, to_pixels
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 UPDATES = 50  # whose features are gathered at once
 
 
@@ -51,47 +51,72 @@ def batches(num_images: int, batch_size: int, num_updates: int, seed: int) -> to
     return torch.from_numpy(order[: num_updates * batch_size]).view(num_updates, batch_size)
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """What one head learns from, on cached features."""
+
+    features: torch.Tensor  # (n, views, features); whenever an image comes up, a view is drawn
+    labels: torch.Tensor  # (n,)
+    seed: int  # of the head's first weights, of the order of images, of the views
+
+
 def train_head(
-    features: torch.Tensor,
-    labels: torch.Tensor,
+    data: TrainingSet,
     settings: Controlled,
-    seed: int,
     num_classes: int,
     every: int,
-    evaluate: Callable[[int, torch.nn.Linear], None],
+    evaluate: Callable[[int, torch.nn.Linear], object],
 ) -> int:
-    """Train a linear head by SGD on cached features; ``evaluate(step, head)`` looks at it.
+    """As :func:`train_heads`, for one head."""
+    return train_heads(
+        [data], settings, num_classes, every, lambda step, heads: evaluate(step, heads[0])
+    )
 
-    The gradient of softmax cross-entropy is written out: at this size autograd and an optimiser
-    object cost several times what the arithmetic does, and a study trains thousands of heads.
+
+def train_heads(
+    sets: Sequence[TrainingSet],
+    settings: Controlled,
+    num_classes: int,
+    every: int,
+    evaluate: Callable[[int, Sequence[torch.nn.Linear]], object],
+) -> int:
+    """Train linear heads side by side, by SGD; ``evaluate(step, heads)`` looks at them.
+
+    The gradient of softmax cross-entropy is written out, and heads share batched products: at this
+    size autograd and an optimiser object cost several times what the arithmetic does, and a study
+    trains thousands of heads. What a head learns does not depend on those beside it.
 
     Args:
-        features: (n, views, features); each time an image comes up, one of its views is drawn.
-        labels: (n,).
         every: updates between two calls of ``evaluate``.
 
     Returns:
-        The number of updates that were made.
+        The number of updates of each head.
     """
-    num_images, num_views, num_features = features.shape
-    head = new_head(num_features, num_classes, seed)
-    rows = batches(num_images, settings.batch_size, settings.max_train_steps, seed)
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.randint(num_views, rows.shape, generator=generator)
-    targets = torch.nn.functional.one_hot(labels, num_classes).float()
-    rate = settings.learning_rate / settings.batch_size
-    step = 0
+    heads, drawn = [], []
+    for data in sets:
+        num_images, num_views, num_features = data.features.shape
+        heads.append(new_head(num_features, num_classes, data.seed))
+        rows = batches(num_images, settings.batch_size, settings.max_train_steps, data.seed)
+        generator = torch.Generator().manual_seed(data.seed)
+        views = torch.randint(num_views, rows.shape, generator=generator)
+        targets = torch.nn.functional.one_hot(data.labels, num_classes).float()
+        drawn.append((data.features, targets, rows.split(UPDATES), views.split(UPDATES)))
+    weight = torch.stack([head.weight.detach() for head in heads])  # (heads, classes, features)
+    bias = torch.stack([head.bias.detach() for head in heads])  # (heads, classes)
+    for number, head in enumerate(heads):  # which see from now on what is learnt
+        head.weight.data, head.bias.data = weight[number], bias[number]
+    rate, step = settings.learning_rate / settings.batch_size, 0
     with torch.no_grad():
-        weight, bias = head.weight.detach(), head.bias.detach()
-        for some_rows, some_views in zip(rows.split(UPDATES), views.split(UPDATES), strict=True):
-            gathered = features[some_rows, some_views], targets[some_rows]
-            for inputs, target in zip(*gathered, strict=True):
-                error = torch.addmm(bias, inputs, weight.T).softmax(dim=1).sub_(target)
-                weight.addmm_(error.T, inputs, alpha=-rate)
-                bias.sub_(error.sum(dim=0), alpha=rate)
+        for part in range(len(drawn[0][2])):
+            inputs = torch.stack([f[rows[part], views[part]] for f, _, rows, views in drawn], dim=1)
+            wanted = torch.stack([targets[rows[part]] for _, targets, rows, _ in drawn], dim=1)
+            for x, target in zip(inputs, wanted, strict=True):  # (heads, batch, ...)
+                error = torch.baddbmm(bias[:, None], x, weight.mT).softmax(dim=2).sub_(target)
+                weight.baddbmm_(error.mT, x, alpha=-rate)
+                bias.sub_(error.sum(dim=1), alpha=rate)
                 step += 1
                 if step % every == 0:
-                    evaluate(step, head)
+                    evaluate(step, heads)
     return step
 
 
@@ -101,30 +126,26 @@ def accuracy(head: torch.nn.Module, features: torch.Tensor, labels: torch.Tensor
 
 
 def train_controlled(
-    features: torch.Tensor,
-    labels: np.ndarray,
+    sets: Sequence[TrainingSet],
     validation: tuple[torch.Tensor, np.ndarray],
     test_features: torch.Tensor,
     settings: Controlled,
-    seed: int,
     num_classes: int,
-) -> Outcome:
+) -> list[Outcome]:
     """Equal updates for every arm; the weights best on validation make the predictions."""
-    best: Outcome | None = None
+    best: list[Outcome | None] = [None] * len(sets)
     validation_labels = torch.from_numpy(validation[1])
 
-    def evaluate(step: int, head: torch.nn.Linear) -> None:
-        nonlocal best
-        score = accuracy(head, validation[0], validation_labels)
-        if best is None or score > best.validation_score:
-            predictions = head(test_features).argmax(dim=1).numpy()
-            best = Outcome(predictions, score, step, step)
+    def evaluate(step: int, heads: Sequence[torch.nn.Linear]) -> None:
+        for number, (head, so_far) in enumerate(zip(heads, best, strict=True)):
+            score = accuracy(head, validation[0], validation_labels)
+            if so_far is None or score > so_far.validation_score:
+                predictions = head(test_features).argmax(dim=1).numpy()
+                best[number] = Outcome(predictions, score, step, step)
 
     every = min(settings.validation_steps, settings.max_train_steps)
-    targets = torch.from_numpy(labels)
-    updates = train_head(features, targets, settings, seed, num_classes, every, evaluate)
-    assert best is not None
-    return replace(best, num_updates=updates)
+    updates = train_heads(sets, settings, num_classes, every, evaluate)
+    return [replace(outcome, num_updates=updates) for outcome in best if outcome]
 
 
 def train_published(

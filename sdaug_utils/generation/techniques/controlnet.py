@@ -1,5 +1,6 @@
 """ControlNet: images that follow the edges or trimap of a real one (Zhang et al., ICCV 2023)."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,18 @@ class ControlNetSettings(Parameters):
     conditioning_scale: float = Field(gt=0)
 
 
+def _once(embed: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An embedding of control images that is made once for all steps of a thread's pass."""
+    last = threading.local()
+
+    def embedded(images: Any) -> Any:
+        if getattr(last, "images", None) is not images:
+            last.images, last.embedded = images, embed(images)
+        return last.embedded
+
+    return embedded
+
+
 class ControlNet(Technique):
     """A control image for each real image of the subset; images of one follow it in turn."""
 
@@ -53,6 +66,8 @@ class ControlNet(Technique):
         controlnet = diffusers.ControlNetModel.from_pretrained(
             locate(*model), dtype=dtype_of(settings), use_safetensors=True
         ).to(device_of(settings))
+        embedding = controlnet.controlnet_cond_embedding
+        embedding.forward = _once(embedding.forward)
         return load_pipeline(settings, self.sampling(settings), self.kind, controlnet=controlnet)
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline
+from sdaug_utils.generation.foundation import Pipeline, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.pools import grow, pipeline_sampler
 from sdaug_utils.generation.technique import Request, pool_spec, twin
@@ -95,12 +95,14 @@ class DreamBooth(Personalised):
         pipeline: Pipeline,
         requests: Sequence[Request],
         folders: Sequence[Path],
-        label: str | None = None,
+        stepped: Callable[[], object] = lambda: None,
     ) -> None:
         for request, folder in zip(requests, folders, strict=True):
-            self.save(pipeline, self.tuned(study, pipeline, request), folder)
+            self.save(pipeline, self.tuned(study, pipeline, request, stepped), folder)
 
-    def tuned(self, study: Study, pipeline: Pipeline, request: Request) -> torch.nn.Module:
+    def tuned(
+        self, study: Study, pipeline: Pipeline, request: Request, stepped: Callable = lambda: None
+    ) -> torch.nn.Module:
         """A copy of the U-Net, fine-tuned on the request's inputs (Ruiz et al., 2023).
 
         Raises:
@@ -130,6 +132,7 @@ class DreamBooth(Personalised):
         )
         optimizer = adamw(weights, lr=settings.learning_rate, weight_decay=1e-2)
         precision = Precision(study.settings)
+        scale = scale_condition(pipeline, size * (1 + bool(prior)))
         for _ in range(settings.max_train_steps):
             noisy, timesteps, target = instances(size)
             condition = embeddings[:1].expand(size, -1, -1)
@@ -138,7 +141,8 @@ class DreamBooth(Personalised):
                 noisy, timesteps, target = (torch.cat(pair) for pair in examples)
                 condition = embeddings.repeat_interleave(size, dim=0)
             with precision.autocast:
-                prediction = unet(noisy, timesteps, condition.float()).sample.float()
+                prediction = unet(noisy, timesteps, condition.float(), timestep_cond=scale)
+            prediction = prediction.sample.float()
             loss = torch.nn.functional.mse_loss(prediction[:size], target[:size])
             if prior:
                 prior_loss = torch.nn.functional.mse_loss(prediction[size:], target[size:])
@@ -149,6 +153,7 @@ class DreamBooth(Personalised):
             precision.scaler.step(optimizer)
             precision.scaler.update()
             optimizer.zero_grad()
+            stepped()
         return unet
 
     def model(self, settings: Settings, inputs: Sequence[np.ndarray], draw: int) -> dict[str, Any]:

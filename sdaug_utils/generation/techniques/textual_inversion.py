@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from tqdm import trange
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline
+from sdaug_utils.generation.foundation import Pipeline, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.technique import Request, twin
 from sdaug_utils.lazy import torch
@@ -65,25 +64,29 @@ class TextualInversion(Personalised):
         pipeline: Pipeline,
         requests: Sequence[Request],
         folders: Sequence[Path],
-        label: str | None = None,
+        stepped: Callable[[], object] = lambda: None,
     ) -> None:
         from safetensors.torch import save_file
 
         token = self.of(study.settings).placeholder_token
+        batch = Batch(self.at_once(study.settings), "textual_inversion.subjects_at_once")
 
         def invert(part: Sequence[tuple[Request, Path]]) -> Sequence[Path]:
             chosen, places = zip(*part, strict=True)
-            for embedding, folder in zip(
-                self.embeddings(study, pipeline, chosen, label), places, strict=True
-            ):
+            filled = [*chosen, *chosen[-1:] * (batch.size - len(chosen))]  # rounding depends on it
+            learnt = self.embeddings(study, pipeline, filled, stepped)
+            for embedding, folder in zip(learnt, places, strict=False):
                 save_file({token: embedding.clone()}, folder / FILE)
             return places
 
-        batch = Batch(len(requests), "textual_inversion.subjects_at_once")
         batch.run(invert, list(zip(requests, folders, strict=True)))
 
     def embeddings(
-        self, study: Study, pipeline: Pipeline, requests: Sequence[Request], label: str | None
+        self,
+        study: Study,
+        pipeline: Pipeline,
+        requests: Sequence[Request],
+        stepped: Callable[[], object] = lambda: None,
     ) -> torch.Tensor:
         """An embedding for the subject of each request, all in one batch: (requests, width).
 
@@ -108,7 +111,8 @@ class TextualInversion(Personalised):
         size, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
         optimizer = torch.optim.AdamW([table], lr=settings.learning_rate, weight_decay=1e-2)
         precision = Precision(study.settings)
-        for _ in trange(settings.max_train_steps, desc=label, disable=label is None):
+        scale = scale_condition(pipeline, size * len(requests))
+        for _ in range(settings.max_train_steps):
             for _ in range(accumulation):
                 batches = zip(*(example(size) for example in examples), strict=True)
                 noisy, timesteps, target = (torch.cat(parts) for parts in batches)
@@ -119,7 +123,8 @@ class TextualInversion(Personalised):
                 ]
                 tokens = token_ids(tokenizer, prompts, pipeline.device)
                 with precision.autocast:
-                    prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample.float()
+                    words = text_encoder(tokens)[0]
+                    prediction = unet(noisy, timesteps, words, timestep_cond=scale).sample.float()
                 error = torch.nn.functional.mse_loss(prediction, target)
                 loss = error * len(requests) / accumulation
                 precision.scaler.scale(loss).backward()
@@ -128,6 +133,7 @@ class TextualInversion(Personalised):
             optimizer.zero_grad()
             with torch.no_grad():
                 table[:first] = original
+            stepped()
         return table.detach()[first:].cpu()
 
     def _with_tokens(
