@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -12,6 +14,8 @@ from sdaug_utils.generation import pools
 from sdaug_utils.generation import technique as techniques
 from sdaug_utils.generation.foundation import load_pipeline
 from sdaug_utils.registry import techniques as registered
+from sdaug_utils.store import Store
+from sdaug_utils.study import Study, open_study
 
 SPEC = {"class": "bag", "prompt": "a bag", "technique": "test"}
 
@@ -26,7 +30,8 @@ class FakeSampler:
     def __call__(self, indices, seeds):
         if self.killed_after is not None and len(self.asked) >= self.killed_after:
             raise KeyboardInterrupt
-        self.asked += zip(indices, seeds, strict=True)
+        pairs = zip(indices, seeds, strict=True)  # the last may come again, to fill a pass
+        self.asked += dict.fromkeys(pairs)
         return [None if self.rejects(seed) else self.image(seed) for seed in seeds]
 
     @staticmethod
@@ -133,6 +138,7 @@ def test_a_pool_is_an_image_folder_with_metadata(store):
 
 def test_black_and_flagged_images_are_rejected(world):
     class Pipeline:
+        unet = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=None))
         device = "cpu"
 
         def encode_prompt(self, *_):
@@ -224,18 +230,45 @@ def test_images_follow_their_control(world):
     assert np.mean(own) > 0.8
 
 
-def test_subjects_learnt_in_parts_are_those_learnt_together(world, tmp_path):
-    inversion = world.settings.textual_inversion.model_copy(update={"subjects_at_once": 1})
-    settings = world.settings.model_copy(update={"textual_inversion": inversion})
-    parts = type(world)(world.profile, settings, world.data, type(world.store)(tmp_path / "other"))
-    made = [
-        pools.technique_pools(study, "textual-inversion", 0, 1, progress=False)
-        for study in (world, parts)
-    ]
-    for first, second in zip(*made, strict=True):
-        assert first.files[0].parent.name == second.files[0].parent.name
-        images = [np.asarray(pool.images()[0], int) for pool in (first, second)]
-        assert np.abs(images[0] - images[1]).max() <= 2
+@pytest.mark.parametrize("name", registered())
+@pytest.mark.parametrize("profile", ["smoke", "miniature"])
+def test_an_image_does_not_depend_on_its_company_nor_on_kills(profile, name, tmp_path, monkeypatch):
+    """Grown by 1, 3, 10 and 36, killed in between, alone, or 50 at once, beside another class."""
+    opened = open_study(profile)
+    changes = {
+        section: getattr(opened.settings, section).model_copy(update={"max_train_steps": 3})
+        for section in ("dreambooth", "dreambooth_lora", "textual_inversion")
+    }
+    settings = opened.settings.model_copy(update=changes)
+    grown, whole = (
+        Study(profile, settings, opened.data, Store(tmp_path / store)) for store in ("a", "b")
+    )
+    requests = techniques.technique_requests(whole, name, 0, 50)[:2]
+    together = pools.fill(whole, requests)[0]
+
+    make_sampler, passes = pools.pipeline_sampler, itertools.count(1)
+
+    def killed_now_and_then(*arguments):
+        sampler = make_sampler(*arguments)
+
+        def sample(indices, seeds):
+            if next(passes) % 3 == 0:
+                raise KeyboardInterrupt
+            return sampler(indices, seeds)
+
+        return sample
+
+    monkeypatch.setattr(pools, "pipeline_sampler", killed_now_and_then)
+    kills = 0
+    for count in (1, 4, 14, 50):
+        request, done = dataclasses.replace(requests[0], indices=requests[0].indices[:count]), None
+        while not done:
+            try:
+                [done] = pools.fill(grown, [request])
+            except KeyboardInterrupt:
+                kills += 1
+    assert kills
+    assert content(done) == content(together)
 
 
 def test_models_are_shared_by_what_they_learn_from(world):
