@@ -244,14 +244,14 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
         if request.model:
             store.record("models", store.folder(technique.name, request.model), [0], [])
     if technique.learns and kept:
-        _learn(study, list(lacking.values()), pipeline, label)
+        learn_models(study, list(lacking.values()), pipeline, label)
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
     batch = Batch(sampling.batch_size, "sampling.batch_size")
     pools: dict[int, Pool] = {}
 
     def personalised(request: Request) -> Pipeline:
         if request.model:
-            _learn(study, [request], pipeline)  # unless it is there
+            learn_models(study, [request], pipeline)  # unless it is there
         return technique.apply(pipeline(), store.folder(technique.name, request.model))
 
     def fill_group(key: str) -> None:
@@ -281,7 +281,7 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
     return [pools[position] for position in range(len(requests))]
 
 
-def _learn(
+def learn_models(
     study: Study,
     requests: Sequence[Request],
     pipeline: Callable[[], Pipeline],
