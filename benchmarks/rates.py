@@ -20,7 +20,7 @@ from machine import describe
 
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation import pools
-from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.foundation import load_pipeline, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.params import load_settings
@@ -29,7 +29,7 @@ from sdaug_utils.store import Store
 from sdaug_utils.study import open_study
 from sdaug_utils.training import classifier, segmenter
 from sdaug_utils.training.cells import STACK
-from sdaug_utils.training.features import load_backbone
+from sdaug_utils.training.features import folded_backbone, load_backbone
 
 RESULT = Path(__file__).parent / "results" / "rates.json"
 ROUNDS = 3
@@ -51,12 +51,16 @@ def seconds(measured: dict[str, Any]) -> dict[str, float]:
     """Seconds per item of each kind of work, at the study's own sizes: what plans reckon with."""
     latents = measured["U-Net training, latents per second"]
     backbone = measured["backbone at 96 px, images per second"]
+    settings = load_settings("miniature")
+    batch = f"batch of {settings.sampling.batch_size}"
     rates = {
-        "image by a prompt": measured["images per second"]["batch of 50"],
-        "image of a personalised model": measured["images per second"]["batch of 50"],
-        "image with a ControlNet": measured["images with a ControlNet per second"]["batch of 100"],
-        "latent, fine-tuning of the U-Net": latents["batch of 8"],
-        "latent, textual inversion": latents["batch of 32"],  # all subjects share a batch
+        "image by a prompt": measured["images per second"][batch],
+        "image of a personalised model": measured["images per second"][batch],
+        "image with a ControlNet": measured["images with a ControlNet per second"][batch],
+        "latent, fine-tuning of the U-Net": latents[
+            f"batch of {settings.dreambooth.train_batch_size}"
+        ],
+        "latent, textual inversion": latents["batch of 10"],  # of five subjects
         "feature": backbone["evaluation"],
         "image, training of the whole network": backbone["training"],
         "image, training of a head": 16
@@ -74,7 +78,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads()}
 
     sampling = {}
-    for batch_size in (1, 10, 50, 100):
+    for batch_size in (1, settings.sampling.batch_size, 100):
         sample = pools.pipeline_sampler(pipeline, "a photo of a dress", settings.sampling)
         seeds = list(range(batch_size))
         sampling[f"batch of {batch_size}"] = (batch_size, partial(sample, seeds, seeds))
@@ -88,9 +92,10 @@ def main() -> None:
     sample = pools.pipeline_sampler(
         canny.load(settings), "a dress", canny.sampling(settings), canny.arguments(study, request)
     )
-    seeds = list(range(100))
+    size = settings.sampling.batch_size
+    seeds = list(range(size))
     result["images with a ControlNet per second"] = rates(
-        {"batch of 100": (100, partial(sample, seeds, seeds))}
+        {f"batch of {size}": (size, partial(sample, seeds, seeds))}
     )
 
     example = NoisyLatents(pipeline, study.data.splits["train"].images(range(64)), 32, seed=0)
@@ -98,20 +103,24 @@ def main() -> None:
 
     def unet_step(size: int) -> None:
         noisy, timesteps, target = example(size)
-        prediction = pipeline.unet(noisy, timesteps, embeddings.expand(size, 32, -1)).sample
+        words, told = embeddings.expand(size, 32, -1), scale_condition(pipeline, size)
+        prediction = pipeline.unet(noisy, timesteps, words, timestep_cond=told).sample
         torch.nn.functional.mse_loss(prediction, target).backward()
 
     result["U-Net training, latents per second"] = rates(
-        {f"batch of {size}": (size, partial(unet_step, size)) for size in (8, 32, 128)}
+        {
+            f"batch of {size}": (size, partial(unet_step, size))
+            for size in sorted({8, 10, settings.dreambooth.train_batch_size, 128})
+        }
     )
 
-    backbone = load_backbone("efficientnet-lite0")
+    backbone, folded = load_backbone("efficientnet-lite0"), folded_backbone("efficientnet-lite0")
     pixels = torch.rand(64, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     training_mode = copy.deepcopy(backbone).train()
     with torch.inference_mode():
         result["backbone at 96 px, images per second"] = rates(
             {
-                "evaluation": (64, partial(backbone, pixels)),
+                "evaluation": (64, lambda: [folded(part) for part in pixels.split(16)]),
                 "training": (64, lambda: [training_mode(part) for part in pixels.split(16)]),
             }
         )

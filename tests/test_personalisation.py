@@ -37,7 +37,7 @@ def asked(world, technique, inputs):
 def invert(pipeline, world, subjects, **changes):
     world = with_settings(world, "textual_inversion", **changes)
     requests = [asked(world, "textual-inversion", inputs) for inputs in subjects]
-    return techniques()["textual-inversion"].embeddings(world, pipeline, requests, None)
+    return techniques()["textual-inversion"].embeddings(world, pipeline, requests)
 
 
 def tune(pipeline, world, inputs, folder, **changes):

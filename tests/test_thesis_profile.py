@@ -317,9 +317,11 @@ def random_weights(monkeypatch):
         weights=None, weights_backbone=None, num_classes=21, aux_loss=True
     ).state_dict()
     monkeypatch.setattr(DeepLabV3_ResNet101_Weights, "get_state_dict", lambda self, **_: whole)
-    features.load_backbone.cache_clear()
+    for loaded in (features.load_backbone, features.folded_backbone):
+        loaded.cache_clear()
     yield
-    features.load_backbone.cache_clear()
+    for loaded in (features.load_backbone, features.folded_backbone):
+        loaded.cache_clear()
 
 
 @pytest.mark.usefixtures("random_weights")
@@ -328,7 +330,7 @@ def test_the_thesis_backbones_train_a_classifier_and_a_segmenter(world):
     segmenting = {"backbone": "deeplabv3-resnet101", "keep_features": False, "image_size": 32}
     world = changed(world, classifier=classifier, segmenter=segmenting)
     assert features.load_backbone("resnet34")(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
-    maps = segmenter.FeatureMaps(world)(world.data.splits["train"].images(range(2)))
+    maps = segmenter.FeatureMaps(world).of(world.data.splits["train"].images(range(2)))([0, 1])
     assert maps.shape == (2, 2048, 4, 4)
     arms = [
         {"protocol": "published", "real_percent": 20},

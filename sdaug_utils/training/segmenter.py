@@ -7,25 +7,33 @@ trained on them. Labels are trimaps: 1 subject, 2 background, 3 border.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from threading import Lock
 from typing import Any
 
 import cv2
 import numpy as np
 
-from sdaug_utils.compute import device_of
+from sdaug_utils.compute import device_of, in_parallel
 from sdaug_utils.data import augment
-from sdaug_utils.data.images import Images, Split, digests
+from sdaug_utils.data.images import Images, Split
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Protocol
 from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import batches
-from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, normalise, to_pixels
+from sdaug_utils.training.features import (
+    FEATURE_BATCH,
+    filled,
+    folded_backbone,
+    normalise,
+    to_pixels,
+)
 
 CODE_VERSION = 3
 NUM_CLASSES = 3
+Features = Callable[[Sequence[int]], Any]  # maps of some of the images
 STAGE = 3  # the backbone's third to last resolution: the deepest before its channels triple
 
 
@@ -45,29 +53,37 @@ class FeatureMaps:
     """Feature maps of images under the frozen backbone, kept in memory if they are small."""
 
     def __init__(self, study: Study) -> None:
-        self.settings = study.settings.segmenter
+        self.study, self.settings = study, study.settings.segmenter
         self.device = device_of(study.settings)
         self.known: dict[str, torch.Tensor] = {}
+        self.lock = Lock()
 
-    def __call__(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """(n, channels, height, width), 32-bit floats, of 8-bit RGB images of any size."""
+    def of(self, images: Images) -> Features:
+        """What gives the maps of some of the images: (n, channels, height, width), 32-bit floats.
+
+        Images are 8-bit RGB of any size; what is kept is made at once, 16-bit floats.
+        """
         if not self.settings.keep_features:
-            parts = range(0, len(images), FEATURE_BATCH)
-            return torch.cat([self._maps(images[i : i + FEATURE_BATCH]) for i in parts]).float()
-        keys = digests(images)
-        missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
-        for start in range(0, len(missing), FEATURE_BATCH):
-            part = missing[start : start + FEATURE_BATCH]
-            maps = self._maps([images[i] for _, i in part])
-            kept = maps.half().cpu().contiguous().unbind()
-            self.known.update(zip((key for key, _ in part), kept, strict=True))
-        return torch.stack([self.known[key] for key in keys]).to(self.device).float()
+            return lambda rows: self._maps([images[row] for row in rows]).float()
+        with self.lock:
+            keys = images.digests()
+            missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
+            parts = [missing[i : i + FEATURE_BATCH] for i in range(0, len(missing), FEATURE_BATCH)]
+
+            def make(number: int) -> None:
+                made = self._maps(filled([images[i] for _, i in parts[number]]))
+                kept = made.half().cpu().contiguous()
+                self.known.update(zip((key for key, _ in parts[number]), kept, strict=False))
+
+            in_parallel(self.study.settings, make, range(len(parts)))
+            every = torch.stack([self.known[key] for key in keys])
+        return lambda rows: every[list(rows)].to(self.device).float()
 
     def _maps(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         resize = augment.build("none", self.settings.image_size)
-        pixels = to_pixels([augment.view(image, resize, 0) for image in images]).to(self.device)
-        backbone: Any = load_backbone(self.settings.backbone, self.settings.output_stride)
-        inputs = normalise(pixels, backbone.to(self.device))
+        views = [augment.view(image, resize, 0) for image in images]
+        backbone: Any = folded_backbone(self.settings.backbone, self.settings.output_stride)
+        inputs = normalise(to_pixels(views).to(self.device), backbone.to(self.device))
         with torch.no_grad():
             if self.settings.backbone == "deeplabv3-resnet101":
                 return backbone(inputs)["out"]
@@ -112,36 +128,37 @@ def train(
     settings, device = maps.settings, maps.device
     side = settings.label_size
     targets = _targets(trimaps, side)
-    held_out = {name: _held_out(splits[name], side) for name in ("validation", "test")}
+    held_out = {name: _held_out(maps, splits[name], side) for name in ("validation", "test")}
     epoch = -(-len(images) // settings.batch_size)
     if protocol == "controlled":
         last, every, patience = settings.max_train_steps, settings.validation_steps, None
     else:
         last, every, patience = settings.max_epochs * epoch, epoch, settings.patience
-    num_features = maps(images[:1]).shape[1]  # loads the backbone, which draws random numbers, too
-    with torch.random.fork_rng():
+    features = maps.of(images)
+    num_features = features([0]).shape[1]
+    with augment.GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = new_head(num_features, settings.channels, settings.atrous_rates).to(device)
-        optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
-        best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
-        step = 0
-        for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
-            head.train()
-            features = maps(images.taken(rows.tolist()))
-            wanted = targets[rows].to(device)
-            loss = torch.nn.functional.cross_entropy(_upsampled(head, features, side), wanted)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if step % every == 0 or step == last:
-                score = _loss(head, maps, *held_out["validation"])
-                if score < best_loss:
-                    best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
-                elif patience and step - best_step >= patience * epoch:
-                    break
+    _seed_dropout(head, torch.Generator(device).manual_seed(seed))
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
+    best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
+    step = 0
+    for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
+        head.train()
+        logits, wanted = _upsampled(head, features(rows.tolist()), side), targets[rows].to(device)
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % every == 0 or step == last:
+            score = _loss(head, *held_out["validation"])
+            if score < best_loss:
+                best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
+            elif patience and step - best_step >= patience * epoch:
+                break
     if protocol == "controlled":
         head.load_state_dict(best)
-    predicted = {name: predict(head, maps, pair[0], side) for name, pair in held_out.items()}
+    predicted = {name: predict(head, *pair) for name, pair in held_out.items()}
     validation, test = (
         jaccard(predicted[name], held_out[name][1].numpy(), NUM_CLASSES)
         for name in ("validation", "test")
@@ -149,6 +166,20 @@ def train(
     selected = best_step if protocol == "controlled" else step
     labels = (predicted["test"] + 1).astype(np.uint8)
     return Segmented(test[0], test[1], labels, float(validation[0].mean()), step, selected)
+
+
+def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:
+    """Let dropout draw from a generator of its own: heads may learn at the same time."""
+
+    def dropped(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return x
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= module.p
+        return x * kept / (1 - module.p)
+
+    for module in head.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.forward = partial(dropped, module)  # type: ignore[method-assign]
 
 
 def _targets(trimaps: Sequence[np.ndarray], side: int) -> torch.Tensor:
@@ -163,8 +194,9 @@ def _targets(trimaps: Sequence[np.ndarray], side: int) -> torch.Tensor:
 
 
 @cache
-def _held_out(split: Split, side: int) -> tuple[Images, torch.Tensor]:
-    return split.images(), _targets([split.trimap(i) for i in range(len(split))], side)
+def _held_out(maps: FeatureMaps, split: Split, side: int) -> tuple[Features, torch.Tensor]:
+    targets = _targets([split.trimap(i) for i in range(len(split))], side)
+    return maps.of(split.images()), targets
 
 
 def _upsampled(head: torch.nn.Module, features: torch.Tensor, side: int) -> torch.Tensor:
@@ -172,29 +204,27 @@ def _upsampled(head: torch.nn.Module, features: torch.Tensor, side: int) -> torc
 
 
 def _logits(
-    head: torch.nn.Module, maps: FeatureMaps, images: Images, side: int
-) -> Iterator[torch.Tensor]:
-    """What a head in evaluation mode makes of images, some at a time."""
+    head: torch.nn.Module, features: Features, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What a head in evaluation mode makes of images, some at a time, with what it should."""
     head.eval()
     with torch.no_grad():
-        for start in range(0, len(images), FEATURE_BATCH):
-            yield _upsampled(head, maps(images[start : start + FEATURE_BATCH]), side)
+        for rows in torch.arange(len(targets)).split(FEATURE_BATCH):
+            yield _upsampled(head, features(rows.tolist()), targets.shape[-1]), targets[rows]
 
 
-def _loss(head: torch.nn.Module, maps: FeatureMaps, images: Images, targets: torch.Tensor) -> float:
+def _loss(head: torch.nn.Module, features: Features, targets: torch.Tensor) -> float:
     total = 0.0
-    for logits, wanted in zip(
-        _logits(head, maps, images, targets.shape[-1]), targets.split(FEATURE_BATCH), strict=True
-    ):
+    for logits, wanted in _logits(head, features, targets):
         there = wanted.to(logits.device)
         total += torch.nn.functional.cross_entropy(logits, there, reduction="sum").item()
     return total / targets.numel()
 
 
-def predict(head: torch.nn.Module, maps: FeatureMaps, images: Images, side: int) -> np.ndarray:
+def predict(head: torch.nn.Module, features: Features, targets: torch.Tensor) -> np.ndarray:
     """Labels 0 to 2 of each pixel: (n, side, side)."""
-    parts = _logits(head, maps, images, side)
-    labels = [logits.max(dim=1).indices.cpu().byte() for logits in parts]  # argmax is slower
+    every = _logits(head, features, targets)
+    labels = [logits.max(dim=1).indices.cpu().byte() for logits, _ in every]  # argmax is slower
     return torch.cat(labels).numpy()
 
 
