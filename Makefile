@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test notebooks lab pets-check gpu-check lock clean
+.PHONY: study test notebooks lab bench pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py
@@ -24,6 +24,9 @@ lab: .venv/installed            ## open the notebooks
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+bench: .venv/installed          ## what is fast, side by side; README's table "How fast"
+	$(BIN)/python benchmarks/bench.py
 
 pets-check: .venv/installed     ## the thesis profile's path on real pets: make pets-check DATA=folder
 	$(BIN)/python benchmarks/pets_check.py "$(DATA)"
