@@ -35,6 +35,7 @@ NOTEBOOKS = ROOT / "notebooks"
 MODULE, SOURCES = ROOT / "sdaug_utils", {".py", ".yaml", ".json", ".csv"}
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 FINE = ("ok", "up to date")
+AHEAD = "torch, sdaug_utils.plan, sdaug_utils.evidence.figures"  # what takes seconds to import
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Job:
             "module": store.digest_of("".join(map(store.file_digest, files)).encode()),
             "parameters": self.parameters.model_dump(mode="json"),
             "settings": settings.model_dump(mode="json"),
-            "data": data_digest(self.study, "Segmentation" in type(self.parameters).__name__),
+            "data": data_digest(self.study, isinstance(self.parameters, params.Segmentation)),
             "models": [foundation.revision(*model) for model in plan.models(settings)],
         }
 
@@ -178,7 +179,7 @@ class Kernel:
         client = BlockingKernelClient()
         client.load_connection_info(self.manager.get_connection_info())
         client.start_channels(iopub=False, stdin=False, hb=False, control=False)
-        client.execute("import sdaug_utils.plan, sdaug_utils.evidence.figures", silent=True)
+        client.execute(f"import {AHEAD}", silent=True)
         client.stop_channels()
 
     async def _start(self, environment: dict[str, str]) -> None:

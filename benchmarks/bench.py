@@ -95,10 +95,9 @@ def load_for_five(study: Study) -> None:
     """What the thesis's code did for every five images."""
     pipeline, sampling = load_pipeline(study.settings), study.settings.sampling
     prompt = sampling.prompt.format(study.data.class_names[0])
-    sample = pools.pipeline_sampler(
-        pipeline, prompt, sampling, lambda some: {"height": 32, "width": 32}
-    )
-    sample(range(LOADED_FOR), range(LOADED_FOR))
+    side = {"height": sampling.resolution, "width": sampling.resolution}
+    sample = pools.pipeline_sampler(pipeline, sampling, [prompt], [lambda some: side])
+    sample([(0, 0)] * LOADED_FOR, range(LOADED_FOR))
 
 
 # A head over 55 epochs: on cached features, or through the frozen backbone.

@@ -79,9 +79,12 @@ def main() -> None:
 
     sampling = {}
     for batch_size in (1, settings.sampling.batch_size, 100):
-        sample = pools.pipeline_sampler(pipeline, "a photo of a dress", settings.sampling)
-        seeds = list(range(batch_size))
-        sampling[f"batch of {batch_size}"] = (batch_size, partial(sample, seeds, seeds))
+        sample = pools.pipeline_sampler(
+            pipeline, settings.sampling, ["a photo of a dress"], [lambda some: {}]
+        )
+        items = [(0, index) for index in range(batch_size)]
+        work = partial(sample, items, range(batch_size))
+        sampling[f"batch of {batch_size}"] = (batch_size, work)
     result["images per second"] = rates(sampling)
 
     study, canny = (
@@ -89,13 +92,14 @@ def main() -> None:
         techniques()["controlnet-canny"],
     )
     request = technique_requests(study, canny.name, 0, 100)[0]
+    follows = canny.arguments(study, request)
     sample = pools.pipeline_sampler(
-        canny.load(settings), "a dress", canny.sampling(settings), canny.arguments(study, request)
+        canny.load(settings), canny.sampling(settings), ["a dress"], [follows]
     )
     size = settings.sampling.batch_size
-    seeds = list(range(size))
+    items = [(0, index) for index in range(size)]
     result["images with a ControlNet per second"] = rates(
-        {f"batch of {size}": (size, partial(sample, seeds, seeds))}
+        {f"batch of {size}": (size, partial(sample, items, range(size)))}
     )
 
     example = NoisyLatents(pipeline, study.data.splits["train"].images(range(64)), 32, seed=0)

@@ -33,7 +33,7 @@ from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.data.datasets import digits_halves, pad_to_rgb
 from sdaug_utils.evidence import figures
 from sdaug_utils.generation.foundation import load_pipeline
-from sdaug_utils.generation.pools import pipeline_sampler
+from sdaug_utils.generation.pools import Sampler, pipeline_sampler
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training.classifier import TrainingSet, train_controlled
 from sdaug_utils.training.features import image_features, normalise, to_pixels
@@ -44,15 +44,22 @@ NEIGHBOURS = 5  # of Naeem et al., 2020
 BATCH = 20
 
 
+def sampler(pipeline: StableDiffusionPipeline, study: Study, prompt: str) -> Sampler:
+    """Images by one prompt, as the study draws them."""
+    side = study.settings.sampling.resolution
+    arguments = [lambda some: {"height": side, "width": side}]
+    return pipeline_sampler(pipeline, study.settings.sampling, [prompt], arguments)
+
+
 def generate(pipeline: StableDiffusionPipeline, study: Study, count: int) -> list[np.ndarray]:
     """``count`` images of each class by the thesis's prompt, ordered by class."""
     images: list[np.ndarray] = []
     for label, class_name in enumerate(study.data.class_names):
         prompt = study.settings.sampling.prompt.format(class_name)
-        sample = pipeline_sampler(pipeline, prompt, study.settings.sampling)
+        sample = sampler(pipeline, study, prompt)
         seeds = [PROMPT_SEED * (label + 1) + index for index in range(count)]
         for start in range(0, count, BATCH):
-            made = sample(range(start, start + BATCH), seeds[start : start + BATCH])
+            made = sample([(0, 0)] * BATCH, seeds[start : start + BATCH])
             images += [np.asarray(image) for image in made if image is not None]
     assert len(images) == count * len(study.data.class_names), "an image was rejected"
     return images
@@ -218,8 +225,7 @@ def attribute_obedience(pipeline: StableDiffusionPipeline, study: Study) -> dict
             measures = []
             for word in (lower, upper):
                 prompt = study.settings.sampling.prompt.format(f"{word} {class_name}")
-                sample = pipeline_sampler(pipeline, prompt, study.settings.sampling)
-                images = sample(range(20), range(20))
+                images = sampler(pipeline, study, prompt)([(0, 0)] * BATCH, range(BATCH))
                 measures.append([measure(np.asarray(i))[position] if i else np.nan for i in images])
             wins.append(np.array(measures[1]) > np.array(measures[0]))
         report[f"{upper} above {lower}"] = round(float(np.mean(wins)), 3)

@@ -145,8 +145,8 @@ def test_the_safety_checker_rejects_by_its_flag_and_can_be_left_out(hub_study, c
     pipeline = foundation.load_pipeline(hub_study.settings)
     torch.nn.init.constant_(pipeline.safety_checker.concept_embeds_weights, -2.0)  # none passes
     sampling = hub_study.settings.sampling
-    sample = pools.pipeline_sampler(pipeline, "a bag", sampling)
-    assert sample([0, 1], [1, 2]) == [None, None]
+    sample = pools.pipeline_sampler(pipeline, sampling, ["a bag"], [lambda some: {}])
+    assert sample([(0, 0), (0, 1)], [1, 2]) == [None, None]
     sampling = sampling.model_copy(update={"safety_checker": False})
     unchecked = hub_study.settings.model_copy(update={"sampling": sampling})
     assert foundation.load_pipeline(unchecked).safety_checker is None

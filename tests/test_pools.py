@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdaug_utils.compute import Batch
@@ -27,9 +28,10 @@ class FakeSampler:
         self.asked: list[tuple[int, int]] = []
         self.rejects, self.killed_after = rejects, killed_after
 
-    def __call__(self, indices, seeds):
+    def __call__(self, items, seeds):
         if self.killed_after is not None and len(self.asked) >= self.killed_after:
             raise KeyboardInterrupt
+        indices = [index for _, index in items]
         pairs = zip(indices, seeds, strict=True)  # the last may come again, to fill a pass
         self.asked += dict.fromkeys(pairs)
         return [None if self.rejects(seed) else self.image(seed) for seed in seeds]
@@ -41,7 +43,9 @@ class FakeSampler:
 
 def grow(store, count, sampler=None, batch_size=3, max_attempts=5):
     batch = Batch(batch_size, "sampling.batch_size")
-    return pools.grow(store, SPEC, range(count), lambda: sampler, batch, max_attempts)
+    asked = SimpleNamespace(spec=SPEC, indices=range(count), followed=())
+    [pool] = pools.grow(store, [asked], lambda: sampler, batch, max_attempts)
+    return pool
 
 
 def content(pool):
@@ -94,6 +98,27 @@ def test_a_killed_writer_leaves_nothing_behind_and_a_pool_says_what_made_it(stor
     assert record == {**SPEC, "batch_size": 2}
 
 
+def test_pools_share_passes_and_are_the_same_as_alone(store, tmp_path):
+    specs = [{**SPEC, "prompt": prompt} for prompt in ("a bag", "a large bag", "a dark bag")]
+    asked = [SimpleNamespace(spec=spec, indices=range(3), followed=()) for spec in specs]
+    passes = []
+
+    class Counting(FakeSampler):
+        def __call__(self, items, seeds):
+            passes.append(len(items))
+            return super().__call__(items, seeds)
+
+    together = pools.grow(store, asked, Counting, Batch(8, "sampling.batch_size"), 5)
+    assert passes == [8, 8]  # of nine images
+    for number, request in enumerate(asked):
+        other = Store(tmp_path / str(number))
+        [alone] = pools.grow(other, [request], FakeSampler, Batch(8, "sampling.batch_size"), 5)
+        assert content(alone) == content(together[number])
+        assert alone.seeds == together[number].seeds
+        folders = [pool.files[0].parent / "metadata.csv" for pool in (alone, together[number])]
+        assert folders[0].read_bytes() == folders[1].read_bytes()
+
+
 def test_the_specification_knows_precision_and_settings_but_not_batch_size(world):
     def spec(**sampling):
         changed = world.settings.sampling.model_copy(update=sampling)
@@ -142,21 +167,26 @@ def test_black_and_flagged_images_are_rejected(world):
         device = "cpu"
 
         def encode_prompt(self, *_):
-            return None, None
+            return torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)
 
         def __call__(self, **_):
             images = [Image.new("RGB", (8, 8), (level,) * 3) for level in (0, 90, 90)]
             return SimpleNamespace(images=images, nsfw_content_detected=[False, True, False])
 
-    sample = pools.pipeline_sampler(Pipeline(), "a bag", world.settings.sampling)
-    assert [image is None for image in sample([0, 1, 2], [5, 6, 7])] == [True, True, False]
+    sample = pools.pipeline_sampler(
+        Pipeline(), world.settings.sampling, ["a bag"], [lambda some: {}]
+    )
+    made = sample([(0, 0), (0, 1), (0, 2)], [5, 6, 7])
+    assert [image is None for image in made] == [True, True, False]
 
 
 def test_the_real_pipeline_makes_the_same_images_in_any_batch(world):
     sampling = world.settings.sampling
-    sample = pools.pipeline_sampler(load_pipeline(world.settings), "a photo of a bag", sampling)
-    together = sample(range(4), [11, 12, 13, 14])
-    alone = [sample([0], [seed])[0] for seed in (11, 12, 13, 14)]
+    prompts, pipeline = ["a photo of a bag", "a photo of a trouser"], load_pipeline(world.settings)
+    sample = pools.pipeline_sampler(pipeline, sampling, prompts, [lambda some: {}] * 2)
+    items, seeds = [(0, 0), (0, 1), (1, 0), (1, 1)], [11, 12, 13, 14]
+    together = sample(items, seeds)
+    alone = [sample([item], [seed])[0] for item, seed in zip(items, seeds, strict=True)]
     for first, second in zip(together, alone, strict=True):
         assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 2
     assert np.abs(np.asarray(alone[0], int) - np.asarray(alone[1], int)).mean() > 1

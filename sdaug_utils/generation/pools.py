@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,8 +35,10 @@ from sdaug_utils.study import Study
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
-Sampler = Callable[[Sequence[int], Sequence[int]], list[Image.Image | None]]
-"""Makes an image from each (index, seed); None where the image is rejected."""
+Item = tuple[int, int]  # the number of a pool and the index of one of its images
+Sampler = Callable[[Sequence[Item], Sequence[int]], list[Image.Image | None]]
+"""Makes an image from each (item, seed); None where the image is rejected."""
+Arguments = Callable[[Sequence[int]], dict[str, Any]]
 Row = dict[str, str]
 
 
@@ -79,81 +82,99 @@ def read_pool(
 
 def grow(
     store: Store,
-    spec: Spec,
-    indices: Sequence[int],
+    requests: Sequence[Request],
     make_sampler: Callable[[], Sampler],
     batch: Batch,
     max_attempts: int,
     progress: tqdm | None = None,
-    followed: tuple[int, ...] = (),
-) -> Pool:
-    """Make those of a pool's images that are missing.
+) -> list[Pool]:
+    """Make those images of some pools that are missing; the pools share a sampler and its passes.
+
+    Every pass has the batch's size, since rounding depends on its shape: a last one is filled up.
 
     Args:
-        spec: what determines the images; ``class`` and ``prompt`` go into the metadata.
-        indices: which images are asked for, ``range(50)`` for the first fifty.
+        requests: of each pool what determines its images (``class`` and ``prompt`` go into the
+            metadata) and which images are asked for, ``range(50)`` for the first fifty.
         make_sampler: called only if an image is missing.
-        max_attempts: after so many rejections of one image the pool fails.
+        max_attempts: after so many rejections of one image its pool fails.
 
     Raises:
         RuntimeError: an image was rejected ``max_attempts`` times.
     """
-    folder = store.folder("pools", spec)
-    rows, missing = read_pool(folder, indices), []
-    if len(rows) < len(indices):
-        with store.lock("pools", spec):
-            folder.mkdir(parents=True, exist_ok=True)
-            rows = read_pool(folder)  # images that were not asked for stay listed
-            missing = [index for index in indices if index not in rows]
-            for leftover in folder.glob(".*"):
-                leftover.unlink()  # of a process that was killed while it wrote
+    specs = [request.spec for request in requests]
+    folders = [store.folder("pools", spec) for spec in specs]
+    pairs = list(zip(folders, requests, strict=True))
+    rows, missing = [read_pool(folder, request.indices) for folder, request in pairs], []
+    if any(len(own) < len(request.indices) for own, request in zip(rows, requests, strict=True)):
+        with store.lock("pools", *specs):
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.glob(".*"):
+                    leftover.unlink()  # of a process that was killed while it wrote
+            rows = [read_pool(folder) for folder in folders]  # what was not asked for stays listed
+            missing = [
+                (number, index)
+                for number, request in enumerate(requests)
+                for index in request.indices
+                if index not in rows[number]
+            ]
             sampler = cache(make_sampler)  # another process may have made what was missing
 
-            def make(part: Sequence[int]) -> Sequence[int]:
-                rows.update(_make_batch(spec, part, sampler(), folder, max_attempts, batch.size))
-                lines = [rows[index] for index in sorted(rows)]
-                write_atomically(folder / "metadata.csv", partial(_write_rows, lines))
+            def make(part: Sequence[Item]) -> Sequence[Item]:
+                made = _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
+                for number in {number for number, _ in part}:
+                    rows[number] |= {i: row for (own, i), row in made.items() if own == number}
+                    lines = [rows[number][index] for index in sorted(rows[number])]
+                    write_atomically(folders[number] / "metadata.csv", partial(_write_rows, lines))
                 if progress:
                     progress.update(len(part))
                 return part
 
-            if missing:
-                write_spec(folder, {**spec, "batch_size": batch.size})
-                batch.run(make, missing)
-    store.record("images", folder, indices, missing)
-    wanted = [rows[index] for index in indices]
-    return Pool(
-        spec["class"],
-        tuple(folder / row["file_name"] for row in wanted),
-        tuple(int(row["seed"]) for row in wanted),
-        tuple(int(row["attempts"]) for row in wanted),
-        followed,
-    )
+            for number in {number for number, _ in missing}:
+                write_spec(folders[number], {**specs[number], "batch_size": batch.size})
+            batch.run(make, missing)
+    pools = []
+    for number, (folder, request) in enumerate(pairs):
+        new = [index for own, index in missing if own == number]
+        store.record("images", folder, request.indices, new)
+        wanted = [rows[number][index] for index in request.indices]
+        pools.append(
+            Pool(
+                request.spec["class"],
+                tuple(folder / row["file_name"] for row in wanted),
+                tuple(int(row["seed"]) for row in wanted),
+                tuple(int(row["attempts"]) for row in wanted),
+                request.followed,
+            )
+        )
+    return pools
 
 
 def _make_batch(
-    spec: Spec,
-    indices: Sequence[int],
+    specs: Sequence[Spec],
+    items: Sequence[Item],
     sampler: Sampler,
-    folder: Path,
+    folders: Sequence[Path],
     max_attempts: int,
     batch_size: int,
-) -> dict[int, Row]:
-    """Some images of a pool; every pass has ``batch_size``, since rounding depends on its shape."""
-    rows, waiting = {}, list(indices)
+) -> dict[Item, Row]:
+    rows, waiting = {}, list(items)
     for attempt in range(max_attempts):
         filled = [*waiting, *waiting[-1:] * (batch_size - len(waiting))]
-        seeds = [image_seed(spec, index, attempt) for index in filled]
-        for index, seed, image in zip(waiting, seeds, sampler(filled, seeds), strict=False):
+        seeds = [image_seed(specs[number], index, attempt) for number, index in filled]
+        for item, seed, image in zip(waiting, seeds, sampler(filled, seeds), strict=False):
             if image is not None:
-                write_atomically(folder / _file_name(index), partial(image.save, format="PNG"))
-                values = (_file_name(index), spec["class"], spec["prompt"], seed, attempt + 1)
-                rows[index] = dict(zip(COLUMNS, map(str, values), strict=True))
-        waiting = [index for index in waiting if index not in rows]
+                (number, index), spec = item, specs[item[0]]
+                path = folders[number] / _file_name(index)
+                write_atomically(path, partial(image.save, format="PNG"))
+                values = (path.name, spec["class"], spec["prompt"], seed, attempt + 1)
+                rows[item] = dict(zip(COLUMNS, map(str, values), strict=True))
+        waiting = [item for item in waiting if item not in rows]
         if not waiting:
             return rows
+    number, index = waiting[0]
     raise RuntimeError(
-        f"pool of '{spec['class']}': image {waiting[0]} was rejected {max_attempts} times; "
+        f"pool of '{specs[number]['class']}': image {index} was rejected {max_attempts} times; "
         "choose another prompt or raise sampling.max_attempts"
     )
 
@@ -178,28 +199,37 @@ def _decodes(path: Path) -> bool:
 
 
 def pipeline_sampler(
-    pipeline: Pipeline,
-    prompt: str,
-    sampling: Sampling,
-    arguments: Callable[[Sequence[int]], dict[str, Any]] = lambda some: {},
+    pipeline: Pipeline, sampling: Sampling, prompts: Sequence[str], arguments: Sequence[Arguments]
 ) -> Sampler:
     """A sampler over a pipeline: each image has a generator of its own.
 
-    Images that the pipeline's safety checker flags and black ones are rejected. ``arguments(some)``
-    gives what else the pipeline is called with for images of some indices.
-    """
+    Images that the pipeline's safety checker flags and black ones are rejected.
 
-    def sample(indices: Sequence[int], seeds: Sequence[int]) -> list[Image.Image | None]:
-        twice = sampling.guidance_scale > 1 and not takes_scale(pipeline)
-        with torch.no_grad():  # once for all images: they share the prompt
-            embeddings = pipeline.encode_prompt(prompt, pipeline.device, len(seeds), twice)
+    Args:
+        prompts: of each pool.
+        arguments: of each pool what else the pipeline is called with, given the indices of some
+            images: a list has a value for each of them, anything else is for all.
+    """
+    twice = sampling.guidance_scale > 1 and not takes_scale(pipeline)
+
+    @cache
+    def read(prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with torch.no_grad():
+            return pipeline.encode_prompt(prompt, pipeline.device, 1, twice)
+
+    def sample(items: Sequence[Item], seeds: Sequence[int]) -> list[Image.Image | None]:
+        words, negative = zip(*(read(prompts[number]) for number, _ in items), strict=True)
+        more: dict[str, Any] = {}
+        for number, some in itertools.groupby(items, key=lambda item: item[0]):
+            for name, value in arguments[number]([index for _, index in some]).items():
+                more[name] = more.get(name, []) + value if isinstance(value, list) else value
         result = pipeline(
-            prompt_embeds=embeddings[0],
-            negative_prompt_embeds=embeddings[1],
+            prompt_embeds=torch.cat(words),
+            negative_prompt_embeds=torch.cat(negative) if twice else None,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **arguments(indices),
+            **more,
         )
         flags = result.nsfw_content_detected or [False] * len(seeds)
         return [
@@ -255,26 +285,17 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
         return technique.apply(pipeline(), store.folder(technique.name, request.model))
 
     def fill_group(key: str) -> None:
-        first = requests[groups[key][0]]
-        ready = cache(partial(personalised, first))
+        group = [requests[position] for position in groups[key]]
+        ready = cache(partial(personalised, group[0]))
 
-        def sampler(request: Request) -> Sampler:
-            arguments = technique.arguments(study, request)
-            return pipeline_sampler(ready(), request.spec["prompt"], sampling, arguments)
+        def sampler() -> Sampler:
+            prompts = [request.spec["prompt"] for request in group]
+            arguments = [technique.arguments(study, request) for request in group]
+            return pipeline_sampler(ready(), sampling, prompts, arguments)
 
-        with nullcontext() if kept or key not in lacking else _passing(store, first):
-            for position in groups[key]:
-                request = requests[position]
-                pools[position] = grow(
-                    store,
-                    request.spec,
-                    request.indices,
-                    partial(sampler, request),
-                    batch,
-                    sampling.max_attempts,
-                    bar,
-                    request.followed,
-                )
+        with nullcontext() if kept or key not in lacking else _passing(store, group[0]):
+            grown = grow(store, group, sampler, batch, sampling.max_attempts, bar)
+        pools.update(zip(groups[key], grown, strict=True))
 
     with bar:
         in_parallel(settings, lambda number: fill_group(list(groups)[number]), range(len(groups)))
@@ -331,14 +352,14 @@ def denoising(study: Study, request: Request) -> np.ndarray:
             frames.append(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
             return values
 
-        arguments, prompt = technique.arguments(study, request), request.spec["prompt"]
+        arguments = technique.arguments(study, request)
         sample = pipeline_sampler(
             pipeline,
-            prompt,
             technique.sampling(settings),
-            lambda some: {**arguments(some), "callback_on_step_end": keep},
+            [request.spec["prompt"]],
+            [lambda some: {**arguments(some), "callback_on_step_end": keep}],
         )
-        sample([0], [image_seed(request.spec, 0, 0)])
+        sample([(0, 0)], [image_seed(request.spec, 0, 0)])
         np.save(folder / "frames.npy", np.stack([np.asarray(frame) for frame in frames]))
 
     return np.load(study.store.get("denoising", request.spec, make) / "frames.npy")

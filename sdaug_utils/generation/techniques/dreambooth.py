@@ -15,7 +15,7 @@ from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
-from sdaug_utils.generation.pools import grow, pipeline_sampler
+from sdaug_utils.generation.pools import Sampler, grow, pipeline_sampler
 from sdaug_utils.generation.technique import Request, pool_spec, twin
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
@@ -80,13 +80,14 @@ class DreamBooth(Personalised):
     def class_images(self, study: Study, pipeline: Pipeline, spec: Spec) -> Sequence[np.ndarray]:
         """The images of that pool, 8-bit RGB, made if they are not there."""
         sampling, number = study.settings.sampling, study.settings.dreambooth.num_class_images
-        side = {"height": sampling.resolution, "width": sampling.resolution}
+        asked = Request(dict(spec), range(number), self, {}, (), None)
+        arguments = [self.arguments(study, asked)]
         batch = Batch(sampling.batch_size, "sampling.batch_size")
 
-        def sampler() -> Any:
-            return pipeline_sampler(pipeline, spec["prompt"], sampling, lambda some: side)
+        def sampler() -> Sampler:
+            return pipeline_sampler(pipeline, sampling, [spec["prompt"]], arguments)
 
-        pool = grow(study.store, spec, range(number), sampler, batch, sampling.max_attempts)
+        [pool] = grow(study.store, [asked], sampler, batch, sampling.max_attempts)
         return pool.images()
 
     def learn(
