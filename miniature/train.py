@@ -565,10 +565,10 @@ def main() -> None:
         "--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction"
     )
     parser.add_argument("--vae-steps", type=int, default=5000)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=10000)
-    parser.add_argument("--guidance-steps", type=int, default=1000)
-    parser.add_argument("--controlnet-steps", type=int, default=700)
+    parser.add_argument("--decoder-steps", type=int, default=700)
+    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--guidance-steps", type=int, default=900)
+    parser.add_argument("--controlnet-steps", type=int, default=500)
     arguments = parser.parse_args()
 
     build: Path = arguments.build
