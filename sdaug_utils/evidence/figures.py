@@ -77,8 +77,9 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
     target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     figure.savefig(target / f"{name}.png")
-    note({"file": f"{name}.png"})
     figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None})
+    for suffix in ("png", "pdf"):
+        note({"file": f"{name}.{suffix}"})
     if data is not None:
         save_table(profile, name, data)
 
