@@ -23,7 +23,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,30 @@ class Job:
     study: Any
     parameters: Any
 
-    @property
+    @cached_property
     def spec(self) -> dict[str, Any]:
-        """Everything that determines what comes of it, but for the images and runs that it uses."""
+        """Everything that determines what comes of it, as it was before it was run."""
         import nbformat
 
-        from sdaug_utils import plan
+        from sdaug_utils import compute, plan
         from sdaug_utils.generation import foundation
         from sdaug_utils.training.cells import data_digest
 
-        settings = self.study.settings
+        settings, data = self.study.settings, self.study.data
         files = [Path(__file__), *sorted(p for p in MODULE.rglob("*") if p.suffix in SOURCES)]
+        sources = [cell.source for cell in nbformat.read(self.path, as_version=4).cells]
+        trains = isinstance(self.parameters, params.Runs)  # then its runs' keys are known, too
         return {
             "notebook": self.path.stem,
-            "code": source_digest(nbformat.read(self.path, as_version=4)),
+            "text": store.digest_of("\n\n".join(sources).encode()),
             "module": store.digest_of("".join(map(store.file_digest, files)).encode()),
+            "libraries": {name: version(name) for name in compute.TOOLS},
             "parameters": self.parameters.model_dump(mode="json"),
-            "settings": settings.model_dump(mode="json"),
-            "data": data_digest(self.study, isinstance(self.parameters, params.Segmentation)),
+            "settings": [settings.model_dump(mode="json"), compute.dtype_name(settings)],
+            "profile": settings_digest(self.study.profile, self.path.stem),
+            "data": [data.name, data.class_names, data_digest(self.study)],
             "models": [foundation.revision(*model) for model in plan.models(settings)],
+            "runs": sorted(plan.needs(self.study, self.parameters).runs) if trains else [],
         }
 
 
@@ -220,7 +226,10 @@ def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Repo
     if target.exists():
         tidy(target, profile, [folder / name for name in written if name.endswith(".csv")])
     if status == "ok":
-        remember(job, target, [folder / name for name in written], used)
+        try:
+            remember(job, target, [folder / name for name in written], used)
+        except OSError as error:  # it is done all the same, and will be run again
+            print(f"{path.stem}: not kept in the store: {error}", file=sys.stderr)
     drawn = [name for name in written if name.endswith(".png")]
     minutes, status = (time.time() - began) / 60, status.splitlines()[0]
     return Report(path.stem, status, minutes, drawn, target, used, made)
@@ -237,19 +246,22 @@ def remember(
         record = {"used": used, "state": state(job.study.store.root, used)}
         (folder / "used.json").write_text(json.dumps(record))
 
-    job.study.store.drop("notebooks", job.spec)
     job.study.store.get("notebooks", job.spec, keep)
 
 
-def recall(job: Job, output: Path, profile: str) -> Report | None:
-    """Put an executed notebook with its figures and tables in place, if it is up to date."""
+def recall(job: Job, output: Path, profile: str, force: bool) -> Report | None:
+    """Put an executed notebook with its figures and tables in place, if it is up to date.
+
+    If it is not, or is not to be used, it is deleted.
+    """
     from sdaug_utils.study import figures_folder
 
-    folder = job.study.store.folder("notebooks", job.spec)
+    kept, folder = job.study.store, job.study.store.folder("notebooks", job.spec)
+    if folder.exists():
+        record = json.loads((folder / "used.json").read_text())
+        if force or record["state"] != state(kept.root, record["used"]):
+            kept.drop("notebooks", job.spec)
     if not folder.exists():
-        return None
-    record = json.loads((folder / "used.json").read_text())
-    if record["state"] != state(job.study.store.root, record["used"]):
         return None
     target, drawn = output / job.path.name, []
     for file in sorted(folder.iterdir()):
@@ -280,7 +292,7 @@ def execute_all(
     jobs: list[Job], output: Path, profile: str, keep_going: bool, force: bool
 ) -> list[Report]:
     """Run what is not up to date, in order, to the first that fails or, to keep going, the last."""
-    recalled = [None if force else recall(job, output, profile) for job in jobs]
+    recalled = [recall(job, output, profile, force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
     reports: list[Report] = []
     ahead: Kernel | None = None

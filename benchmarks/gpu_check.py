@@ -208,7 +208,8 @@ def check_technique(study: Study, technique: str) -> dict[str, Any]:
     if techniques()[technique].learns:
         short, _ = fill(with_steps(study, STEPS["training"]), technique, 1, 1)
         long, _ = fill(with_steps(study, 2 * STEPS["training"]), technique, 1, 1)
-        per_class = positive(long - short) / len(CLASSES)
+        at_once = techniques()[technique].at_once(study.settings)  # of a pass that is filled up
+        per_class = positive(long - short) / max(at_once, len(CLASSES))
         found["seconds per training step"] = per_class / STEPS["training"]
     found = {name: float(f"{value:.3g}") for name, value in found.items()}
     if torch.cuda.is_available():

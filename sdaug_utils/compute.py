@@ -17,7 +17,12 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import Settings
 
 GPU_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # what Linux shows of them in /dev
-LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "timm")
+LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "timm")  # make artefacts
+TOOLS = (
+    *LIBRARIES,
+    *("numpy", "scipy", "scikit-learn", "pandas", "opencv-python-headless", "pillow"),
+    *("seaborn", "matplotlib"),
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -101,14 +106,14 @@ class Batch:
             except torch.OutOfMemoryError as error:
                 short = str(error).split(". ")[0]
             if short:  # outside of the handler, which keeps the tensors of the failed pass alive
-                if len(part) == 1:
+                if self.size == 1:
                     raise InputError(
                         f"{self.name}: the GPU's memory is too small even for one ({short})"
                     )
-                self.size = len(part) // 2
+                before, self.size = self.size, self.size // 2  # a part that is short is filled up
                 torch.cuda.empty_cache()
                 tqdm.write(
-                    f"{self.name}: {len(part)} exceed the GPU's memory: going on with {self.size}"
+                    f"{self.name}: {before} exceed the GPU's memory: going on with {self.size}"
                 )
         return done
 

@@ -184,7 +184,7 @@ def test_the_ledger_names_the_files_that_a_notebook_wrote(monkeypatch, tmp_path)
 
 def test_a_kernel_that_does_not_start_fails_its_notebook_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "Kernel", lambda: 1 / 0)
-    jobs = [run_all.Job(path, {}, None, None) for path in run_all.chosen_notebooks(["01", "02"])]
+    jobs = run_all.check(run_all.chosen_notebooks(["01", "02"]), "smoke", tmp_path)
     reports = run_all.execute_all(jobs, tmp_path, "smoke", keep_going=True, force=True)
     assert [report.status for report in reports] == ["failed: no kernel"] * 2
     assert len(run_all.execute_all(jobs, tmp_path, "smoke", False, force=True)) == 1

@@ -132,6 +132,18 @@ def test_a_batch_that_exceeds_the_memory_is_halved_down_to_one(capsys):
         Batch(2, "sampling.batch_size").run(too_small, [1, 2])
 
 
+def test_a_part_that_is_filled_up_to_a_batch_is_halved_like_a_whole_one():
+    batch = Batch(4, "sampling.batch_size")
+
+    def work(part):
+        if batch.size > 2:  # what a pass has, however few are asked for
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return part
+
+    assert batch.run(work, [7]) == [7]
+    assert batch.size == 2
+
+
 def test_a_pool_is_the_same_where_the_memory_is_short(world, tmp_path, monkeypatch):
     whole = pools.technique_pools(world, "stable-diffusion-prompt", 0, 4, progress=False)
     pipeline_sampler = pools.pipeline_sampler

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.compute import LIBRARIES, made_with, processor
+from sdaug_utils.compute import LIBRARIES, TOOLS, made_with, processor
 from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.evidence.figures import save_table
 from sdaug_utils.generation.foundation import resolved
@@ -26,21 +26,6 @@ from sdaug_utils.store import makers
 from sdaug_utils.study import figures_folder
 from sdaug_utils.training.features import BACKBONES
 
-TOOLS = (
-    "torch",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "timm",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "opencv-python-headless",
-    "pillow",
-    "seaborn",
-    "matplotlib",
-)
 MANY_PARTS = 3
 START, END = "<!-- verdicts: made by 'make notebooks' -->", "<!-- end of verdicts -->"
 

@@ -266,7 +266,9 @@ class Trainer:
         self.cell_pools(cell)
         if cell.task == "segmentation":
             self.maps().of(self.training_set(cell)[0])
-        elif cell.protocol == "controlled":
+        elif cell.protocol == "published":  # new weights draw from the one global generator
+            features.load_backbone(self.study.settings.classifier.backbone)
+        else:
             self.features_of("validation")
             self.features_of("test")
             self.features(cell)

@@ -57,6 +57,7 @@ class FeatureMaps:
         self.device = device_of(study.settings)
         self.known: dict[str, torch.Tensor] = {}
         self.lock = Lock()
+        folded_backbone(self.settings.backbone, self.settings.output_stride)  # not from a thread
 
     def of(self, images: Images) -> Features:
         """What gives the maps of some of the images: (n, channels, height, width), 32-bit floats.
