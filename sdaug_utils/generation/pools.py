@@ -309,16 +309,16 @@ def learn_models(
     label: str | None = None,
 ) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
-    if not requests:
+    store = study.store
+    lacking = [r for r in requests if not store.folder(r.technique.name, r.model).exists()]
+    if not lacking:
         return
-    store, technique = study.store, requests[0].technique
-    size, steps = (
-        technique.at_once(study.settings),
-        technique.recipe(study.settings).max_train_steps,
-    )
-    parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+    technique = lacking[0].technique
+    size = technique.at_once(study.settings)
+    steps = technique.recipe(study.settings).max_train_steps
+    parts = [lacking[i : i + size] for i in range(0, len(lacking), size)]
     shown = f"training: {label}" if label else None
-    with tqdm(total=len(parts) * steps, desc=shown, disable=not shown, unit="steps") as bar:
+    with tqdm(total=len(parts) * steps, desc=shown, disable=not shown) as bar:
 
         def learn(number: int) -> None:
             def make(missing: list[int], folders: list[Path]) -> None:
