@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,3 +326,26 @@ def test_what_is_made_and_what_is_reused_is_noted(world, tmp_path, monkeypatch):
         assert len(models) == 2
     class_images = world.settings.dreambooth.num_class_images
     assert sum(len(entry["made"]) for entry in images) == 2 * 3 + class_images
+
+
+def test_threads_that_share_a_tokenizer_read_a_prompt_alike(world):
+    """A fast tokenizer pads as it was last asked to, whichever thread asked."""
+    pipeline, settings = load_pipeline(world.settings), world.settings
+    sampling = settings.sampling.model_copy(update={"guidance_scale": 1.0})
+    seen = []
+
+    class Recording(type(pipeline)):
+        def __call__(self, prompt_embeds, **_):
+            seen.append(prompt_embeds)
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8))], nsfw_content_detected=None)
+
+    pipeline.__class__ = Recording
+
+    def read(number):
+        sample = pools.pipeline_sampler(pipeline, sampling, ["a bag"], [lambda some: {}])
+        sample([(0, 0)], [number])
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(read, range(400)))
+    assert len(seen) == 400
+    assert all(torch.equal(one, seen[0]) for one in seen)

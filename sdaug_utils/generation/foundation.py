@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sdaug_utils.compute import device_of, dtype_of
@@ -17,6 +18,7 @@ from sdaug_utils.params import Sampling, Settings
 from sdaug_utils.store import digest_of, sha256, verify_checksums
 
 Pipeline = Any  # of diffusers: StableDiffusionPipeline or one of its kind
+TOKENIZING = Lock()  # a tokenizer keeps how it pads as a state, and threads share it
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 PROJECT = Path(__file__).parents[2]
 MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sdaug_utils.compute import Batch, in_parallel
 from sdaug_utils.data.images import Images, decoded, read_images
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline, takes_scale
+from sdaug_utils.generation.foundation import TOKENIZING, Pipeline, takes_scale
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling
@@ -214,7 +214,7 @@ def pipeline_sampler(
 
     @cache
     def read(prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with torch.no_grad():
+        with TOKENIZING, torch.no_grad():
             return pipeline.encode_prompt(prompt, pipeline.device, 1, twice)
 
     def sample(items: Sequence[Item], seeds: Sequence[int]) -> list[Image.Image | None]:
