@@ -3,7 +3,7 @@
     python benchmarks/bench.py    writes benchmarks/results/bench.json and scaling.png, and the
                                   table "How fast" of README.md
 
-The ways take turns, five rounds; a line's ratio is the median of the rounds' own ratios. So a
+The ways take turns, three rounds; a line's ratio is the median of the rounds' own ratios. So a
 machine that is shared, and slower now than then, tells the same. The other ways are what one would
 write without the study's module: each as its authors do it, with the same steps and batches.
 """
@@ -42,7 +42,7 @@ from sdaug_utils.training.features import image_features, load_backbone, normali
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- made by 'make bench' -->", "<!-- end of bench -->"
-ROUNDS = 5
+ROUNDS = 3
 LOADED_FOR = 5  # images, as in the thesis
 EPOCHS = 55
 PLAIN = "stable-diffusion-prompt"
@@ -210,7 +210,7 @@ def measured(study: Study, folder: str) -> dict[str, dict[str, Any]]:
             },
         ),
         (
-            f"epoch of a head, over {EPOCHS} of them, features included",
+            f"epoch of a head, over {EPOCHS} of them, features included (nine heads share them)",
             partial(ours, cells.STACK * EPOCHS, train_stack),
             {
                 "training through the frozen backbone": partial(
