@@ -100,20 +100,21 @@ class Batch:
         """
         done: list[Result] = []
         while len(done) < len(items):
-            part, short = items[len(done) : len(done) + self.size], ""
+            tried = self.size  # a part that is shorter is filled up to it
+            part, short = items[len(done) : len(done) + tried], ""
             try:
                 done += work(part)
             except torch.OutOfMemoryError as error:
                 short = str(error).split(". ")[0]
             if short:  # outside of the handler, which keeps the tensors of the failed pass alive
-                if self.size == 1:
+                if tried == 1:
                     raise InputError(
                         f"{self.name}: the GPU's memory is too small even for one ({short})"
                     )
-                before, self.size = self.size, self.size // 2  # a part that is short is filled up
+                self.size = min(self.size, tried // 2)  # threads may share the batch
                 torch.cuda.empty_cache()
                 tqdm.write(
-                    f"{self.name}: {before} exceed the GPU's memory: going on with {self.size}"
+                    f"{self.name}: {tried} exceed the GPU's memory: going on with {self.size}"
                 )
         return done
 
