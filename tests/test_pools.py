@@ -302,6 +302,20 @@ def test_an_image_does_not_depend_on_its_company_nor_on_kills(profile, name, tmp
     assert content(done) == content(together)
 
 
+def test_subjects_learnt_in_parts_are_those_learnt_together(world, tmp_path):
+    inversion = world.settings.textual_inversion.model_copy(update={"subjects_at_once": 1})
+    settings = world.settings.model_copy(update={"textual_inversion": inversion})
+    parts = type(world)(world.profile, settings, world.data, type(world.store)(tmp_path / "other"))
+    made = [
+        pools.technique_pools(study, "textual-inversion", 0, 1, progress=False)
+        for study in (world, parts)
+    ]
+    for first, second in zip(*made, strict=True):
+        assert first.files[0].parent.name == second.files[0].parent.name
+        images = [np.asarray(pool.images()[0], int) for pool in (first, second)]
+        assert np.abs(images[0] - images[1]).max() <= 2
+
+
 def test_models_are_shared_by_what_they_learn_from(world):
     seen, dreambooth = world.data.splits["train"].images([0, 1]), registered()["dreambooth"]
     prompt = "A photo of a {}"

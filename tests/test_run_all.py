@@ -16,7 +16,6 @@ NAME = "03-training-percentage"
 
 def test_what_is_up_to_date_is_not_run_again(monkeypatch, capsys, tmp_path):
     books, output = tmp_path / "notebooks", tmp_path / "runs"
-    name = "03-training-percentage"
     books.mkdir()
     code = """
 import pandas as pd
@@ -28,7 +27,7 @@ pools = technique_pools(open_study("smoke"), "stable-diffusion-prompt", 0, 1, pr
 figures.save_table("smoke", "table-x", pd.DataFrame({"a": [len(pools)]}))
 print(pools[0].files[0].parent)
 """.replace("MARK", repr(str(tmp_path / "mark")))
-    notebook(books, f"{name}.ipynb", code)
+    notebook(books, f"{NAME}.ipynb", code)
     monkeypatch.setattr(run_all, "NOTEBOOKS", books)
     made = tmp_path / "figures" / "smoke" / "table-x.csv"
 
@@ -37,14 +36,14 @@ print(pools[0].files[0].parent)
         monkeypatch.setattr(sys, "argv", line)
         assert run_all.main() == 0
         shown = capsys.readouterr().out
-        [status] = [line.split()[-1] for line in shown.splitlines() if line.startswith(f"{name}  ")]
-        assert (output / f"{name}.ipynb").exists()
+        [status] = [line.split()[-1] for line in shown.splitlines() if line.startswith(f"{NAME}  ")]
+        assert (output / f"{NAME}.ipynb").exists()
         assert made.read_text() == "a\n2\n"
         return status, len((tmp_path / "mark").read_text())
 
     assert run() == ("ok", 1)
     assert run() == ("date", 1)
-    (output / f"{name}.ipynb").unlink()  # what was made is put back, wherever it is asked for
+    (output / f"{NAME}.ipynb").unlink()  # what was made is put back, wherever it is asked for
     made.write_text("a\n3\n")
     assert run() == ("date", 1)
     assert run("--force") == ("ok", 2)
@@ -52,7 +51,7 @@ print(pools[0].files[0].parent)
     image.write_bytes(image.read_bytes()[:100])  # damaged: it is made anew, and the notebook run
     assert run() == ("ok", 3)
     assert run() == ("date", 3)
-    notebook(books, f"{name}.ipynb", f"{code}\nprint('changed')")
+    notebook(books, f"{NAME}.ipynb", f"{code}\nprint('changed')")
     assert run() == ("ok", 4)
 
 

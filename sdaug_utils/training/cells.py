@@ -121,9 +121,14 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
             study.store.get_all("cells", [spec(study, cell) for cell in some], make)
             bar.update(len(some))
 
-        heads = [c for c in missing if (c.task, c.protocol) == ("classification", "controlled")]
-        stacks = [heads[i : i + STACK] for i in range(0, len(heads), STACK)]
-        parts = [[cell] for cell in missing if cell not in heads] + stacks
+        heads: list[Cell] = []
+        parts: list[list[Cell]] = []
+        for cell in missing:
+            if (cell.task, cell.protocol) == ("classification", "controlled"):
+                heads.append(cell)
+            else:
+                parts.append([cell])
+        parts += [heads[i : i + STACK] for i in range(0, len(heads), STACK)]
         in_parallel(study.settings, lambda number: train(parts[number]), range(len(parts)))
     new = set(missing)
     for cell, folder in folders.items():
