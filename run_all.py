@@ -36,7 +36,10 @@ NOTEBOOKS = ROOT / "notebooks"
 MODULE, SOURCES = ROOT / "sdaug_utils", {".py", ".yaml", ".json", ".csv"}
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 FINE = ("ok", "up to date")
-AHEAD = "torch, sdaug_utils.plan, sdaug_utils.evidence.figures"  # what takes seconds to import
+AHEAD = (  # what takes seconds to import
+    "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
+    "sdaug_utils.plan, sdaug_utils.evidence.figures"
+)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, to_pixels
 
 CODE_VERSION = 2
-UPDATES = 50  # whose features are gathered at once
+UPDATES = 10  # whose features are gathered at once: more do not fit into the cache
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from sdaug_utils.training.features import (
     to_pixels,
 )
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 NUM_CLASSES = 3
 Features = Callable[[Sequence[int]], Any]  # maps of some of the images
 STAGE = 3  # the backbone's third to last resolution: the deepest before its channels triple
@@ -141,7 +141,7 @@ def train(
         torch.manual_seed(seed)
         head = new_head(num_features, settings.channels, settings.atrous_rates).to(device)
     _seed_dropout(head, torch.Generator(device).manual_seed(seed))
-    optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate, fused=True)
     best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
     step = 0
     for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
