@@ -42,7 +42,7 @@ from sdaug_utils.training.features import image_features, load_backbone, normali
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- made by 'make bench' -->", "<!-- end of bench -->"
-ROUNDS = 3
+ROUNDS = 5
 LOADED_FOR = 5  # images, as in the thesis
 EPOCHS = 55
 PLAIN = "stable-diffusion-prompt"
