@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test notebooks lab bench pets-check gpu-check lock clean
+.PHONY: study test notebooks figures lab bench pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py
@@ -14,7 +14,11 @@ test: .venv/installed           ## lint, types, unit tests, notebooks at the smo
 
 notebooks: study                ## renew the outputs of the committed notebooks
 	cp runs/miniature/*.ipynb notebooks/
-	$(BIN)/python -m sdaug_utils.evidence.report README.md
+	$(BIN)/python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
+
+figures: .venv/installed        ## figures, tables, verdicts and numbers in prose, from results/ alone
+	$(BIN)/python run_all.py --from-results
+	$(BIN)/python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
 
 lab: .venv/installed            ## open the notebooks
 	$(BIN)/jupyter lab notebooks

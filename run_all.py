@@ -15,6 +15,7 @@ and the run ends with exit code 1.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -36,6 +37,8 @@ NOTEBOOKS = ROOT / "notebooks"
 MODULE, SOURCES = ROOT / "sdaug_utils", {".py", ".yaml", ".json", ".csv"}
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 FINE = ("ok", "up to date")
+FOLDERS = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS")
+NEEDS_IMAGES = "needs-images"  # tag of the cells that shipped runs alone do not suffice for
 AHEAD = (  # what takes seconds to import
     "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
     "sdaug_utils.plan, sdaug_utils.evidence.figures"
@@ -57,12 +60,14 @@ class Job:
         import nbformat
 
         from sdaug_utils import compute, plan
+        from sdaug_utils.evidence import prose
         from sdaug_utils.generation import foundation
         from sdaug_utils.training.cells import data_digest
 
         settings, data = self.study.settings, self.study.data
         files = [Path(__file__), *sorted(p for p in MODULE.rglob("*") if p.suffix in SOURCES)]
-        sources = [cell.source for cell in nbformat.read(self.path, as_version=4).cells]
+        cells = nbformat.read(self.path, as_version=4).cells
+        sources = [prose.emptied(cell.source) for cell in cells]  # numbers follow from the rest
         trains = isinstance(self.parameters, params.Runs)  # then its runs' keys are known, too
         return {
             "notebook": self.path.stem,
@@ -148,7 +153,7 @@ def check(
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not dry:
         require_models(params.load_settings(profile))
-    for folder in (output, study.figures_folder(profile)):
+    for folder in (output, study.figures_folder(profile), study.results_folder(profile)):
         store.require_writable(folder)
     return jobs
 
@@ -230,7 +235,7 @@ def execute(job: Job, kernel: Kernel | None, output: Path, profile: str) -> Repo
         tidy(target, profile, [folder / name for name in written if name.endswith(".csv")])
     if status == "ok":
         try:
-            remember(job, target, [folder / name for name in written], used)
+            remember(job, target, [place(name, profile) for name in written], used)
         except OSError as error:  # it is done all the same, and will be run again
             print(f"{path.stem}: not kept in the store: {error}", file=sys.stderr)
     drawn = [name for name in written if name.endswith(".png")]
@@ -257,8 +262,6 @@ def recall(job: Job, output: Path, profile: str, force: bool) -> Report | None:
 
     If it is not, or is not to be used, it is deleted.
     """
-    from sdaug_utils.study import figures_folder
-
     kept, folder = job.study.store, job.study.store.folder("notebooks", job.spec)
     if folder.exists():
         record = json.loads((folder / "used.json").read_text())
@@ -266,15 +269,43 @@ def recall(job: Job, output: Path, profile: str, force: bool) -> Report | None:
             kept.drop("notebooks", job.spec)
     if not folder.exists():
         return None
-    target, drawn = output / job.path.name, []
+    executed, drawn = output / job.path.name, []
     for file in sorted(folder.iterdir()):
         if file.suffix not in {".json", ".ipynb"}:
-            store.write_atomically(
-                figures_folder(profile) / file.name, partial(shutil.copyfile, file)
-            )
+            target = place(file.name, profile)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            store.write_atomically(target, partial(shutil.copyfile, file))
             drawn += [file.name] if file.suffix == ".png" else []
-    store.write_atomically(target, partial(shutil.copyfile, folder / target.name))
-    return Report(job.path.stem, "up to date", 0, drawn, target, record["used"])
+    store.write_atomically(executed, partial(shutil.copyfile, folder / executed.name))
+    return Report(job.path.stem, "up to date", 0, drawn, executed, record["used"])
+
+
+def place(name: str, profile: str) -> Path:
+    """Where a file that a notebook writes belongs: raw runs, or figures and their numbers."""
+    from sdaug_utils.study import figures_folder, results_folder
+
+    folder = results_folder if name.endswith(".parquet") else figures_folder
+    return folder(profile) / name
+
+
+def remake(jobs: list[Job]) -> None:
+    """Figures, tables and verdicts from shipped runs: nothing is generated, nothing is trained.
+
+    Each notebook's code runs in this process, but for the cells that need images.
+    """
+    import matplotlib
+    import nbformat
+
+    matplotlib.use("agg")
+    for job in jobs:
+        names: dict[str, Any] = {"display": lambda *_: None}
+        for cell in nbformat.read(job.path, as_version=4).cells:
+            tags = cell.metadata.get("tags", [])
+            if cell.cell_type == "code" and NEEDS_IMAGES not in tags:
+                with contextlib.redirect_stdout(None):
+                    exec(compile(cell.source, job.path.name, "exec"), names)
+                names |= job.overrides if "parameters" in tags else {}
+        print(f"{job.path.stem}: figures, tables and verdicts from its results", flush=True)
 
 
 def state(root: Path, used: Mapping[str, Mapping[str, list[int]]]) -> str:
@@ -504,13 +535,20 @@ def main() -> int:
         help="go on with the next notebook when one fails (the default)",
     )
     parser.add_argument("--force", action="store_true", help="run what is up to date, too")
+    parser.add_argument(
+        "--from-results", action="store_true", help="figures, tables, verdicts from shipped runs"
+    )
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
     arguments = parser.parse_args()
-    for variable in ("SDAUG_STORE", "SDAUG_FIGURES"):  # the notebooks run in another folder
+    for variable in (
+        "SDAUG_STORE",
+        "SDAUG_FIGURES",
+        "SDAUG_RESULTS",
+    ):  # notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     from sdaug_utils import plan
-    from sdaug_utils.study import figures_folder
+    from sdaug_utils.study import figures_folder, results_folder
 
     name = arguments.profile
     if arguments.dataset:
@@ -519,6 +557,7 @@ def main() -> int:
         if part:  # beside the default's figures, not over them
             name += f"-{part}"
             os.environ["SDAUG_FIGURES"] = str(figures_folder(part))
+            os.environ["SDAUG_RESULTS"] = str(results_folder(part))
     output = arguments.output or ROOT / "runs" / name
     if arguments.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -526,8 +565,12 @@ def main() -> int:
         paths = chosen_notebooks(arguments.only)
         if arguments.dataset and not arguments.only:
             paths = about(arguments.dataset, paths)
-        jobs = check(paths, arguments.profile, output, arguments.protocol, arguments.dry_run)
-        works = not (arguments.dry_run or arguments.download_only)
+        works = not (arguments.dry_run or arguments.download_only or arguments.from_results)
+        dry = arguments.dry_run or arguments.from_results
+        jobs = check(paths, arguments.profile, output, arguments.protocol, dry)
+        if arguments.from_results:
+            os.environ["SDAUG_FROM_RESULTS"] = "1"
+            remake(jobs)
         if jobs and works and plan.is_at_scale(jobs[0].study.settings):
             require_disk(jobs)
     except InputError as error:
@@ -535,10 +578,13 @@ def main() -> int:
         return 2
     if arguments.dry_run:
         print_plan(jobs)
-    if arguments.dry_run or arguments.download_only:
+    from sdaug_utils.evidence import report
+
+    if arguments.from_results:
+        report.write_claims(arguments.profile)
+    if not works:
         return 0
     reports = execute_all(jobs, output, arguments.profile, arguments.keep_going, arguments.force)
-    from sdaug_utils.evidence import report
 
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root

@@ -1,7 +1,7 @@
 """Time the study and its memory: once with an empty store, once with everything made.
 
 python benchmarks/study.py            writes benchmarks/results/study.json
-python benchmarks/study.py --renew    the first run renews runs/ and figures/, too
+python benchmarks/study.py --renew    the first run renews runs/, results/ and figures/, too
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = {"SDAUG_STORE": arguments.store or f"{folder}/store"}
-        elsewhere = {"SDAUG_FIGURES": f"{folder}/figures"}
+        elsewhere = {"SDAUG_FIGURES": f"{folder}/figures", "SDAUG_RESULTS": f"{folder}/results"}
         seconds = []
         for first in (True, False):
             command, environment = [sys.executable, str(ROOT / "run_all.py")], os.environ | store

@@ -9,12 +9,17 @@ from sdaug_utils.data.images import Dataset
 from sdaug_utils.params import Domain, Settings, load_settings
 from sdaug_utils.store import Store
 
-FIGURES = Path(__file__).parents[1] / "figures"
+FIGURES, RESULTS = (Path(__file__).parents[1] / name for name in ("figures", "results"))
 
 
 def figures_folder(profile: str) -> Path:
     """Where a profile's figures go; the environment's ``SDAUG_FIGURES`` moves them elsewhere."""
     return Path(os.environ.get("SDAUG_FIGURES") or FIGURES) / profile
+
+
+def results_folder(profile: str) -> Path:
+    """Where a profile's raw runs go; the environment's ``SDAUG_RESULTS`` moves them elsewhere."""
+    return Path(os.environ.get("SDAUG_RESULTS") or RESULTS) / profile
 
 
 @dataclass(frozen=True, eq=False)

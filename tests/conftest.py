@@ -1,10 +1,12 @@
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
+import run_all
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study, open_study
 
@@ -14,6 +16,7 @@ def _folders(tmp_path, monkeypatch):
     """No test reads or writes the project's own store and figures."""
     monkeypatch.setenv("SDAUG_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("SDAUG_RESULTS", str(tmp_path / "results"))
 
 
 @pytest.fixture
@@ -26,3 +29,19 @@ def world(store) -> Study:
     """The smoke profile with an empty store."""
     torch.manual_seed(0)
     return open_study("smoke", store)
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """Reads a file as it is, and as it is committed if there is a repository.
+
+    Whoever runs the study on another machine gets numbers that differ in the last digits; they do
+    not make the committed notebooks stale.
+    """
+
+    def read(path):
+        name = path.relative_to(run_all.ROOT).as_posix()
+        shown = subprocess.run(["git", "show", f":{name}"], cwd=run_all.ROOT, capture_output=True)
+        return [path.read_bytes(), *([shown.stdout] if shown.returncode == 0 else [])]
+
+    return read

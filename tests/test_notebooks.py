@@ -52,19 +52,8 @@ def test_committed_notebook_is_fit_to_be_read_on_the_web(path):
     assert all(cell.outputs for cell in checked)
 
 
-def contents(path):
-    """A file as it is, and as it is committed if there is a repository.
-
-    Whoever runs the study on another machine gets numbers that differ in the last digits; they do
-    not make the committed notebooks stale.
-    """
-    name = path.relative_to(run_all.ROOT).as_posix()
-    shown = subprocess.run(["git", "show", f":{name}"], cwd=run_all.ROOT, capture_output=True)
-    return [path.read_bytes(), *([shown.stdout] if shown.returncode == 0 else [])]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path):
+def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path, contents):
     notebook = nbformat.read(path, as_version=4)
     made_from = notebook.metadata["sdaug"]
     stale = "is stale: renew it with 'make notebooks'"
@@ -77,7 +66,7 @@ def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path
         assert digest in found, f"{path.stem}: {name} {stale}"
 
 
-def test_the_readme_shows_the_verdicts_that_the_notebooks_found():
+def test_the_readme_shows_the_verdicts_that_the_notebooks_found(contents):
     folder = FIGURES / "miniature"
     verdicts = pd.concat(map(pd.read_csv, sorted(folder.glob("verdicts-*.csv"))))
     whole = pd.read_csv(folder / "claims.csv")

@@ -218,7 +218,8 @@ def test_a_dry_run_plans_every_notebook(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path):
-    monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path / "figures"))
+    for variable in ("SDAUG_FIGURES", "SDAUG_RESULTS"):  # the runner sets them: they are put back
+        monkeypatch.setenv(variable, str(tmp_path / variable.removeprefix("SDAUG_").lower()))
     seen = []
     monkeypatch.setattr(run_all, "check", lambda *a, **_: seen.append(a) or [])
     monkeypatch.setattr(run_all, "print_plan", lambda jobs: None)

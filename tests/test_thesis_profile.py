@@ -298,7 +298,11 @@ def own_images(tmp_path, world):
 
 
 def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch, capsys, tmp_path):
-    for variable in ("SDAUG_DATASET", "SDAUG_FIGURES"):  # the runner sets them: put them back
+    for variable in (
+        "SDAUG_DATASET",
+        "SDAUG_FIGURES",
+        "SDAUG_RESULTS",
+    ):  # the runner sets them: put them back
         monkeypatch.setenv(variable, str(tmp_path / variable))
     started = []
     monkeypatch.setattr(run_all, "check", lambda paths, *rest: started.extend(paths) or [])

@@ -88,7 +88,7 @@ def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     """Write the numbers of a table as .csv."""
     target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
-    data.to_csv(target / f"{name}.csv", index=False, float_format="%.4f", lineterminator="\n")
+    data.to_csv(target / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     note({"file": f"{name}.csv"})
 
 

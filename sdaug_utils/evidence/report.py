@@ -1,6 +1,8 @@
 """What a whole run leaves: the verdict on every claim, and the machine that it ran on.
 
-python -m sdaug_utils.evidence.report README.md    renew the README's table of verdicts
+python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
+
+renews a table of verdicts and every number in prose between marks (``sdaug_utils.evidence.prose``).
 """
 
 import os
@@ -17,6 +19,7 @@ import pandas as pd
 import yaml
 
 from sdaug_utils.compute import LIBRARIES, TOOLS, made_with, processor
+from sdaug_utils.evidence import prose
 from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.evidence.figures import save_table
 from sdaug_utils.generation.foundation import resolved
@@ -88,7 +91,7 @@ def models(settings: Settings) -> dict[str, str]:
 
 
 def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
-    """Tables A.1 and B.1, and ``claims.csv`` from the notebooks' verdicts.
+    """Tables A.1 and B.1, and ``claims.csv``.
 
     ``artefacts`` of the store are those that the notebooks used.
     """
@@ -98,6 +101,11 @@ def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
     }
     for name, facts in tables.items():
         save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))
+    write_claims(profile)
+
+
+def write_claims(profile: str) -> None:
+    """``claims.csv``: the notebooks' verdicts in one table."""
     files = sorted(figures_folder(profile).glob("verdicts-*.csv"))
     if files:
         save_table(profile, "claims", pd.concat(map(pd.read_csv, files)))
@@ -122,13 +130,16 @@ def verdict_table(claims: pd.DataFrame) -> str:
     return "\n".join(rows)
 
 
-def renew(readme: Path, profile: str = "miniature") -> None:
-    """Put the table of verdicts between its marks in a Markdown file."""
-    claims = pd.read_csv(figures_folder(profile) / "claims.csv")
-    before, rest = readme.read_text().split(START)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{verdict_table(claims)}\n{END}{after}")
+def renew(path: Path, profile: str = "miniature") -> None:
+    """Put the table of verdicts between its marks, if there are any, and the numbers in prose."""
+    if path.suffix == ".md" and START in (text := path.read_text()):
+        claims = pd.read_csv(figures_folder(profile) / "claims.csv")
+        before, rest = text.split(START)
+        after = rest.split(END)[1]
+        path.write_text(f"{before}{START}\n{verdict_table(claims)}\n{END}{after}")
+    prose.renew(path, profile)
 
 
 if __name__ == "__main__":
-    renew(Path(sys.argv[1]))
+    for name in sys.argv[1:]:
+        renew(Path(name))

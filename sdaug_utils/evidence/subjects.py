@@ -30,7 +30,10 @@ from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import TrainingSet, train_head
 from sdaug_utils.training.features import feature_arrays, image_features
 
-MEASURES = ("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class")
+MEASURES = (
+    *("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class"),
+    "among_inputs",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +171,7 @@ class Judge:
         for copies. ``prompt_fidelity``: the share that obeys the prompt's attribute, chance 0.5.
         ``diversity``: one minus the mean cosine among images of one prompt. ``in_class``: the share
         that a classifier of real images puts in a class of the inputs, minus chance.
+        ``among_inputs``: the mean cosine among the real images that fidelity is measured against.
         """
         inputs = self.real[list(subject.rows)]
         real = self.real[list((yardstick or subject).rows)]
@@ -191,11 +195,12 @@ class Judge:
             "diversity": float(np.mean(diverse)),
             "nearest_input": float(np.mean(nearest)),
             "in_class": float(np.mean(right)) - len(subject.labels) / self.num_classes,
+            "among_inputs": self.among(yardstick or subject),
         }
 
     def among(self, subject: Subject) -> float:
-        """The mean cosine among a subject's own real images."""
-        return 1 - diversity(self.real[list(subject.rows)])
+        """The mean cosine among a subject's own real images; not a number if there is but one."""
+        return 1 - diversity(self.real[list(subject.rows)]) if subject.rows[1:] else np.nan
 
 
 def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -104,8 +104,9 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
 
     Columns: the cell's fields, ``arm``, ``num_real`` and ``num_synthetic`` (training images),
     ``num_updates``, ``selected_step``, ``validation_score``, ``test_score``, and ``scores``, the
-    score of each test image: (n_test,) booleans, right or wrong, for a classifier, the weighted
-    Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds that of each image, too).
+    score of each test image: (n_test,) booleans, right or wrong, for a classifier (``predictions``
+    are the classes), the weighted Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds
+    that of each image, too).
     """
     trainer, folders = Trainer(study), {cell: _folder(study, cell) for cell in cells}
     missing = [cell for cell in cells if not folders[cell].exists()]
@@ -140,7 +141,10 @@ def _row(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     if cell.task == "classification":
         predictions = np.load(folder / "predictions.npy")
-        result["scores"] = predictions == study.data.splits["test"].labels
+        result |= {
+            "predictions": predictions,
+            "scores": predictions == study.data.splits["test"].labels,
+        }
     else:
         result |= {name: np.load(folder / f"{name}.npy") for name in ("scores", "mean_iou")}
     return {**cell.model_dump(), "arm": cell.arm, **result}

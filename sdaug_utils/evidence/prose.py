@@ -1,0 +1,75 @@
+"""Numbers in prose are made by code: what stands between two marks comes from a table of results.
+
+In Markdown, where the marks are invisible, a value is written as ::
+
+    <!-- fig-4-08-training-percentage; arm == "baseline" and real_percent == 5; {score:.3f} -->
+    0.690<!-- / -->
+
+(on one line): a table of ``figures/<profile>``, the row (a query of pandas), a format of its
+columns. Of a verdict's row ``points``, ``points_low`` and ``points_high`` are the difference and
+its interval in absolute points.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+from sdaug_utils.study import figures_folder
+
+MARK = re.compile(r"<!-- ([\w-]+); (.+?); (.+?) -->(.*?)<!-- / -->", re.DOTALL)
+Read = Callable[[str], pd.DataFrame]
+
+
+def filled(text: str, read: Read) -> str:
+    """A text with each marked value as the tables have it now.
+
+    Raises:
+        ValueError: a mark names no table, or not exactly one row of it.
+    """
+
+    def value(mark: re.Match[str]) -> str:
+        name, query, shown, before = mark.groups()
+        try:
+            rows = read(name).query(query)
+        except (OSError, pd.errors.UndefinedVariableError) as error:
+            raise ValueError(f"{name}; {query}: {error}") from error
+        if len(rows) != 1:
+            raise ValueError(f"{name}; {query}: {len(rows)} rows, not one")
+        return mark[0].removesuffix(f"{before}<!-- / -->") + shown.format(**rows.iloc[0])
+
+    return MARK.sub(lambda mark: f"{value(mark)}<!-- / -->", text)
+
+
+def emptied(text: str) -> str:
+    """A text without its marked values: the same whatever the results are."""
+    return MARK.sub(lambda mark: mark[0].removesuffix(f"{mark[4]}<!-- / -->"), text)
+
+
+def read_table(profile: str, name: str) -> pd.DataFrame:
+    """A table of ``figures/<profile>``, with what a format may want beside its columns."""
+    return with_points(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
+
+
+def with_points(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of verdicts with its differences in absolute points, too; any other as it is."""
+    ends = {"difference": "points", "low": "points_low", "high": "points_high"}
+    if "difference" not in table:
+        return table
+    return table.assign(**{name: 100 * table[column] for column, name in ends.items()})
+
+
+def renew(path: Path, profile: str) -> None:
+    """Fill in the values of a Markdown file, or of a notebook's Markdown cells."""
+    read = partial(read_table, profile)
+    if path.suffix != ".ipynb":
+        path.write_text(filled(path.read_text(), read))
+        return
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = filled(cell.source, read)
+    nbformat.write(notebook, path)

@@ -1,0 +1,51 @@
+"""Raw runs, shipped: a row each, with all that figures, tables and verdicts are made from."""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from sdaug_utils.errors import InputError
+from sdaug_utils.store import note, write_atomically
+from sdaug_utils.study import results_folder
+
+SMALL = {"predictions": np.int16, "scores": np.float32, "mean_iou": np.float32}
+"""Columns with a value per test image, and how floats and integers of them are written."""
+
+
+def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Results, written to ``results/<profile>/<name>.parquet`` once made.
+
+    With ``SDAUG_FROM_RESULTS`` in the environment (``run_all.py --from-results``) they are read
+    from there, and ``make`` is not called. In either case what is returned is what was written.
+
+    Raises:
+        InputError: they are to be read, and are not there.
+    """
+    path = results_folder(profile) / f"{name}.parquet"
+    if not from_results():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = _small(make())
+        write_atomically(path, lambda beside: rows.to_parquet(beside, compression="zstd"))
+        note({"file": path.name})
+    if not path.exists():
+        raise InputError(f"{path.name}: no such results of profile '{profile}': run it first")
+    return pd.read_parquet(path)
+
+
+def from_results() -> bool:
+    """Whether this process makes figures of shipped runs alone."""
+    return bool(os.environ.get("SDAUG_FROM_RESULTS"))
+
+
+def _small(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose arrays are of the smallest type that holds them; one score alone stays exact."""
+
+    def small(values: np.ndarray, kind: type) -> np.ndarray:
+        return values if values.dtype == bool or values.size == 1 else values.astype(kind)
+
+    columns = {name: kind for name, kind in SMALL.items() if name in rows}
+    return rows.assign(
+        **{name: [small(x, kind) for x in rows[name]] for name, kind in columns.items()}
+    ).reset_index(drop=True)
