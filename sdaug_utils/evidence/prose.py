@@ -39,7 +39,8 @@ def filled(text: str, read: Read) -> str:
             raise ValueError(f"{name}; {query}: {error}") from error
         if len(rows) != 1:
             raise ValueError(f"{name}; {query}: {len(rows)} rows, not one")
-        return mark[0].removesuffix(f"{before}<!-- / -->") + shown.format(**rows.iloc[0])
+        typeset = re.sub(r"-(?=\d)", "−", shown.format(**rows.iloc[0]))
+        return mark[0].removesuffix(f"{before}<!-- / -->") + typeset
 
     return MARK.sub(lambda mark: f"{value(mark)}<!-- / -->", text)
 
