@@ -177,7 +177,7 @@ def test_every_claim_of_the_data_is_well_formed():
                     names = [named] if isinstance(named, str) else named
                     assert all(figures.label_of(name) for name in names)
                     assert set(selector) <= COLUMNS
-    assert len(ids) == 31
+    assert len(ids) == 32
 
 
 def test_subjects_are_pairs_too():
