@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test notebooks figures lab bench pets-check gpu-check lock clean
+.PHONY: study test notebooks figures lab mutants bench pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py
@@ -28,6 +28,9 @@ lab: .venv/installed            ## open the notebooks
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+mutants: .venv/installed        ## plant faults one by one: do the tests see them?
+	$(BIN)/python tests/mutants.py
 
 bench: .venv/installed          ## what is fast, side by side; README's table "How fast"
 	$(BIN)/python benchmarks/bench.py

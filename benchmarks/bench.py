@@ -3,7 +3,7 @@
     python benchmarks/bench.py    writes benchmarks/results/bench.json and scaling.png, and the
                                   table "How fast" of README.md
 
-The ways take turns, three rounds; a line's ratio is the median of the rounds' own ratios. So a
+The ways take turns, five rounds; a line's ratio is the median of the rounds' own ratios. So a
 machine that is shared, and slower now than then, tells the same. The other ways are what one would
 write without the study's module: each as its authors do it, with the same steps and batches.
 """

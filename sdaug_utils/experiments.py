@@ -64,7 +64,13 @@ def cells(study: Study, p: params.Runs) -> list[Cell]:
         case params.WithControlNet():
             counts = counts_of(study, p.synthetic_percents)
             at_rivals = [pair for pair in counts if pair[0] == p.rivals_at_percent]
-            outside = [pair for pair in counts if pair[0] == p.outside_at_percent]
+            subset_images = len(study.data.splits["train"]) / len(study.data.class_names)
+            subset_images *= p.outside_at_percent / 100  # with no more, all controls are inside
+            outside = [
+                (percent, [count for count in numbers if count > subset_images])
+                for percent, numbers in counts
+                if percent == p.outside_at_percent
+            ]
             arms = baselines(p.synthetic_percents)
             arms += synthetic(["controlnet-canny", *p.beside], counts)
             arms += synthetic(p.rivals, at_rivals)

@@ -177,7 +177,7 @@ def test_every_claim_of_the_data_is_well_formed():
                     names = [named] if isinstance(named, str) else named
                     assert all(figures.label_of(name) for name in names)
                     assert set(selector) <= COLUMNS
-    assert len(ids) == 31
+    assert len(ids) == 32
 
 
 def test_subjects_are_pairs_too():
@@ -255,3 +255,22 @@ def test_gains_of_two_protocols_are_compared():
     last = table.loc["published − controlled"]
     assert last["gain_points_low"] < 15 < last["gain_points_high"]
     assert last["gain_points"] == pytest.approx(15, abs=1)
+
+
+def test_gains_of_two_budgets_are_compared_draw_by_draw():
+    accuracy = {("baseline", 10): 0.5, ("baseline", 90): 0.6, ("prompts", 10): 0.6}
+    accuracy["prompts", 90] = 0.65
+    curve = pd.DataFrame(
+        [
+            {"arm": arm, "step": step, "draw": draw, "test_accuracy": value + 0.01 * draw}
+            for (arm, step), value in accuracy.items()
+            for draw in (2, 0, 1)
+        ]
+    )
+    table = claims.compare_budgets(curve, "prompts", 10, 90).set_index("gain")
+    assert table["points"].round(6).to_dict() == {
+        "own budgets": 15.0,
+        "equal budgets": 5.0,
+        "own − equal": 10.0,
+    }
+    assert (table["points_low"] - table["points"]).abs().max() < 1e-9  # draws differ alike

@@ -1,5 +1,6 @@
 import sys
 
+import pandas as pd
 import pytest
 from compare_figures import main
 
@@ -21,7 +22,7 @@ def compare(tmp_path, monkeypatch):
     [
         ("arm,accuracy,gain_points\na,0.715,1.5\nb,,2\n", 0),
         ("arm,accuracy,gain_points\na,0.75,1.5\nb,,2\n", 1),
-        ("arm,accuracy,gain_points\na,0.715,4.5\nb,,2\n", 1),
+        ("arm,accuracy,gain_points\na,0.715,3.5\nb,,2\n", 1),
         ("arm,accuracy,gain_points\na,0.715,1.5\nc,,2\n", 1),
         ("arm,accuracy,gain_points\na,,1.5\nb,0.7,2\n", 1),
         ("arm,accuracy,gain_points\na,0.715,1.5\n", 1),
@@ -32,10 +33,30 @@ def test_small_differences_pass_and_large_ones_do_not(compare, found, code):
 
 
 def test_ends_of_intervals_may_move_further_and_the_machine_is_not_compared(compare, tmp_path):
-    assert compare("low,mean\n0.60,0.71\n", "low,mean\n0.56,0.72\n") == 0
+    assert compare("low,mean\n0.60,0.71\n", "low,mean\n0.57,0.72\n") == 0
     (tmp_path / "expected" / "table-a-1-hardware.csv").write_text("what,value\ncores,2\n")
     (tmp_path / "found" / "table-a-1-hardware.csv").write_text("what,value\ncores,64\n")
     assert main() == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ([0.70, 0.72], 0),
+        ([0.66, 0.71], 1),  # one run is far off
+        ([0.72, 0.73], 1),  # all are a little
+        ([0.70], 1),
+    ],
+)
+def test_runs_are_compared_one_by_one(tmp_path, monkeypatch, found, code):
+    for name, scores in (("expected", [0.70, 0.71]), ("found", found)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "fig.csv").write_text("mean\n0.7\n")
+        rows = pd.DataFrame({"arm": "a", "draw": range(len(scores)), "test_score": scores})
+        rows.to_parquet(tmp_path / name / "03.parquet")
+    folders = [str(tmp_path / name) for name in ("expected", "found", "found")]
+    monkeypatch.setattr(sys, "argv", ["", *folders])
+    assert main() == code
 
 
 def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch):

@@ -253,6 +253,27 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def compare_budgets(curve: pd.DataFrame, arm: str, few: int, many: int) -> pd.DataFrame:
+    """An arm's gain where the baseline has fewer updates than it, and where both have as many.
+
+    Args:
+        curve: test accuracy in 0 to 1 by ``arm``, ``draw`` and ``step``, at one learning rate.
+        few: updates of the baseline in the first row; all else has ``many``.
+
+    Returns:
+        ``gain`` (own budgets, equal budgets, their difference), and ``points``, ``points_low`` and
+        ``points_high``: absolute points with their 95 % interval over draws.
+    """
+    at = {
+        key: group.sort_values("draw")["test_accuracy"].to_numpy()[:, None, None]
+        for key, group in curve.groupby(["arm", "step"])
+    }
+    own, equal = (at[arm, many] - at["baseline", step] for step in (few, many))
+    rows = {"own budgets": (own, 0 * own), "equal budgets": (equal, 0 * own)}
+    rows["own − equal"] = (own, equal)
+    return pd.DataFrame([{"gain": name, **_gain("", *pair)} for name, pair in rows.items()])
+
+
 def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> pd.DataFrame:
     """Published beside reproduced: one row per setting.
 

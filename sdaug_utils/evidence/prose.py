@@ -6,8 +6,8 @@ In Markdown, where the marks are invisible, a value is written as ::
     0.690<!-- / -->
 
 (on one line): a table of ``figures/<profile>``, the row (a query of pandas), a format of its
-columns. Of a verdict's row ``points``, ``points_low`` and ``points_high`` are the difference and
-its interval in absolute points.
+columns. ``points``, ``points_low`` and ``points_high`` are a verdict's difference, or a mean over
+subjects, with its interval, times a hundred.
 """
 
 import re
@@ -39,7 +39,8 @@ def filled(text: str, read: Read) -> str:
             raise ValueError(f"{name}; {query}: {error}") from error
         if len(rows) != 1:
             raise ValueError(f"{name}; {query}: {len(rows)} rows, not one")
-        return mark[0].removesuffix(f"{before}<!-- / -->") + shown.format(**rows.iloc[0])
+        typeset = re.sub(r"-(?=\d)", "−", shown.format(**rows.iloc[0]))
+        return mark[0].removesuffix(f"{before}<!-- / -->") + typeset
 
     return MARK.sub(lambda mark: f"{value(mark)}<!-- / -->", text)
 
@@ -55,11 +56,11 @@ def read_table(profile: str, name: str) -> pd.DataFrame:
 
 
 def with_points(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of verdicts with its differences in absolute points, too; any other as it is."""
-    ends = {"difference": "points", "low": "points_low", "high": "points_high"}
-    if "difference" not in table:
-        return table
-    return table.assign(**{name: 100 * table[column] for column, name in ends.items()})
+    """A table of verdicts or of subjects with its values in absolute points, too."""
+    for value in {"difference", "mean"} & set(table):
+        ends = {"points": value, "points_low": "low", "points_high": "high"}
+        table = table.assign(**{name: 100 * table[column] for name, column in ends.items()})
+    return table
 
 
 def renew(path: Path, profile: str) -> None:

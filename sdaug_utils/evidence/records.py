@@ -11,7 +11,7 @@ from sdaug_utils.store import note, write_atomically
 from sdaug_utils.study import results_folder
 
 SMALL = {"predictions": np.int16, "scores": np.float32, "mean_iou": np.float32}
-"""Columns with a value per test image, and how floats and integers of them are written."""
+"""Columns with a value per test image, and as what they are written."""
 
 
 def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -45,7 +45,8 @@ def _small(rows: pd.DataFrame) -> pd.DataFrame:
     def small(values: np.ndarray, kind: type) -> np.ndarray:
         return values if values.dtype == bool or values.size == 1 else values.astype(kind)
 
-    columns = {name: kind for name, kind in SMALL.items() if name in rows}
-    return rows.assign(
-        **{name: [small(x, kind) for x in rows[name]] for name, kind in columns.items()}
-    ).reset_index(drop=True)
+    rows = rows.reset_index(drop=True)
+    for name, kind in SMALL.items():
+        if name in rows:
+            rows[name] = pd.Series([small(values, kind) for values in rows[name]])
+    return rows

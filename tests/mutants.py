@@ -1,0 +1,231 @@
+"""Plant faults one by one, and show that the tests see each: python tests/mutants.py [NAME …]
+
+A fault is a small patch: in a file of the project, one text in place of another. It is planted in a
+copy, where the tests beside it are run: they must pass before, and one must fail after.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "*.egg-info")
+TRAINING, EVIDENCE = "sdaug_utils/training", "sdaug_utils/evidence"
+GENERATION = "sdaug_utils/generation"
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    before: str
+    after: str
+    tests: str  # of tests/test_faults.py, or a file and a test
+
+
+FAULTS = (
+    Fault(
+        "no normalisation in normalise",
+        f"{TRAINING}/features.py",
+        "return (pixels - mean) / std",
+        "return pixels",
+        "pixels_are_normalised",
+    ),
+    Fault(
+        "one view instead of several",
+        f"{TRAINING}/cells.py",
+        'num_views = 1 if augmentation == "none" else views',
+        "num_views = 1",
+        "several_views",
+    ),
+    Fault(
+        "all seeds equal",
+        f"{TRAINING}/cells.py",
+        "return 1000 * cell.draw + cell.seed",
+        "return 0",
+        "seed_of_its_own",
+    ),
+    Fault(
+        "the segmenter keeps the last instead of the best weights",
+        f"{TRAINING}/segmenter.py",
+        "head.load_state_dict(best)",
+        "pass",
+        "best_weights",
+    ),
+    Fault(
+        "a segmenter's patience with the wrong sign",
+        f"{TRAINING}/segmenter.py",
+        "elif patience and step - best_step >= patience * epoch:",
+        "elif patience and step - best_step <= patience * epoch:",
+        "segmenters_patience",
+    ),
+    Fault(
+        "a classifier's patience with the wrong sign",
+        f"{TRAINING}/classifier.py",
+        "elif epoch - best_epoch >= settings.patience:",
+        "elif epoch - best_epoch <= settings.patience:",
+        "test_training.py::test_published_training_equals_a_plain_loop",
+    ),
+    Fault(
+        "synthetic images with another image's trimap",
+        f"{TRAINING}/cells.py",
+        "for pool in self.cell_pools(cell) for row in pool.followed]",
+        "for pool in self.cell_pools(cell) for row in pool.followed[::-1]]",
+        "trimap_that_it_follows",
+    ),
+    Fault(
+        "latents not scaled",
+        f"{GENERATION}/personalisation.py",
+        "latents = self.scale * (",
+        "latents = (",
+        "latents_are_scaled",
+    ),
+    Fault(
+        "epsilon models trained on the wrong target",
+        f"{GENERATION}/personalisation.py",
+        'if config.prediction_type == "v_prediction":',
+        "if True:",
+        "target_is_what",
+    ),
+    Fault(
+        "a claim reads the baseline at 10 % for the one at 5 %",
+        f"{EVIDENCE}/tables/claims.yaml",
+        "first: {arm: stable-diffusion-prompt, real_percent: 5}\n"
+        "  second: {arm: baseline, real_percent: 5}",
+        "first: {arm: stable-diffusion-prompt, real_percent: 5}\n"
+        "  second: {arm: baseline, real_percent: 10}",
+        "own_percentage",
+    ),
+    Fault(
+        "the t-correction without its root",
+        f"{EVIDENCE}/metrics.py",
+        "return float(quantile * np.sqrt(num_draws / (num_draws - 1)))",
+        "return float(quantile)",
+        "wider_interval",
+    ),
+    Fault(
+        "another AutoAugment policy",
+        "sdaug_utils/data/augment.py",
+        "v2.AutoAugmentPolicy.IMAGENET",
+        "v2.AutoAugmentPolicy.CIFAR10",
+        "policy_for_imagenet",
+    ),
+    Fault(
+        "pools left out of a cell's key",
+        f"{TRAINING}/cells.py",
+        "_pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))",
+        "[]",
+        "a_key_knows",
+    ),
+    Fault(
+        "max_train_steps left out of a model's key",
+        f"{GENERATION}/personalisation.py",
+        '    "subjects_at_once",\n',
+        '    "subjects_at_once",\n    "max_train_steps",\n',
+        "a_key_knows",
+    ),
+    Fault(
+        "chance not subtracted",
+        f"{EVIDENCE}/subjects.py",
+        "float(np.mean(right)) - len(subject.labels) / self.num_classes",
+        "float(np.mean(right))",
+        "chance_is_nothing",
+    ),
+    Fault(
+        "the real subset of another draw",
+        f"{TRAINING}/cells.py",
+        "return _subset(study, cell.real_percent, cell.draw)",
+        "return _subset(study, cell.real_percent, 0)",
+        "draws_subset",
+    ),
+    Fault(
+        "validation images among the training images",
+        f"{TRAINING}/cells.py",
+        'real = self.features_of("train", cell.augmentation)[_real_rows(self.study, cell)]',
+        'real = self.features_of("validation", cell.augmentation)[:4]',
+        "draws_subset",
+    ),
+    Fault(
+        "labels shuffled",
+        f"{TRAINING}/cells.py",
+        "labels = np.repeat(np.arange(self.num_classes), cell.synthetic_per_class)",
+        "labels = np.tile(np.arange(self.num_classes), cell.synthetic_per_class)",
+        "draws_subset",
+    ),
+    Fault(
+        "guidance ignored",
+        f"{GENERATION}/pools.py",
+        "guidance_scale=sampling.guidance_scale,",
+        "guidance_scale=1.0,",
+        "guidance_and_words",
+    ),
+    Fault(
+        "all images follow one control",
+        f"{GENERATION}/techniques/controlnet.py",
+        "controls[i % len(controls)]",
+        "controls[0]",
+        "take_turns",
+    ),
+    Fault(
+        "ControlNet's condition ignored",
+        f"{GENERATION}/techniques/controlnet.py",
+        '"controlnet_conditioning_scale": scale',
+        '"controlnet_conditioning_scale": 0.0',
+        "test_pools.py::test_images_follow_their_control",
+    ),
+    Fault(
+        "weights chosen on test images",
+        f"{TRAINING}/cells.py",
+        '(self.features_of("validation")[:, 0], self.splits["validation"].labels)',
+        '(self.features_of("test")[:, 0], self.splits["test"].labels)',
+        "chosen_on_validation",
+    ),
+    Fault(
+        "a published value mistyped",
+        f"{EVIDENCE}/tables/published_results.csv",
+        "03-training-percentage,035,oxford-iiit-pet,classification,textual-inversion,5,1000,50,"
+        "accuracy,0.743059",
+        "03-training-percentage,035,oxford-iiit-pet,classification,textual-inversion,5,1000,50,"
+        "accuracy,0.734059",
+        "mistyped",
+    ),
+)
+
+
+def passes(copy: Path, tests: str) -> bool:
+    """Whether some tests pass in a copy of the project."""
+    file, name = tests.split("::") if "::" in tests else ("test_faults.py", tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, f"tests/{file}", "-k", name], cwd=copy, capture_output=True, text=True
+    )
+    if result.returncode not in (0, 1):
+        raise RuntimeError(result.stdout + result.stderr)
+    return result.returncode == 0
+
+
+def main() -> int:
+    chosen = [fault for fault in FAULTS if not sys.argv[1:] or fault.what in sys.argv[1:]]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        sound = {tests: passes(copy, tests) for tests in {fault.tests for fault in chosen}}
+        for fault in chosen:
+            file = copy / fault.file
+            text = file.read_text()
+            if text.count(fault.before) != 1:
+                raise ValueError(f"{fault.what}: {fault.file} has the text not exactly once")
+            file.write_text(text.replace(fault.before, fault.after))
+            seen = sound[fault.tests] and not passes(copy, fault.tests)
+            file.write_text(text)
+            survived += not seen
+            print(f"{'seen' if seen else 'SURVIVED':<9} {fault.what}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} faults are seen")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

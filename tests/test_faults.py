@@ -1,0 +1,276 @@
+"""Faults that would change what the study finds and raise no error: each has a test here.
+
+``make mutants`` plants them, one by one, and shows that the tests see them.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from sdaug_utils import experiments
+from sdaug_utils.data import augment
+from sdaug_utils.data.datasets import subset
+from sdaug_utils.data.images import digests
+from sdaug_utils.evidence import claims, metrics, subjects
+from sdaug_utils.generation import pools
+from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.personalisation import NoisyLatents
+from sdaug_utils.generation.technique import technique_requests
+from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training import cells, classifier, features, segmenter
+
+PROMPTS = "stable-diffusion-prompt"
+
+
+def cell(**chosen):
+    [made] = cells.repeated([{"real_percent": 50, **chosen}], "controlled", 1, 1)
+    return made
+
+
+def changed(world, section, **changes):
+    own = getattr(world.settings, section).model_copy(update=changes)
+    settings = world.settings.model_copy(update={section: own})
+    return Study(world.profile, settings, world.data, world.store)
+
+
+def test_pixels_are_normalised_as_the_backbone_learnt_them():
+    backbone = features.load_backbone("efficientnet-lite0")
+    mean, std = (torch.tensor(backbone.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    made = features.normalise((mean + 2 * std).expand(1, 3, 4, 4), backbone)
+    torch.testing.assert_close(made, torch.full((1, 3, 4, 4), 2.0))
+
+
+def test_a_cell_learns_from_several_views_that_differ(world):
+    views = cells.Trainer(world).features(cell(augmentation="custom"))
+    number = world.settings.classifier.controlled.num_views
+    assert number > 1
+    assert views.shape[1] == number
+    assert not torch.equal(views[:, 0], views[:, 1])
+
+
+def test_autoaugment_is_the_policy_for_imagenet():
+    _, policy = augment.build("autoaugment", 32).transforms
+    assert policy.policy == v2.AutoAugmentPolicy.IMAGENET
+
+
+def test_every_run_of_an_arm_has_a_seed_of_its_own_and_arms_share_them():
+    arms = experiments.baselines([100, 50]) + experiments.synthetic([PROMPTS], [(100, [5])])
+    grid = cells.repeated(arms, "controlled", 3, 3)
+    of_arms = pd.DataFrame(
+        [(c.arm, c.real_percent, cells.training_seed(c)) for c in grid], columns=["a", "p", "seed"]
+    )
+    sets = {tuple(group) for _, group in of_arms.groupby(["a", "p"])["seed"]}
+    assert len(sets) == 1
+    assert len(set(sets.pop())) == 9
+
+
+def test_a_cell_sees_its_draws_subset_of_training_images_under_their_labels(world):
+    chosen = cell(technique=PROMPTS, synthetic_per_class=3, real_percent=10).model_copy(
+        update={"draw": 1}
+    )
+    trainer, train = cells.Trainer(world), world.data.splits["train"]
+    rows = subset(train.labels, 10, 1)
+    assert set(rows) != set(subset(train.labels, 10, 0))
+    images, labels = trainer.training_set(chosen)
+    assert digests(images)[: len(rows)] == digests(train.images(rows))
+    assert labels[: len(rows)].tolist() == train.labels[rows].tolist()
+    asked = [image for pool in trainer.cell_pools(chosen) for image in digests(pool.images())]
+    assert digests(images)[len(rows) :] == asked
+    assert labels[len(rows) :].tolist() == [0, 0, 0, 1, 1, 1]
+    real = features.image_features(world, train.images(rows))
+    torch.testing.assert_close(trainer.features(chosen)[: len(rows)], real)
+
+
+def test_weights_are_chosen_on_validation_images(world, monkeypatch):
+    seen = []
+    trained = classifier.train_controlled
+    monkeypatch.setattr(
+        classifier, "train_controlled", lambda *given: seen.append(given) or trained(*given)
+    )
+    trainer = cells.Trainer(world)
+    trainer.controlled([cell()])
+    _, (validation, labels), test, *_ = seen[0]
+    split = world.data.splits["validation"]
+    assert torch.equal(validation, features.image_features(world, split.images())[:, 0])
+    assert labels.tolist() == split.labels.tolist()
+    assert torch.equal(test, trainer.features_of("test")[:, 0])
+
+
+def test_a_key_knows_the_pools_and_a_model_its_steps(world):
+    chosen = cell(technique=PROMPTS, synthetic_per_class=1)
+    other = changed(world, "sampling", num_inference_steps=3)
+    assert cells.spec(world, chosen) != cells.spec(other, chosen)
+    for name in ("dreambooth", "textual-inversion"):
+        longer = changed(world, name.replace("-", "_"), max_train_steps=7)
+        models = [techniques()[name].model(x.settings, [], 0) for x in (world, longer)]
+        assert models[0] != models[1]
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Validation losses of a segmenter as a test wants them; the last one stays."""
+    planned = []
+    monkeypatch.setattr(
+        segmenter, "_loss", lambda *_: planned.pop(0) if planned[1:] else planned[0]
+    )
+    return planned
+
+
+def segmented(world, protocol="controlled", **changes):
+    study, train = changed(world, "segmenter", **changes), world.data.splits["train"]
+    return segmenter.train(
+        segmenter.FeatureMaps(study),
+        train.images(np.arange(8)),
+        [train.trimap(row) for row in range(8)],
+        world.data.splits,
+        protocol,
+        seed=0,
+    )
+
+
+def test_a_segmenter_is_tested_with_its_best_weights(world, losses):
+    losses += [0.1]
+    short = segmented(world, max_train_steps=2, validation_steps=2)
+    losses[:] = [0.1, 0.9]
+    longer = segmented(world, max_train_steps=4, validation_steps=2)
+    assert (longer.num_updates, longer.selected_step) == (4, 2)
+    np.testing.assert_array_equal(longer.labels, short.labels)
+    losses[:] = [0.9, 0.1]
+    assert segmented(world, max_train_steps=4, validation_steps=2).selected_step == 4
+
+
+def test_a_segmenters_patience_ends_what_no_longer_improves(world, losses):
+    losses += [0.1, 0.2]
+    few = {"max_epochs": 6, "patience": 2, "batch_size": 4}  # two updates per epoch
+    assert segmented(world, "published", **few).num_updates == 6
+    losses[:] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert segmented(world, "published", **few).num_updates == 12
+
+
+def test_a_synthetic_image_has_the_trimap_that_it_follows(world, monkeypatch):
+    seen = []
+    monkeypatch.setattr(segmenter, "train", lambda *given: seen.append(given))
+    chosen = cell(task="segmentation", technique="controlnet-segmentation", synthetic_per_class=3)
+    trainer, train = cells.Trainer(world), world.data.splits["train"]
+    trainer._segmentation(chosen)
+    _, images, trimaps, *_ = seen[0]
+    rows = [*subset(train.labels, 50, 0)]
+    rows += [row for pool in trainer.cell_pools(chosen) for row in pool.followed]
+    assert len(images) == len(trimaps) == len(rows)
+    for made, row in zip(trimaps, rows, strict=True):
+        np.testing.assert_array_equal(made, train.trimap(int(row)))
+
+
+@pytest.fixture
+def examples(world):
+    """What DreamBooth draws from five images, with latents that are not encoded anew each time."""
+    pipeline = load_pipeline(world.settings)
+    pipeline.vae.register_to_config(scaling_factor=0.25)
+    made = NoisyLatents(pipeline, world.data.splits["train"].images(np.arange(5)), 32, seed=0)
+    made.std = torch.zeros_like(made.std)
+    return made
+
+
+def test_latents_are_scaled_as_the_model_knows_them(examples, monkeypatch):
+    monkeypatch.setattr(examples.scheduler, "add_noise", lambda latents, noise, steps: latents)
+    latents, _, _ = examples(6)
+    expected = 0.25 * examples.mean
+    for one in latents:
+        assert min((one - of_image).abs().max() for of_image in expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_target_is_what_the_model_predicts(examples, monkeypatch, kind):
+    seen = []
+    add_noise = examples.scheduler.add_noise
+    monkeypatch.setattr(
+        examples.scheduler, "add_noise", lambda *given: seen.append(given) or add_noise(*given)
+    )
+    examples.scheduler.register_to_config(prediction_type=kind)
+    noisy, timesteps, target = examples(4)
+    latents, noise, _ = seen[0]
+    share = examples.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)  # of the signal
+    velocity = share.sqrt() * noise - (1 - share).sqrt() * latents
+    torch.testing.assert_close(noisy, share.sqrt() * latents + (1 - share).sqrt() * noise)
+    torch.testing.assert_close(target, noise if kind == "epsilon" else velocity)
+
+
+def test_guidance_and_words_change_an_image(world):
+    def first(study, label=0):
+        asked = technique_requests(study, PROMPTS, 0, 1)[label]
+        sampler = pools.pipeline_sampler(
+            load_pipeline(study.settings),
+            study.settings.sampling,
+            [asked.spec["prompt"]],
+            [asked.technique.arguments(study, asked)],
+        )
+        return np.asarray(sampler([(0, 0)], [5])[0]).astype(int)
+
+    weak, strong = (first(changed(world, "sampling", guidance_scale=s)) for s in (1.0, 3.0))
+    assert np.abs(weak - strong).max() > 10
+    assert np.abs(first(world) - first(world, label=1)).max() > 30
+
+
+def test_control_images_take_turns(world):
+    [asked, _] = technique_requests(world, "controlnet-canny", 0, 3)
+    images = asked.technique.arguments(world, asked)([0, 1, 2, len(asked.rows)])["image"]
+    assert len({image.tobytes() for image in images[:3]}) == 3
+    assert images[0].tobytes() == images[3].tobytes()
+
+
+def test_chance_is_nothing(world):
+    judge = subjects.Judge(world)
+    judge.head = lambda made: torch.tensor([[1.0, 0.0]]).expand(len(made), 2)  # always class 0
+    [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2, progress=False)
+    for labels, expected in (((0,), 0.5), ((1,), -0.5), ((0, 1), 0.0)):
+        subject = subjects.Subject("one", labels, (0, 1))
+        assert judge([pool], {"A {}": None}, subject)["in_class"] == pytest.approx(expected)
+
+
+def test_few_draws_ask_for_a_wider_interval():
+    """Student's quantile over the normal one, times the root of n / (n - 1): by a table."""
+    assert metrics._enlargement(3) == pytest.approx(4.3027 / 1.95996 * 1.5**0.5, rel=1e-4)
+    assert metrics._enlargement(6) == pytest.approx(2.5706 / 1.95996 * 1.2**0.5, rel=1e-4)
+
+
+def test_a_claim_compares_at_its_own_percentage():
+    """The baseline differs by percentage, and each claim at 5 or 10 % has its own one."""
+    accuracy = {("baseline", 5): 0.5, ("baseline", 10): 0.7, (PROMPTS, 5): 0.6, (PROMPTS, 10): 0.72}
+    rows = [
+        {
+            **{"task": "classification", "protocol": "controlled", "arm": arm},
+            **{"real_percent": percent, "synthetic_per_class": 50 * (arm != "baseline")},
+            **{"draw": draw, "seed": 0, "validation_score": 0.5},
+            "scores": np.arange(1000) < 1000 * value,
+        }
+        for (arm, percent), value in accuracy.items()
+        for draw in range(3)
+    ]
+    judged = claims.judge(pd.DataFrame(rows), "03-training-percentage").set_index("id")
+    assert judged.loc["03-c", "difference"] == pytest.approx(0.1)
+    assert judged.loc["03-f", "difference"] == pytest.approx(0.02)
+
+
+PUBLISHED = {  # of all runs of a technique: accuracy by the logs, and by the thesis's text
+    "autoaugment": (3.7632, 3.763),
+    "baseline": (6.5931, 6.5927),
+    "controlnet-canny": (13.2879, 12.5309),
+    "controlnet-canny+randaugment": (2.4774, 0.0),
+    "custom": (3.8427, 3.8425),
+    "dreambooth": (15.0049, 15.7209),
+    "dreambooth+randaugment": (0.8819, 0.0),
+    "randaugment": (3.9151, 3.9149),
+    "stable-diffusion-prompt": (18.9615, 19.6771),
+    "stable-diffusion-prompt+randaugment": (2.5199, 0.0),
+    "textual-inversion": (16.8106, 17.686),
+    "textual-inversion+randaugment": (4.2259, 0.0),
+}
+
+
+def test_no_published_value_is_mistyped():
+    runs = pd.read_csv(claims.TABLES / "published_results.csv")
+    sums = runs.groupby("technique")[["value", "value_in_thesis"]].sum()
+    assert {name: tuple(pair.round(4)) for name, pair in sums.iterrows()} == PUBLISHED
