@@ -199,7 +199,8 @@ def thesis_hours(experiment: str) -> float:
     runs = pd.read_csv(TABLES / "published_results.csv")
     runs = runs[runs["experiment"] == experiment].drop_duplicates("run")
     per_class = runs[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
-    num_classes = runs["dataset"].map({name: count for name, (count, _) in photos.SIZES.items()})
+    sizes = {name: count for name, (count, _) in photos.SIZES.items()}
+    num_classes = runs["dataset"].map(sizes).astype(float)  # of no runs they would be texts
     generation = per_class.fillna(0).sum(axis=1) * num_classes
     return float(runs["elapsed_train_seconds"].fillna(0).sum() + generation.sum()) / 3600
 

@@ -15,7 +15,8 @@ FLOW = [
     *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pools")),
     "generation.techniques",
     *(f"training.{room}" for room in ("features", "classifier", "segmenter", "cells")),
-    *(f"evidence.{room}" for room in ("metrics", "subjects", "claims", "figures", "report")),
+    *(f"evidence.{room}" for room in ("records", "metrics", "subjects", "claims", "figures")),
+    *(f"evidence.{room}" for room in ("prose", "report")),
     *("experiments", "plan"),
 ]
 FILES = {

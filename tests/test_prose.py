@@ -23,6 +23,14 @@ def test_a_marked_value_comes_from_the_table():
     assert prose.emptied(text) == prose.emptied(prose.filled(text, lambda name: TABLE))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.04, "0.0"), (-0.06, "−0.1"), (-10.0, "−10.0"), (0.0, "0.0")]
+)
+def test_minus_signs_are_typeset_and_nothing_has_none(value, shown):
+    table = TABLE.assign(score=value)
+    assert f">{shown}<" in prose.filled(MARKED.replace(".2f", ".1f"), lambda name: table)
+
+
 def test_text_without_marks_stays():
     text = "Nothing <!-- here --> is marked; 0.70."
     assert prose.filled(text, lambda name: TABLE) == prose.emptied(text) == text

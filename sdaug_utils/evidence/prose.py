@@ -39,7 +39,9 @@ def filled(text: str, read: Read) -> str:
             raise ValueError(f"{name}; {query}: {error}") from error
         if len(rows) != 1:
             raise ValueError(f"{name}; {query}: {len(rows)} rows, not one")
-        typeset = re.sub(r"-(?=\d)", "−", shown.format(**rows.iloc[0]))
+        typeset = shown.format(**rows.iloc[0])
+        typeset = re.sub(r"-(?=0(\.0+)?(?![.\d]))", "", typeset)  # what rounds to nothing
+        typeset = re.sub(r"-(?=\d)", "−", typeset)
         return mark[0].removesuffix(f"{before}<!-- / -->") + typeset
 
     return MARK.sub(lambda mark: f"{value(mark)}<!-- / -->", text)
