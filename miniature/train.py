@@ -480,8 +480,8 @@ def train_controlnet(kind: str, build: Path, corpus: Corpus, arguments: argparse
         ).sample
         return F.mse_loss(prediction, target)
 
-    name = f"controlnet-{kind}"
-    fit(name, build, controlnet, loss_of_step, corpus, arguments.controlnet_steps, 64, 1e-3)
+    name, steps = f"controlnet-{kind}", getattr(arguments, f"{kind}_steps")
+    fit(name, build, controlnet, loss_of_step, corpus, steps, 64, 1e-3)
     controlnet.save_pretrained(build / name)
 
 
@@ -566,9 +566,10 @@ def main() -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--decoder-steps", type=int, default=700)
-    parser.add_argument("--unet-steps", type=int, default=9000)
-    parser.add_argument("--guidance-steps", type=int, default=900)
-    parser.add_argument("--controlnet-steps", type=int, default=500)
+    parser.add_argument("--unet-steps", type=int, default=15000)
+    parser.add_argument("--guidance-steps", type=int, default=1200)
+    parser.add_argument("--canny-steps", type=int, default=1000)
+    parser.add_argument("--segmentation-steps", type=int, default=1600)
     arguments = parser.parse_args()
 
     build: Path = arguments.build
