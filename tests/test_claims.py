@@ -6,7 +6,10 @@ from sdaug_utils.evidence import claims, figures
 from sdaug_utils.training import cells
 
 NAME = "03-training-percentage"
-COLUMNS = {*cells.SETTING, *claims.OF_SUBJECTS, "augmentation", "weight", "reduce"}
+COLUMNS = {
+    *(*cells.SETTING, *claims.OF_SUBJECTS),
+    *("augmentation", "technique", "weight", "reduce"),
+}
 ARMS = (
     "baseline",
     "custom",
@@ -73,14 +76,29 @@ def as_in_the_thesis():
         (-0.05, 0.009, "at most", "supported"),
         (-0.05, 0.02, "at most", "inconclusive"),
         (0.011, 0.02, "at most", "contradicted"),
-        (0.001, 0.009, "between", "supported"),
-        (0.001, 0.011, "between", "inconclusive"),
-        (0.011, 0.02, "between", "contradicted"),
-        (-0.02, -0.001, "between", "contradicted"),
     ],
 )
 def test_verdicts(low, high, expect, expected):
     assert claims.verdict(low, high, expect, 0.01) == expected
+
+
+def test_that_there_is_nothing_takes_two_one_sided_tests():
+    wide, narrow = (-0.012, 0.009), (-0.009, 0.007)
+    assert claims.verdict(*wide, "within", 0.01) == "inconclusive"
+    assert claims.verdict(*wide, "within", 0.01, narrow) == "supported"
+    assert claims.verdict(-0.02, 0.011, "at most", 0.01, (-0.019, 0.009)) == "supported"
+    assert claims.verdict(-0.001, 0.02, "above", 0.0, (0.001, 0.019)) == "inconclusive"
+    assert claims.verdict(0.011, 0.02, "within", 0.01, (0.012, 0.019)) == "contradicted"
+
+
+def test_the_primary_comparison_decides():
+    accuracies = as_in_the_thesis()
+    accuracies["custom", 100] = 0.5  # shown beside: RandAugment alone decides claim 03-j
+    judged = claims.judge(planted_results(accuracies), NAME)
+    rows = judged[judged["id"] == "03-j"]
+    assert rows["primary"].tolist() == [True, *[False] * (len(rows) - 1)]
+    assert set(rows["verdict"]) == {"supported"}
+    assert "contradicted" in set(rows["comparison_verdict"])
 
 
 def test_one_fallen_part_fells_a_claim():

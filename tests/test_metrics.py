@@ -41,6 +41,14 @@ def test_draws_that_differ_widen_the_interval():
     assert widths[1] > 1.5 * widths[0]
 
 
+@pytest.mark.parametrize("num_images", [1, 500])
+def test_a_lower_level_gives_a_narrower_interval_around_the_same_mean(num_images):
+    values = np.random.default_rng(0).normal(0.5, 0.1, (4, 2, num_images))
+    wide, narrow = metrics.estimate(values), metrics.estimate(values, level=0.9)
+    assert wide.mean == narrow.mean
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+
+
 def test_pairing_removes_what_the_arms_share():
     first = planted(0.7, num_draws=5, spread=0.05)
     rng = np.random.default_rng(1)

@@ -27,7 +27,8 @@ class NotRun(KeyError):
 
 
 Verdict = Literal["supported", "contradicted", "inconclusive", "not tested"]
-Expectation = Literal["above", "below", "within", "at most", "between"]
+Expectation = Literal["above", "below", "within", "at most"]
+EQUIVALENCE = ("within", "at most")  # shown by two one-sided tests at 5 %: a 90 % interval
 
 
 def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
@@ -50,7 +51,8 @@ def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
 def read_claims(experiment: str) -> list[dict[str, Any]]:
     """The claims that an experiment decides: those whose id begins as its name does.
 
-    A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``.
+    A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``;
+    those that decide it are ``primary``, the others are shown beside.
     """
     data = yaml.safe_load((TABLES / "claims.yaml").read_text())
     claims = []
@@ -58,7 +60,9 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
         number = claim["id"].split("-")[0]
         if experiment.startswith(number):
             section = f"4.3.{int(number) if number.isdigit() else 3}"
-            parts = claim.get("comparisons", [claim])
+            same = {key: claim[key] for key in ("expect", "margin") if key in claim}
+            parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
+            parts += [{**same, **part, "primary": False} for part in claim.get("beside", [])]
             every = [one for part in parts for one in _expanded(part, data["names"])]
             claims.append({**claim, "section": section, "comparisons": every})
     return claims
@@ -80,21 +84,29 @@ def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dic
         yield {**comparison, **filled}
 
 
-def verdict(low: float, high: float, expect: Expectation, margin: float = 0.0) -> Verdict:
-    """Judge the 95 % interval of a difference against the region that a claim puts it in.
+def verdict(
+    low: float,
+    high: float,
+    expect: Expectation,
+    margin: float = 0.0,
+    narrow: tuple[float, float] | None = None,
+) -> Verdict:
+    """Judge the interval of a difference against the region that a claim puts it in.
 
-    ``above`` 0, ``below`` 0, ``within`` ± margin, ``at most`` margin, ``between`` 0 and margin. An
-    interval wholly inside supports, one wholly outside contradicts, any other is inconclusive.
+    ``above`` 0, ``below`` 0, ``within`` ± margin, ``at most`` margin. A 95 % interval wholly inside
+    supports, one wholly outside contradicts, any other is inconclusive. For the last two, which
+    say that there is nothing, it is the ``narrow`` 90 % interval that supports: two one-sided
+    tests at 5 % (Schuirmann, 1987).
     """
     regions = {
         "above": (0.0, np.inf),
         "below": (-np.inf, 0.0),
         "within": (-margin, margin),
         "at most": (-np.inf, margin),
-        "between": (0.0, margin),
     }
     lower, upper = regions[expect]
-    if lower < low and high < upper:
+    first, last = (low, high) if narrow is None or expect not in EQUIVALENCE else narrow
+    if lower < first and last < upper:
         return "supported"
     return "contradicted" if high < lower or low > upper else "inconclusive"
 
@@ -155,7 +167,9 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
     return weighted
 
 
-def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> metrics.Estimate:
+def compared(
+    results: pd.DataFrame, comparison: dict[str, Any], level: float = 0.95
+) -> metrics.Estimate:
     """The difference that decides a comparison: ``first`` minus ``second``, or a sum of ``terms``.
 
     Raises:
@@ -165,18 +179,17 @@ def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> metrics.Estim
     parts = comparison.get("terms") or [
         {**comparison[key], "weight": sign} for key, sign in signs.items() if key in comparison
     ]
-    return metrics.contrast(
-        [(part["weight"] * w, array) for part in parts for w, array in terms(results, part)]
-    )
+    weighted = [(part["weight"] * w, array) for part in parts for w, array in terms(results, part)]
+    return metrics.contrast(weighted, level)
 
 
 def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """One row per comparison of each claim that an experiment decides.
 
-    Columns: ``id``, ``section``, ``claim``, ``comparison``, ``difference``, ``low``, ``high``
-    (absolute, 95 % interval), the number of draws (or subjects), of runs per setting and of test
-    images behind them, ``comparison_verdict`` and ``verdict`` (of the whole claim). What a profile
-    has no runs for is ``not tested``.
+    Columns: ``id``, ``section``, ``claim``, ``comparison``, whether it is ``primary``,
+    ``difference``, ``low``, ``high`` (absolute, 95 % interval), the number of draws (or subjects),
+    of runs per setting and of test images behind them, ``comparison_verdict``, and ``verdict``, of
+    the claim, by its primary comparison. What a profile has no runs for is ``not tested``.
     """
     rows = []
     for claim in read_claims(experiment):
@@ -185,15 +198,19 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
             expect, margin = comparison["expect"], comparison.get("margin", 0.0)
             outcome: Verdict = "not tested"
             try:
-                found = compared(results, comparison)
-                outcome = verdict(found.low, found.high, expect, margin)
+                found, narrow = compared(results, comparison), None
+                if expect in EQUIVALENCE:
+                    tested = compared(results, comparison, level=0.9)
+                    narrow = tested.low, tested.high
+                outcome = verdict(found.low, found.high, expect, margin, narrow)
             except NotRun:
                 found = NOTHING
-            outcomes.append(outcome)
+            outcomes += [outcome] if comparison["primary"] else []
             parts.append(
                 {
                     **{key: claim[key] for key in ("id", "section", "claim")},
                     "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
+                    "primary": comparison["primary"],
                     "difference": found.mean,
                     "low": found.low,
                     "high": found.high,
@@ -210,8 +227,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
 def _bound(expect: Expectation, margin: float) -> str:
     if expect in ("above", "below") or margin == 0:
         return f"{expect} 0"
-    start = {"within": "within ±", "between": "between 0 and"}.get(expect, expect)
-    return f"{start} {100 * margin:g} points"
+    unit = "point" if margin == 0.01 else "points"
+    return f"{expect} {'±' * (expect == 'within')}{100 * margin:g} {unit}"
 
 
 def _gain(prefix: str, first: np.ndarray, second: np.ndarray | None) -> dict[str, float]:

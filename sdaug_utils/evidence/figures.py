@@ -231,9 +231,14 @@ def protocols(table: pd.DataFrame) -> pd.DataFrame:
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """The claims and what became of them; differences in absolute points.
 
-    ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
+    ``n`` is the number of runs per setting in so many draws (or subjects), and of test images. What
+    is shown beside a claim's primary comparison follows it with a dot, its verdict in brackets.
     """
     points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})
+    beside = ~judged["primary"]
+    points["comparison"] = judged["comparison"].mask(beside, "· " + judged["comparison"])
+    in_brackets = "(" + judged["comparison_verdict"] + ")"
+    points["verdict"] = judged["verdict"].mask(beside, in_brackets)
     counts = [
         f"{runs} in {draws}" + (f" × {images} images" if images > 1 else "") if runs else "–"
         for runs, draws, images in judged[["num_runs", "num_draws", "num_test_images"]].to_numpy()

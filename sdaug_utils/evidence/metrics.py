@@ -26,7 +26,7 @@ BOOTSTRAP_SEED = 2023
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval, and how many runs, draws and test images are behind it."""
+    """A mean with its interval (95 %, unless said), and how much is behind it."""
 
     mean: float
     low: float
@@ -36,17 +36,17 @@ class Estimate:
     num_images: int
 
 
-def estimate(values: np.ndarray) -> Estimate:
+def estimate(values: np.ndarray, level: float = 0.95) -> Estimate:
     """Mean and interval of values of shape (draws, seeds, test images); at least two draws."""
     per_draw = values.mean(axis=1, dtype=np.float64)
     num_draws, num_images = per_draw.shape
     counts = (values.shape[0] * values.shape[1], num_draws, num_images)
     if num_images == 1:
         mean, spread = per_draw.mean(), per_draw.std(ddof=1) / np.sqrt(num_draws)
-        half = scipy.stats.t.ppf(0.975, num_draws - 1) * spread
+        half = scipy.stats.t.ppf(0.5 + level / 2, num_draws - 1) * spread
         return Estimate(float(mean), float(mean - half), float(mean + half), *counts)
 
-    per_draw = per_draw + (_enlargement(num_draws) - 1) * (
+    per_draw = per_draw + (_enlargement(num_draws, level) - 1) * (
         per_draw.mean(axis=1, keepdims=True) - per_draw.mean()
     )
 
@@ -60,14 +60,16 @@ def estimate(values: np.ndarray) -> Estimate:
         n_resamples=NUM_RESAMPLES,
         batch=200,
         vectorized=True,
+        confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(BOOTSTRAP_SEED),
     ).confidence_interval
     return Estimate(float(per_draw.mean()), float(interval.low), float(interval.high), *counts)
 
 
-def _enlargement(num_draws: int) -> float:
-    quantile = scipy.stats.t.ppf(0.975, num_draws - 1) / scipy.stats.norm.ppf(0.975)
+def _enlargement(num_draws: int, level: float = 0.95) -> float:
+    tail = 0.5 + level / 2
+    quantile = scipy.stats.t.ppf(tail, num_draws - 1) / scipy.stats.norm.ppf(tail)
     return float(quantile * np.sqrt(num_draws / (num_draws - 1)))
 
 
@@ -80,7 +82,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:
     return contrast([(1.0, first), (-1.0, second)])
 
 
-def contrast(terms: Sequence[tuple[float, np.ndarray]]) -> Estimate:
+def contrast(terms: Sequence[tuple[float, np.ndarray]], level: float = 0.95) -> Estimate:
     """A weighted sum of scores, paired throughout: the same draws, the same test images.
 
     Raises:
@@ -90,7 +92,7 @@ def contrast(terms: Sequence[tuple[float, np.ndarray]]) -> Estimate:
     if len(shapes) > 1:
         raise ValueError(f"not paired: {[values.shape for _, values in terms]}")
     total = sum(weight * values.mean(axis=1, keepdims=True) for weight, values in terms)
-    result = estimate(np.asarray(total))
+    result = estimate(np.asarray(total), level)
     runs = min(values[..., 0].size for _, values in terms)
     return replace(result, num_runs=runs)
 

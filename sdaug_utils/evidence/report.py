@@ -29,7 +29,6 @@ from sdaug_utils.store import makers
 from sdaug_utils.study import figures_folder
 from sdaug_utils.training.features import BACKBONES
 
-MANY_PARTS = 3
 START, END = "<!-- verdicts: made by 'make notebooks' -->", "<!-- end of verdicts -->"
 
 
@@ -114,17 +113,15 @@ def write_claims(profile: str) -> None:
 def verdict_table(claims: pd.DataFrame) -> str:
     """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim, in points.
 
-    Of a claim of many parts only the number that holds is shown.
+    Only the primary comparisons are shown, which decide.
     """
     rows = ["| | claim of the thesis | difference [95 %] | verdict |", "|---|---|---|---|"]
-    for (name, claim), parts in claims.groupby(["id", "claim"], sort=False):
+    primary = claims[claims["primary"]]
+    for (name, claim), parts in primary.groupby(["id", "claim"], sort=False):
         differences = [
             "–" if np.isnan(mean) else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             for mean, low, high in parts[["difference", "low", "high"]].to_numpy()
         ]
-        if len(parts) > MANY_PARTS:
-            held = (parts["comparison_verdict"] == "supported").sum()
-            differences = [f"{held} of {len(parts)} parts supported"]
         found = parts["verdict"].iloc[0]
         rows.append(f"| {name} | {claim} | {'; '.join(differences)} | **{found}** |")
     return "\n".join(rows)
