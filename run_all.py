@@ -540,11 +540,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
     arguments = parser.parse_args()
-    for variable in (
-        "SDAUG_STORE",
-        "SDAUG_FIGURES",
-        "SDAUG_RESULTS",
-    ):  # notebooks run in another folder
+    for variable in FOLDERS:  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     from sdaug_utils import plan
@@ -578,14 +574,14 @@ def main() -> int:
         return 2
     if arguments.dry_run:
         print_plan(jobs)
+    if arguments.dry_run or arguments.download_only:
+        return 0
     from sdaug_utils.evidence import report
 
     if arguments.from_results:
         report.write_claims(arguments.profile)
-    if not works:
         return 0
     reports = execute_all(jobs, output, arguments.profile, arguments.keep_going, arguments.force)
-
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root
     report.write_tables(arguments.profile, [root / artefact for artefact in used])
