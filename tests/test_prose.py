@@ -71,6 +71,13 @@ def test_numbers_in_prose_are_those_of_the_results(path, contents):
     assert any(found), f"{path.name} is stale: 'make notebooks'"
 
 
+def test_no_result_is_typed_by_hand_at_the_top_of_the_readme():
+    [readme] = texts(run_all.ROOT / "README.md")
+    top = re.sub(r"<!--.*?-->", "", prose.emptied(readme.split("## What is in it")[0]))
+    typed = re.sub(r"(Python|Diffusion|[Ff]igure) \d+\.\d+", "", top)
+    assert not re.search(r"\d\.\d", typed), typed
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda x: x.stem)
 def test_no_result_is_typed_by_hand(path):
     [read, *_] = [text for text in texts(path) if text.startswith("**What to read in it.**")]
