@@ -195,7 +195,7 @@ def test_every_claim_of_the_data_is_well_formed():
                     names = [named] if isinstance(named, str) else named
                     assert all(figures.label_of(name) for name in names)
                     assert set(selector) <= COLUMNS
-    assert len(ids) == 32
+    assert len(ids) == 33
 
 
 def test_subjects_are_pairs_too():
@@ -276,8 +276,9 @@ def test_gains_of_two_protocols_are_compared():
 
 
 def test_gains_of_two_budgets_are_compared_draw_by_draw():
-    accuracy = {("baseline", 10): 0.5, ("baseline", 90): 0.6, ("prompts", 10): 0.6}
-    accuracy["prompts", 90] = 0.65
+    prompts = "stable-diffusion-prompt"
+    accuracy = {("baseline", 10): 0.5, ("baseline", 90): 0.6, (prompts, 10): 0.6}
+    accuracy[prompts, 90] = 0.65
     curve = pd.DataFrame(
         [
             {"arm": arm, "step": step, "draw": draw, "test_accuracy": value + 0.01 * draw}
@@ -285,10 +286,22 @@ def test_gains_of_two_budgets_are_compared_draw_by_draw():
             for draw in (2, 0, 1)
         ]
     )
-    table = claims.compare_budgets(curve, "prompts", 10, 90).set_index("gain")
-    assert table["points"].round(6).to_dict() == {
-        "own budgets": 15.0,
-        "equal budgets": 5.0,
-        "own − equal": 10.0,
-    }
-    assert (table["points_low"] - table["points"]).abs().max() < 1e-9  # draws differ alike
+    runs = claims.at_budgets(curve, 10, 90)
+    gains = claims.budget_gains(runs, prompts).set_index("budgets")["points"]
+    assert gains.round(6).to_dict() == {"own": 15.0, "equal": 5.0}
+    [row] = claims.judge(runs, "X-a").to_dict("records")
+    assert row["difference"] == pytest.approx(0.1)
+    assert (row["id"], row["verdict"]) == ("X-a", "supported")
+
+
+def test_nothing_is_judged_against_a_baseline_at_chance():
+    results = pd.concat(
+        planted_results({("baseline", 5): base, ("stable-diffusion-prompt", 5): 0.5}, protocol)
+        for protocol, base in (("published", 0.1), ("controlled", 0.4))
+    )
+    results["predictions"] = [np.arange(10)] * len(results)  # ten classes
+    [row] = claims.judge(results, "X-b").to_dict("records")
+    assert row["difference"] == pytest.approx(0.3, abs=0.02)
+    assert row["verdict"] == "not tested"
+    judged = claims.judge(results[results["protocol"] == "controlled"], NAME).set_index("id")
+    assert judged.loc["03-c", "verdict"] == "supported"

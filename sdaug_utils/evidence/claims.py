@@ -17,7 +17,7 @@ from sdaug_utils.evidence import metrics
 from sdaug_utils.training.cells import SETTING, scores
 
 TABLES = Path(__file__).parent / "tables"
-OF_SUBJECTS = ("num_inputs", "input_set", "measure")
+OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget")
 NOTHING = metrics.Estimate(np.nan, np.nan, np.nan, 0, 0, 0)  # of what has no runs
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
 
@@ -49,7 +49,7 @@ def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
 
 
 def read_claims(experiment: str) -> list[dict[str, Any]]:
-    """The claims that an experiment decides: those whose id begins as its name does.
+    """The claims that an experiment decides: those whose id begins as its name does, or as told.
 
     A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``;
     those that decide it are ``primary``, the others are shown beside.
@@ -58,7 +58,8 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
     claims = []
     for claim in data["claims"]:
         number = claim["id"].split("-")[0]
-        if experiment.startswith(number):
+        of_notebook = number.isdigit() and experiment.startswith(number)
+        if of_notebook or claim["id"].startswith(experiment):
             section = f"4.3.{int(number) if number.isdigit() else 3}"
             same = {key: claim[key] for key in ("expect", "margin") if key in claim}
             parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
@@ -167,6 +168,14 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
     return weighted
 
 
+def _selectors(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a comparison adds up, each with its weight."""
+    signs = {"first": 1, "second": -1}
+    return comparison.get("terms") or [
+        {**comparison[key], "weight": sign} for key, sign in signs.items() if key in comparison
+    ]
+
+
 def compared(
     results: pd.DataFrame, comparison: dict[str, Any], level: float = 0.95
 ) -> metrics.Estimate:
@@ -175,12 +184,19 @@ def compared(
     Raises:
         NotRun: ``results`` lacks runs that it needs.
     """
-    signs = {"first": 1, "second": -1}
-    parts = comparison.get("terms") or [
-        {**comparison[key], "weight": sign} for key, sign in signs.items() if key in comparison
-    ]
+    parts = _selectors(comparison)
     weighted = [(part["weight"] * w, array) for part in parts for w, array in terms(results, part)]
     return metrics.contrast(weighted, level)
+
+
+def _at_chance(results: pd.DataFrame, comparison: dict[str, Any]) -> bool:
+    """Whether a classifier that a comparison takes as baseline has learnt nothing that shows."""
+    if "predictions" not in results:
+        return False
+    chance = 1 / (1 + max(int(values.max()) for values in results["predictions"]))
+    baselines = [part for part in _selectors(comparison) if part.get("arm") == "baseline"]
+    arrays = [array for part in baselines for _, array in terms(results, part)]
+    return any(metrics.estimate(array).low <= chance for array in arrays)
 
 
 def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
@@ -189,7 +205,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     Columns: ``id``, ``section``, ``claim``, ``comparison``, whether it is ``primary``,
     ``difference``, ``low``, ``high`` (absolute, 95 % interval), the number of draws (or subjects),
     of runs per setting and of test images behind them, ``comparison_verdict``, and ``verdict``, of
-    the claim, by its primary comparison. What a profile has no runs for is ``not tested``.
+    the claim, by its primary comparison. What a profile has no runs for is ``not tested``, nor is
+    what would be compared with a baseline whose interval includes chance.
     """
     rows = []
     for claim in read_claims(experiment):
@@ -202,7 +219,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
                 if expect in EQUIVALENCE:
                     tested = compared(results, comparison, level=0.9)
                     narrow = tested.low, tested.high
-                outcome = verdict(found.low, found.high, expect, margin, narrow)
+                if not _at_chance(results, comparison):
+                    outcome = verdict(found.low, found.high, expect, margin, narrow)
             except NotRun:
                 found = NOTHING
             outcomes += [outcome] if comparison["primary"] else []
@@ -270,25 +288,31 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare_budgets(curve: pd.DataFrame, arm: str, few: int, many: int) -> pd.DataFrame:
-    """An arm's gain where the baseline has fewer updates than it, and where both have as many.
+def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
+    """Runs of two ``budget``s, as claims read them, from accuracy against updates.
+
+    In ``equal`` every arm has ``many`` updates, in ``own`` the baseline has ``few``.
 
     Args:
         curve: test accuracy in 0 to 1 by ``arm``, ``draw`` and ``step``, at one learning rate.
-        few: updates of the baseline in the first row; all else has ``many``.
-
-    Returns:
-        ``gain`` (own budgets, equal budgets, their difference), and ``points``, ``points_low`` and
-        ``points_high``: absolute points with their 95 % interval over draws.
     """
-    at = {
-        key: group.sort_values("draw")["test_accuracy"].to_numpy()[:, None, None]
-        for key, group in curve.groupby(["arm", "step"])
-    }
-    own, equal = (at[arm, many] - at["baseline", step] for step in (few, many))
-    rows = {"own budgets": (own, 0 * own), "equal budgets": (equal, 0 * own)}
-    rows["own − equal"] = (own, equal)
-    return pd.DataFrame([{"gain": name, **_gain("", *pair)} for name, pair in rows.items()])
+    own = np.where(curve["arm"] == "baseline", few, many)
+    parts = [
+        curve[curve["step"] == steps].assign(budget=budget, seed=0)
+        for budget, steps in (("own", own), ("equal", many))
+    ]
+    runs = pd.concat(parts, ignore_index=True)
+    arrays = pd.Series([np.array([value]) for value in runs["test_accuracy"]], index=runs.index)
+    return runs.assign(scores=arrays)
+
+
+def budget_gains(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """An arm's gain at each ``budget``, in absolute points with its 95 % interval over draws."""
+    rows = []
+    for budget in ("own", "equal"):
+        pair = (scores(runs, arm=name, budget=budget) for name in (arm, "baseline"))
+        rows.append({"budgets": budget, **_gain("", *pair)})
+    return pd.DataFrame(rows)
 
 
 def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> pd.DataFrame:
