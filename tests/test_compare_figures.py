@@ -1,8 +1,11 @@
+import shutil
 import sys
 
 import pandas as pd
 import pytest
 from compare_figures import main
+
+from sdaug_utils.study import FIGURES, RESULTS
 
 
 @pytest.fixture
@@ -57,6 +60,14 @@ def test_runs_are_compared_one_by_one(tmp_path, monkeypatch, found, code):
     folders = [str(tmp_path / name) for name in ("expected", "found", "found")]
     monkeypatch.setattr(sys, "argv", ["", *folders])
     assert main() == code
+
+
+def test_what_is_committed_is_equal_to_itself(tmp_path, monkeypatch):
+    folders = [folder / "miniature" for folder in (FIGURES, RESULTS)]
+    for folder in folders:
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), *map(str, folders)])
+    assert main() == 0
 
 
 def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch):
