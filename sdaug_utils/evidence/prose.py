@@ -12,7 +12,7 @@ subjects, with its interval, times a hundred.
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import nbformat
@@ -20,7 +20,7 @@ import pandas as pd
 
 from sdaug_utils.study import figures_folder
 
-MARK = re.compile(r"<!-- ([\w-]+); (.+?); (.+?) -->(.*?)<!-- / -->", re.DOTALL)
+MARK = re.compile(r"(<!-- ([\w-]+); (.+?); (.+?) -->).*?<!-- / -->", re.DOTALL)
 Read = Callable[[str], pd.DataFrame]
 
 
@@ -31,8 +31,8 @@ def filled(text: str, read: Read) -> str:
         ValueError: a mark names no table, or not exactly one row of it.
     """
 
-    def value(mark: re.Match[str]) -> str:
-        name, query, shown, before = mark.groups()
+    def renewed(mark: re.Match[str]) -> str:
+        begin, name, query, shown = mark.groups()
         try:
             rows = read(name).query(query)
         except (OSError, pd.errors.UndefinedVariableError) as error:
@@ -42,14 +42,14 @@ def filled(text: str, read: Read) -> str:
         typeset = shown.format(**rows.iloc[0])
         typeset = re.sub(r"-(?=0(\.0+)?(?![.\d]))", "", typeset)  # what rounds to nothing
         typeset = re.sub(r"-(?=\d)", "−", typeset)
-        return mark[0].removesuffix(f"{before}<!-- / -->") + typeset
+        return f"{begin}{typeset}<!-- / -->"
 
-    return MARK.sub(lambda mark: f"{value(mark)}<!-- / -->", text)
+    return MARK.sub(renewed, text)
 
 
 def emptied(text: str) -> str:
     """A text without its marked values: the same whatever the results are."""
-    return MARK.sub(lambda mark: mark[0].removesuffix(f"{mark[4]}<!-- / -->"), text)
+    return MARK.sub(r"\1", text)
 
 
 def read_table(profile: str, name: str) -> pd.DataFrame:
@@ -67,7 +67,7 @@ def with_points(table: pd.DataFrame) -> pd.DataFrame:
 
 def renew(path: Path, profile: str) -> None:
     """Fill in the values of a Markdown file, or of a notebook's Markdown cells."""
-    read = partial(read_table, profile)
+    read = cache(partial(read_table, profile))  # many marks name one table
     if path.suffix != ".ipynb":
         path.write_text(filled(path.read_text(), read))
         return

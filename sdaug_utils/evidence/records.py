@@ -24,7 +24,7 @@ def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFr
         InputError: they are to be read, and are not there.
     """
     path = results_folder(profile) / f"{name}.parquet"
-    if not from_results():
+    if not os.environ.get("SDAUG_FROM_RESULTS"):
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = _small(make())
         write_atomically(path, lambda beside: rows.to_parquet(beside, compression="zstd"))
@@ -32,11 +32,6 @@ def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFr
     if not path.exists():
         raise InputError(f"{path.name}: no such results of profile '{profile}': run it first")
     return pd.read_parquet(path)
-
-
-def from_results() -> bool:
-    """Whether this process makes figures of shipped runs alone."""
-    return bool(os.environ.get("SDAUG_FROM_RESULTS"))
 
 
 def _small(rows: pd.DataFrame) -> pd.DataFrame:
