@@ -118,7 +118,6 @@ def accuracies(study: Study) -> dict[str, float]:
         (splits["validation"].images(few), splits["validation"].labels[few]),
         held_out,
         classifier.backbone,
-        classifier.image_size,
         "none",
         published,
         0,

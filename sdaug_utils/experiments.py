@@ -91,17 +91,33 @@ def cells(study: Study, p: params.Runs) -> list[Cell]:
 
 
 def protocol_cells(p: params.TrainingPercentage, protocol: params.Protocol) -> list[Cell]:
-    """Experiment 03's comparison of protocols: baseline and plain prompts at one real %."""
+    """Experiment 03's runs on ways of training: baseline and plain prompts at one real %."""
     counts = [(p.protocols_at_percent, [p.synthetic_per_class])]
     both = baselines([p.protocols_at_percent]) + synthetic(["stable-diffusion-prompt"], counts)
-    return repeated(both, protocol, p.num_draws, p.protocols_num_seeds)
+    draws = p.protocols_num_draws if protocol == "published" else p.num_draws
+    return repeated(both, protocol, draws, 1)
+
+
+def convergence_cells(study: Study, p: params.TrainingPercentage) -> list[Cell]:
+    """A run of each arm of experiment 03, with the most and with the least real images."""
+    ends = (max(p.real_percents), min(p.real_percents))
+    first = [cell for cell in cells(study, p) if cell.draw == cell.seed == 0]
+    return [cell for cell in first if cell.real_percent in ends]
+
+
+def budgets(study: Study, p: params.TrainingPercentage) -> tuple[int, int]:
+    """Updates in all the epochs of the published protocol, for the baseline and plain prompts."""
+    num_real = len(subset(study.data.splits["train"].labels, p.protocols_at_percent))
+    num_synthetic = p.synthetic_per_class * len(study.data.class_names)
+    published = study.settings.classifier.published
+    return published.max_updates(num_real), published.max_updates(num_real + num_synthetic)
 
 
 def every_cell(study: Study, p: params.Runs) -> list[Cell]:
-    """All cells of an experiment, those of experiment 03's comparison of protocols included."""
+    """All cells of an experiment, those of experiment 03's published protocol included."""
     every = cells(study, p)
     if isinstance(p, params.TrainingPercentage):
-        every += protocol_cells(p, "published") + protocol_cells(p, "controlled")
+        every += protocol_cells(p, "published")
     return every
 
 

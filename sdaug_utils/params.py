@@ -77,7 +77,12 @@ class Controlled(Parameters):
     batch_size: int = Field(ge=1)
     max_train_steps: int = Field(ge=1)
     validation_steps: int = Field(ge=1)
-    num_views: int = Field(ge=1)
+    min_views: int = Field(ge=1)  # of each image, if it is augmented
+    num_augmented: int = Field(ge=1)  # views of all images together: the fewer, the more of each
+
+    def num_views(self, num_images: int) -> int:
+        """Augmented views of each of so many training images."""
+        return max(self.min_views, -(-self.num_augmented // num_images))
 
 
 class Published(Parameters):
@@ -86,8 +91,13 @@ class Published(Parameters):
     learning_rate: float = Field(gt=0)
     batch_size: int = Field(ge=1)
     max_epochs: int = Field(ge=1)
-    patience: int = Field(ge=1)
-    validation_images_per_class: int | None = Field(ge=1)
+    patience: int = Field(ge=1)  # epochs
+    passes_per_epoch: int = Field(ge=1)  # over the training images; one in the thesis
+    image_size: int = Field(ge=32)
+
+    def max_updates(self, num_images: int) -> int:
+        """How many updates there are at most with so many training images."""
+        return self.max_epochs * self.passes_per_epoch * -(-num_images // self.batch_size)
 
 
 class Classifier(Parameters):
@@ -207,7 +217,7 @@ class TrainingPercentage(Runs):
     techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: int = Field(ge=1)
     protocols_at_percent: Percent
-    protocols_num_seeds: int = Field(ge=1)
+    protocols_num_draws: int = Field(ge=2)  # of the published protocol, which takes long
     curve_steps: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
 
     @field_validator("augmentations")

@@ -1,5 +1,6 @@
 """What a notebook needs, what of it the store has, and how long the rest takes. Nothing starts."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -206,18 +207,22 @@ def thesis_hours(experiment: str) -> float:
 
 
 def _views(study: Study, wanted: Needs) -> int:
-    """How many features: each image once, and each augmented view of it."""
-    total, views = wanted.counts()[0], study.settings.classifier.controlled.num_views
+    """How many features: each image once, and the augmented views of it."""
+    total, settings = wanted.counts()[0], study.settings.classifier.controlled
     if wanted.runs:
         total += sum(map(len, study.data.splits.values()))
-    train, classes = len(study.data.splits["train"]), len(study.data.class_names)
-    largest: dict[tuple[Any, ...], int] = {}
+    classes = len(study.data.class_names)
+    views: dict[tuple[Any, ...], int] = {}  # by image
     for cell in wanted.runs.values():
         if cell.augmentation != "none" and cell.protocol == "controlled":
-            largest[cell.augmentation, None, 0] = train
-            key = (cell.augmentation, cell.technique, cell.draw)
-            largest[key] = max(largest.get(key, 0), classes * cell.synthetic_per_class)
-    return total + views * sum(largest.values())
+            rows = cells.real_rows(study, cell).tolist()
+            number = settings.num_views(len(rows) + classes * cell.synthetic_per_class)
+            made = itertools.product(range(classes), range(cell.synthetic_per_class))
+            pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
+            for image in (*rows, *((*pool, *one) for one in made)):
+                key = (cell.augmentation, image)
+                views[key] = max(views.get(key, 0), number)
+    return total + sum(views.values())
 
 
 def _run_seconds(study: Study, cell: Cell, rates: dict[str, float]) -> float:
@@ -235,8 +240,9 @@ def _run_seconds(study: Study, cell: Cell, rates: dict[str, float]) -> float:
         seen = controlled.max_train_steps * controlled.batch_size
         return seen * rates["image, training of a head"]
     published = settings.classifier.published
-    few = published.validation_images_per_class
-    held_out = classes * few if few else len(study.data.splits["validation"])
-    tested = published.max_epochs * held_out + len(study.data.splits["test"])
-    trained = published.max_epochs * images * rates["image, training of the whole network"]
-    return trained + tested * rates["feature"]
+    tested = published.max_epochs * len(study.data.splits["validation"])
+    tested += len(study.data.splits["test"])
+    trained = published.max_updates(int(images)) * published.batch_size
+    smaller = (published.image_size / settings.classifier.image_size) ** 2
+    whole = trained * rates["image, training of the whole network"]
+    return smaller * (whole + tested * rates["feature"])

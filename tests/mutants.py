@@ -36,7 +36,7 @@ FAULTS = (
     Fault(
         "one view instead of several",
         f"{TRAINING}/cells.py",
-        'num_views = 1 if augmentation == "none" else views',
+        "num_views = self.study.settings.classifier.controlled.num_views(len(labels))",
         "num_views = 1",
         "several_views",
     ),
@@ -99,10 +99,10 @@ FAULTS = (
         "own_percentage",
     ),
     Fault(
-        "the t-correction without its root",
+        "the draws' variance not corrected for their small number",
         f"{EVIDENCE}/metrics.py",
-        "return float(quantile * np.sqrt(num_draws / (num_draws - 1)))",
-        "return float(quantile)",
+        "return Spread(float(draws.var(ddof=1)), 0.0)",
+        "return Spread(float(draws.var()), 0.0)",
         "wider_interval",
     ),
     Fault(
@@ -143,8 +143,8 @@ FAULTS = (
     Fault(
         "validation images among the training images",
         f"{TRAINING}/cells.py",
-        'real = self.features_of("train", cell.augmentation)[_real_rows(self.study, cell)]',
-        'real = self.features_of("validation", cell.augmentation)[:4]',
+        'real = self.features_of("train")[real_rows(self.study, cell)]',
+        'real = self.features_of("validation")[:4]',
         "draws_subset",
     ),
     Fault(

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sdaug_utils.evidence import claims, figures
+from sdaug_utils.evidence import claims, figures, metrics
 from sdaug_utils.training import cells
 
 NAME = "03-training-percentage"
@@ -60,6 +60,12 @@ def as_in_the_thesis():
     return accuracies
 
 
+def interval(low, high):
+    """An estimate with a given interval, by test images alone: a normal distribution's."""
+    spread = metrics.Spread(0.0, ((high - low) / 2 / 1.959964) ** 2)
+    return metrics.Estimate((low + high) / 2, low, high, 6, 6, 500, spread)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expect", "expected"),
     [
@@ -79,16 +85,70 @@ def as_in_the_thesis():
     ],
 )
 def test_verdicts(low, high, expect, expected):
-    assert claims.verdict(low, high, expect, 0.01) == expected
+    judged = claims.verdict(interval(low, high), expect, 0.01)
+    assert judged == expected
+    decided = claims.p_value(interval(low, high), expect, 0.01) <= 0.05
+    assert decided == (judged != "inconclusive")
 
 
 def test_that_there_is_nothing_takes_two_one_sided_tests():
-    wide, narrow = (-0.012, 0.009), (-0.009, 0.007)
-    assert claims.verdict(*wide, "within", 0.01) == "inconclusive"
-    assert claims.verdict(*wide, "within", 0.01, narrow) == "supported"
-    assert claims.verdict(-0.02, 0.011, "at most", 0.01, (-0.019, 0.009)) == "supported"
-    assert claims.verdict(-0.001, 0.02, "above", 0.0, (0.001, 0.019)) == "inconclusive"
-    assert claims.verdict(0.011, 0.02, "within", 0.01, (0.012, 0.019)) == "contradicted"
+    """By hand: 90 % of a normal distribution lie within 1.645 standard errors, 95 % in 1.960."""
+    half = 0.01 * 1.8  # a standard error of 0.01: the margin lies between the two
+    for expect in ("within", "at most"):
+        assert claims.verdict(interval(-0.0196, 0.0196), expect, half) == "supported"
+        assert claims.verdict(interval(-0.0196, 0.0196), expect, 0.016) == "inconclusive"
+    assert claims.verdict(interval(-0.0196, 0.0196), "above") == "inconclusive"
+    assert claims.verdict(interval(0.018 - 0.0196, 0.018 + 0.0196), "above") == "inconclusive"
+    assert claims.verdict(interval(0.018, 0.018 + 2 * 0.0196), "within", 0.017) == "contradicted"
+
+
+def test_an_open_comparison_says_what_it_lacks():
+    """Standard error 0.01: 80 % power for 1.96 + 0.84 of them, for 1.645 + 0.84 of equivalence."""
+    detectable, draws = claims.power(interval(0.01 - 0.0196, 0.01 + 0.0196), "above")
+    assert detectable == pytest.approx(0.0280, abs=1e-4)
+    assert draws == np.inf  # only the test images spread here
+    assert claims.power(interval(-0.0196, 0.0196), "within", 0.01)[0] == pytest.approx(
+        0.0249, abs=1e-4
+    )
+    scores = np.array([0.03, -0.01, 0.02, 0.01, -0.02, 0.03]).reshape(6, 1, 1)
+    found = metrics.estimate(scores)
+    assert claims.verdict(found, "above") == "inconclusive"
+    detectable, draws = claims.power(found, "above")
+    assert detectable > found.mean
+    assert 6 < draws < 60
+    assert found.detectable(int(draws)) <= found.mean < found.detectable(int(draws) - 1)
+
+
+def test_holm_takes_the_smallest_first_and_never_turns_back():
+    """Against Holm's own steps: 0.01 · 4, 0.02 · 3, then 0.03 · 2 may not fall below, 0.5."""
+    table = pd.DataFrame(
+        {
+            "id": ["a", "b", "b", "c", "d", "e"],
+            "primary": [True, True, False, True, True, True],
+            "p_value": [0.02, 0.01, 1e-9, 0.5, 0.025, np.nan],
+            "comparison_verdict": ["supported"] * 3 + ["inconclusive", "supported", "not tested"],
+            "verdict": ["supported"] * 3 + ["inconclusive", "supported", "not tested"],
+        }
+    )
+    adjusted = claims.holm(table)
+    assert adjusted["p_holm"][[0, 1, 3, 4]].tolist() == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert adjusted["verdict_holm"].tolist() == [
+        *("inconclusive", "supported", "supported", "inconclusive", "inconclusive", "not tested")
+    ]
+
+
+def test_holm_of_a_claim_of_several_parts():
+    """All must hold: the larger p counts; one that falls is enough: the smaller, times two."""
+    parts = pd.DataFrame(
+        {
+            "id": ["a", "a", "b", "b"],
+            "primary": True,
+            "p_value": [0.001, 0.02, 0.001, 0.7],
+            "comparison_verdict": ["supported", "supported", "contradicted", "inconclusive"],
+            "verdict": ["supported", "supported", "contradicted", "contradicted"],
+        }
+    )
+    assert claims.holm(parts)["p_holm"].tolist() == [0.02, 0.02, 0.004, 0.004]
 
 
 def test_the_primary_comparison_decides():
@@ -188,7 +248,7 @@ def test_every_claim_of_the_data_is_well_formed():
             ids.add(claim["id"])
             assert claim["section"].startswith("4.3.")
             for comparison in claim["comparisons"]:
-                claims.verdict(0, 0, comparison["expect"], comparison.get("margin", 0))
+                claims.region(comparison["expect"], comparison.get("margin", 0))
                 assert ("terms" in comparison) != ("first" in comparison)
                 for selector in comparison.get("terms") or [comparison["first"]]:
                     named = selector.get("arm", [])

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy
 from sklearn.metrics import jaccard_score
 
 from sdaug_utils.evidence import metrics
@@ -24,7 +25,7 @@ def test_the_interval_is_that_of_a_binomial_when_draws_do_not_differ():
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """With three draws whose differences dominate: the hard case, where a plain bootstrap fails."""
+    """With three draws whose differences dominate: the hard case, where a bootstrap fails."""
     held = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
@@ -41,12 +42,44 @@ def test_draws_that_differ_widen_the_interval():
     assert widths[1] > 1.5 * widths[0]
 
 
-@pytest.mark.parametrize("num_images", [1, 500])
-def test_a_lower_level_gives_a_narrower_interval_around_the_same_mean(num_images):
-    values = np.random.default_rng(0).normal(0.5, 0.1, (4, 2, num_images))
-    wide, narrow = metrics.estimate(values), metrics.estimate(values, level=0.9)
-    assert wide.mean == narrow.mean
-    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+def test_draws_and_images_are_told_apart_by_their_mean_squares():
+    """Planted: draws 0.02, images 0.3, luck 0.1; one mean over 400 images and 30 draws of each."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(20):
+        scores = 0.02 * rng.standard_normal((30, 1)) + 0.3 * rng.standard_normal(400)
+        spread = metrics.components(scores + 0.1 * rng.standard_normal(scores.shape))
+        found.append((spread.of_draws, spread.of_images))
+    of_draws, of_images = np.mean(found, axis=0)
+    assert of_draws == pytest.approx(0.02**2 + 0.1**2 / 400, rel=0.15)
+    assert of_images == pytest.approx(0.3**2 / 400, rel=0.15)
+
+
+def test_the_p_value_is_that_of_the_interval():
+    """And, of a single score per draw, SciPy's."""
+    values = np.random.default_rng(0).normal(0.5, 0.1, (6, 2, 300))
+    found = metrics.estimate(values)
+    assert found.p_value(found.low) == pytest.approx(0.05)
+    assert found.p_value(found.high) == pytest.approx(0.05)
+    assert found.p_value(found.low, side=1) == pytest.approx(0.025)
+    assert found.p_value(found.low, side=-1) == pytest.approx(0.975)
+    assert found.p_value(found.mean) == 1
+    scores = np.array([0.1, 0.2, 0.3, 0.25])
+    one = metrics.estimate(scores.reshape(-1, 1, 1))
+    assert one.p_value(0) == pytest.approx(scipy.stats.ttest_1samp(scores, 0).pvalue)
+
+
+def test_a_detectable_difference_is_found_four_times_in_five():
+    rng, num_draws, spread = np.random.default_rng(1), 6, 0.04
+    values = spread * rng.standard_normal((2000, num_draws))
+    planted_error = metrics.Spread(spread**2, 0.0)
+    known = metrics.Estimate(0, 0, 0, num_draws, num_draws, 1, planted_error)
+    difference = known.detectable()
+    found = scipy.stats.ttest_1samp(values + difference, 0, axis=1).pvalue < 0.05
+    assert 0.75 < found.mean() < 0.87
+    assert known.draws_needed(difference) == num_draws
+    assert known.draws_needed(difference / 2) > 2 * num_draws
+    of_images = metrics.Estimate(0, 0, 0, 6, 6, 500, metrics.Spread(0.01**2, 0.01**2))
+    assert of_images.draws_needed(0.01) == np.inf  # no number of draws adds test images
 
 
 def test_pairing_removes_what_the_arms_share():

@@ -13,10 +13,15 @@ from sdaug_utils.store import array_digest
 from sdaug_utils.training import classifier, features
 
 CONTROLLED = Controlled(
-    learning_rate=0.1, batch_size=8, max_train_steps=200, validation_steps=50, num_views=2
+    learning_rate=0.1,
+    batch_size=8,
+    max_train_steps=200,
+    validation_steps=50,
+    min_views=2,
+    num_augmented=8,
 )
 PUBLISHED = Published(
-    learning_rate=1e-3, batch_size=4, max_epochs=3, patience=2, validation_images_per_class=None
+    learning_rate=1e-3, batch_size=4, max_epochs=3, patience=2, passes_per_epoch=1, image_size=32
 )
 
 
@@ -122,10 +127,36 @@ def test_features_are_computed_once(world, monkeypatch):
     monkeypatch.setattr(features, "load_backbone", lambda name: None)
     again = features.image_features(world, images[::-1], "custom", num_views=2)
     assert torch.equal(again, first.flip(0))
-    [array] = (world.store.root / "features").glob("*/features.npz")
-    with np.load(array) as kept:
-        assert kept["vectors"].shape == (4, 2, 1280)
+    arrays = list((world.store.root / "features").glob("*/features.npz"))
+    assert len(arrays) == 2  # one for each block of views
+    for array in arrays:
+        with np.load(array) as kept:
+            assert kept["vectors"].shape == (4, 1, 1280)
     assert features.have_features(world, images) is False  # of the images as they are
+
+
+def test_more_views_of_an_image_begin_with_the_fewer(world, monkeypatch):
+    images, computed = world.data.splits["train"].images(range(3)), []
+    compute = features._compute
+    monkeypatch.setattr(
+        features,
+        "_compute",
+        lambda *arguments: (
+            computed.append((arguments[4], len(arguments[5]))) or compute(*arguments)
+        ),
+    )
+    few = features.image_features(world, images, "custom", num_views=2)
+    more = features.image_features(world, images[:2], "custom", num_views=7)
+    assert more.shape == (2, 7, 1280)
+    assert torch.equal(more[:, :2], few[:2])
+    assert computed == [(range(1), 3), (range(1, 2), 3), (range(2, 4), 2), (range(4, 8), 2)]
+    assert len({array_digest(view.numpy()) for view in more[0]}) == 7
+
+
+def test_the_fewer_images_the_more_views_of_each():
+    assert CONTROLLED.num_views(1) == 8
+    assert CONTROLLED.num_views(3) == 3
+    assert CONTROLLED.num_views(100) == 2
 
 
 def test_features_are_kept_by_the_whole_name_of_their_weights(world, monkeypatch):
@@ -195,9 +226,11 @@ class RecordingSGD(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet-lite0", "resnet34"])
-@pytest.mark.parametrize(("patience", "stops_early"), [(5, False), (1, True)])
+@pytest.mark.parametrize(
+    ("patience", "passes", "stops_early"), [(5, 1, False), (1, 1, True), (1, 2, True)]
+)
 def test_published_training_equals_a_plain_loop(
-    world, monkeypatch, backbone, patience, stops_early
+    world, monkeypatch, backbone, patience, passes, stops_early
 ):
     """BatchNorm in train mode, no normalisation, last weights: the same weights at every update."""
     torch.manual_seed(0)
@@ -216,9 +249,10 @@ def test_published_training_equals_a_plain_loop(
         (validation.images(), validation.labels),
         test.images(),
         backbone,
-        32,
         "none",
-        PUBLISHED.model_copy(update={"patience": patience, "max_epochs": 6}),
+        PUBLISHED.model_copy(
+            update={"patience": patience, "max_epochs": 6, "passes_per_epoch": passes}
+        ),
         5,
         2,
     )
@@ -231,8 +265,11 @@ def test_published_training_equals_a_plain_loop(
     scores, updates = [], iter(RecordingSGD.after)
     for epoch in range(6):
         network.train()
-        order = np.random.default_rng((5, epoch)).permutation(6)
-        for batch in (order[:4], order[4:]):
+        orders = [
+            np.random.default_rng((5, epoch * passes + number)).permutation(6)
+            for number in range(passes)
+        ]
+        for batch in (part for order in orders for part in (order[:4], order[4:])):
             with torch.no_grad():
                 seen_features = network(pixels[batch])
             loss = nn.functional.cross_entropy(head(seen_features), torch.from_numpy(labels[batch]))
@@ -256,7 +293,7 @@ def test_published_training_equals_a_plain_loop(
         expected = head(network(held)).argmax(1).numpy()
     np.testing.assert_array_equal(outcome.predictions, expected)
     assert outcome.validation_score == scores[-1]
-    assert outcome.num_updates == 2 * len(scores)
+    assert outcome.num_updates == 2 * passes * len(scores)
 
 
 def test_published_training_leaves_the_shared_backbone_alone(world):
@@ -270,7 +307,6 @@ def test_published_training_leaves_the_shared_backbone_alone(world):
         held,
         held[0],
         "efficientnet-lite0",
-        32,
         "randaugment",
         PUBLISHED,
         0,

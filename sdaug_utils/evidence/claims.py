@@ -18,7 +18,9 @@ from sdaug_utils.training.cells import SETTING, scores
 
 TABLES = Path(__file__).parent / "tables"
 OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget")
-NOTHING = metrics.Estimate(np.nan, np.nan, np.nan, 0, 0, 0)  # of what has no runs
+NOTHING = metrics.Estimate(  # of what has no runs
+    np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan)
+)
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
 
 
@@ -85,31 +87,53 @@ def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dic
         yield {**comparison, **filled}
 
 
-def verdict(
-    low: float,
-    high: float,
-    expect: Expectation,
-    margin: float = 0.0,
-    narrow: tuple[float, float] | None = None,
-) -> Verdict:
-    """Judge the interval of a difference against the region that a claim puts it in.
-
-    ``above`` 0, ``below`` 0, ``within`` ± margin, ``at most`` margin. A 95 % interval wholly inside
-    supports, one wholly outside contradicts, any other is inconclusive. For the last two, which
-    say that there is nothing, it is the ``narrow`` 90 % interval that supports: two one-sided
-    tests at 5 % (Schuirmann, 1987).
-    """
+def region(expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
+    """Where a claim puts a difference: above or below 0, within ± margin, at most margin."""
     regions = {
         "above": (0.0, np.inf),
         "below": (-np.inf, 0.0),
         "within": (-margin, margin),
         "at most": (-np.inf, margin),
     }
-    lower, upper = regions[expect]
-    first, last = (low, high) if narrow is None or expect not in EQUIVALENCE else narrow
-    if lower < first and last < upper:
-        return "supported"
-    return "contradicted" if high < lower or low > upper else "inconclusive"
+    return regions[expect]
+
+
+def verdict(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> Verdict:
+    """Judge a difference, with its 95 % interval, against the :func:`region` of a claim.
+
+    An interval wholly inside supports, one wholly outside contradicts, any other is inconclusive.
+    For "within" and "at most", which say that there is nothing, it is the 90 % interval that
+    supports: two one-sided tests at 5 % (Schuirmann, 1987).
+    """
+    lower, upper = region(expect, margin)
+    if found.high < lower or found.low > upper:
+        return "contradicted"
+    return "supported" if inside(found, expect, margin) <= 0.05 else "inconclusive"
+
+
+def inside(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
+    """p-value of the test that supports a claim; two-sided but for two one-sided ones."""
+    lower, upper = region(expect, margin)
+    each = [found.p_value(b, side) for b, side in ((lower, 1), (upper, -1)) if np.isfinite(b)]
+    return max(each) if expect in EQUIVALENCE else min(1.0, 2 * max(each))
+
+
+def p_value(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
+    """The smaller p-value of the two tests that decide: that of support, that of contradiction."""
+    lower, upper = region(expect, margin)
+    outside = [found.p_value(b, side) for b, side in ((lower, -1), (upper, 1)) if np.isfinite(b)]
+    return min(inside(found, expect, margin), 2 * min(outside))
+
+
+def power(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
+    """What an open comparison lacks: the distance from its bound that would have been shown with
+    80 % power, and how many draws would show the distance that was found (inf: none).
+    """
+    bounds = [bound for bound in region(expect, margin) if np.isfinite(bound)]
+    distance = min(abs(found.mean - bound) for bound in bounds)
+    lower, upper = region(expect, margin)
+    level = 0.9 if expect in EQUIVALENCE and lower < found.mean < upper else 0.95
+    return found.detectable(level=level), found.draws_needed(distance, level)
 
 
 def all_of(verdicts: list[Verdict]) -> Verdict:
@@ -176,9 +200,7 @@ def _selectors(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def compared(
-    results: pd.DataFrame, comparison: dict[str, Any], level: float = 0.95
-) -> metrics.Estimate:
+def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> metrics.Estimate:
     """The difference that decides a comparison: ``first`` minus ``second``, or a sum of ``terms``.
 
     Raises:
@@ -186,7 +208,7 @@ def compared(
     """
     parts = _selectors(comparison)
     weighted = [(part["weight"] * w, array) for part in parts for w, array in terms(results, part)]
-    return metrics.contrast(weighted, level)
+    return metrics.contrast(weighted)
 
 
 def _at_chance(results: pd.DataFrame, comparison: dict[str, Any]) -> bool:
@@ -204,7 +226,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
 
     Columns: ``id``, ``section``, ``claim``, ``comparison``, whether it is ``primary``,
     ``difference``, ``low``, ``high`` (absolute, 95 % interval), the number of draws (or subjects),
-    of runs per setting and of test images behind them, ``comparison_verdict``, and ``verdict``, of
+    of runs per setting and of test images behind them, ``p_value``, what an inconclusive one lacks
+    (:func:`power`: ``detectable``, ``draws_needed``), ``comparison_verdict``, and ``verdict``, of
     the claim, by its primary comparison. What a profile has no runs for is ``not tested``, nor is
     what would be compared with a baseline whose interval includes chance.
     """
@@ -214,15 +237,15 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
         for comparison in claim["comparisons"]:
             expect, margin = comparison["expect"], comparison.get("margin", 0.0)
             outcome: Verdict = "not tested"
+            found, lacking = NOTHING, (np.nan, np.nan)
             try:
-                found, narrow = compared(results, comparison), None
-                if expect in EQUIVALENCE:
-                    tested = compared(results, comparison, level=0.9)
-                    narrow = tested.low, tested.high
+                found = compared(results, comparison)
                 if not _at_chance(results, comparison):
-                    outcome = verdict(found.low, found.high, expect, margin, narrow)
+                    outcome = verdict(found, expect, margin)
             except NotRun:
-                found = NOTHING
+                pass
+            if outcome == "inconclusive":
+                lacking = power(found, expect, margin)
             outcomes += [outcome] if comparison["primary"] else []
             parts.append(
                 {
@@ -235,11 +258,40 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
                     "num_draws": found.num_draws,
                     "num_runs": found.num_runs,
                     "num_test_images": found.num_images,
+                    "p_value": np.nan
+                    if outcome == "not tested"
+                    else p_value(found, expect, margin),
+                    "detectable": lacking[0],
+                    "draws_needed": lacking[1],
                     "comparison_verdict": outcome,
                 }
             )
         rows += [{**part, "verdict": all_of(outcomes)} for part in parts]
     return pd.DataFrame(rows)
+
+
+def holm(judged: pd.DataFrame) -> pd.DataFrame:
+    """All claims' verdicts with columns ``p_holm`` and ``verdict_holm``, which allow for many.
+
+    Holm (1979): with at most 5 % probability a single one of the claims that stay decided is wrong,
+    not one in twenty. Of a claim's own parts all must hold (their largest p-value counts), or one
+    must fall (the smallest, times their number).
+    """
+    p_values: dict[str, float] = {}
+    for name, parts in judged[judged["primary"]].groupby("id", sort=False):
+        of_parts = parts["p_value"]
+        if "contradicted" in set(parts["verdict"]):
+            fallen = of_parts[parts["comparison_verdict"] == "contradicted"]
+            p_values[str(name)] = min(1.0, len(parts) * fallen.min())
+        elif not of_parts.isna().any():
+            p_values[str(name)] = of_parts.max()
+    adjusted, largest = {}, 0.0
+    for place, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = largest
+    found = judged["id"].map(adjusted)
+    weak = (found > 0.05) & (judged["verdict"] != "not tested")
+    return judged.assign(p_holm=found, verdict_holm=judged["verdict"].mask(weak, "inconclusive"))
 
 
 def _bound(expect: Expectation, margin: float) -> str:

@@ -228,11 +228,26 @@ def protocols(table: pd.DataFrame) -> pd.DataFrame:
     return as_text(table, "protocols")
 
 
+def lacking(judged: pd.DataFrame) -> list[str]:
+    """What would decide each open comparison; of others nothing."""
+    pairs = judged[["detectable", "draws_needed"]].to_numpy()
+    return [
+        ""
+        if np.isnan(difference)
+        else f"{100 * difference:.1f} points would have shown; "
+        + ("no number of draws" if np.isinf(draws) else f"{draws:.0f} draws")
+        + " would show this"
+        for difference, draws in pairs
+    ]
+
+
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """The claims and what became of them; differences in absolute points.
 
-    ``n`` is the number of runs per setting in so many draws (or subjects), and of test images. What
-    is shown beside a claim's primary comparison follows it with a dot, its verdict in brackets.
+    ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
+    Beside an open claim stands the distance from its bound that would have been shown with 80 %
+    power, and how many draws would show, with the same power, the distance that was found. What is
+    shown beside a claim's primary comparison follows it with a dot, its verdict in brackets.
     """
     points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})
     beside = ~judged["primary"]
@@ -243,7 +258,8 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
         f"{runs} in {draws}" + (f" × {images} images" if images > 1 else "") if runs else "–"
         for runs, draws, images in judged[["num_runs", "num_draws", "num_test_images"]].to_numpy()
     ]
-    return as_text(points.assign(n=counts), "verdicts")
+    missing = pd.Series(lacking(judged), judged.index).mask(beside, "")
+    return as_text(points.assign(n=counts, lacking=missing), "verdicts")
 
 
 def show(figure: Figure, num_colours: int = 64) -> None:

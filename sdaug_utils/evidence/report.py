@@ -20,8 +20,8 @@ import yaml
 
 from sdaug_utils.compute import LIBRARIES, TOOLS, made_with, processor
 from sdaug_utils.evidence import prose
-from sdaug_utils.evidence.claims import TABLES
-from sdaug_utils.evidence.figures import save_table
+from sdaug_utils.evidence.claims import TABLES, holm
+from sdaug_utils.evidence.figures import lacking, save_table
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
 from sdaug_utils.registry import techniques
@@ -104,26 +104,35 @@ def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
 
 
 def write_claims(profile: str) -> None:
-    """``claims.csv``: the notebooks' verdicts in one table."""
+    """``claims.csv``: the notebooks' verdicts in one table, and as Holm's rule leaves them."""
     files = sorted(figures_folder(profile).glob("verdicts-*.csv"))
     if files:
-        save_table(profile, "claims", pd.concat(map(pd.read_csv, files)))
+        every = pd.concat(map(pd.read_csv, files), ignore_index=True)
+        save_table(profile, "claims", holm(every))
 
 
 def verdict_table(claims: pd.DataFrame) -> str:
     """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim, in points.
 
-    Only the primary comparisons are shown, which decide.
+    Only the primary comparisons are shown, which decide. Beside an open one is what would decide
+    it; beside one that is decided, whether it stays so by Holm's rule.
     """
-    rows = ["| | claim of the thesis | difference [95 %] | verdict |", "|---|---|---|---|"]
+    rows = [
+        "| | claim of the thesis | difference [95 %] | verdict | by Holm's rule; what is lacking |",
+        "|---|---|---|---|---|",
+    ]
     primary = claims[claims["primary"]]
     for (name, claim), parts in primary.groupby(["id", "claim"], sort=False):
         differences = [
             "–" if np.isnan(mean) else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             for mean, low, high in parts[["difference", "low", "high"]].to_numpy()
         ]
-        found = parts["verdict"].iloc[0]
-        rows.append(f"| {name} | {claim} | {'; '.join(differences)} | **{found}** |")
+        first = parts.iloc[0]
+        found, strict = first["verdict"], first["verdict_holm"]
+        beside = {"inconclusive": "; ".join(filter(None, lacking(parts))), "not tested": ""}.get(
+            found, "the same" if strict == found else f"{strict} (p = {first['p_holm']:.2f})"
+        )
+        rows.append(f"| {name} | {claim} | {'; '.join(differences)} | **{found}** | {beside} |")
     return "\n".join(rows)
 
 

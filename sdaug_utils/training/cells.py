@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -189,7 +190,9 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
     backbone, recipe = str(settings.backbone), getattr(settings, cell.protocol).model_dump()
     versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
     if cell.task == "classification":
-        versions += [classifier.CODE_VERSION, settings.image_size]
+        versions.append(classifier.CODE_VERSION)
+        if cell.protocol == "controlled":
+            versions.append(settings.image_size)
     else:
         backbone = study.settings.segmenter.backbone
         recipe = study.settings.segmenter.model_dump(exclude={"keep_features"})
@@ -198,7 +201,7 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         "version": versions,
         "cell": cell.model_dump(),
         "data": data_digest(study, cell.task == "segmentation"),
-        "rows": _real_rows(study, cell).tolist(),
+        "rows": real_rows(study, cell).tolist(),
         "backbone": features.BACKBONES[backbone],
         "settings": recipe,
         "pools": _pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
@@ -207,7 +210,8 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _real_rows(study: Study, cell: Cell) -> np.ndarray:
+def real_rows(study: Study, cell: Cell) -> np.ndarray:
+    """Rows of the train split that a cell trains on."""
     return _subset(study, cell.real_percent, cell.draw)
 
 
@@ -251,7 +255,7 @@ class Trainer:
         self.study, self.splits = study, study.data.splits
         self.num_classes = len(study.data.class_names)
         self.pools = cache(partial(technique_pools, study, progress=False))
-        self.features_of = cache(self._features_of)
+        self.features_of = cache(self._features_of)  # of images as they are
         self.maps = cache(lambda: segmenter.FeatureMaps(study))
 
     def cell_pools(self, cell: Cell) -> list[Pool]:
@@ -261,14 +265,10 @@ class Trainer:
         percent = pool_percent(self.study, cell)
         return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, percent)
 
-    def _features_of(
-        self, part: str | tuple[Path, ...], augmentation: Augmentation = "none"
-    ) -> torch.Tensor:
-        """Features of a split, by its name, or of files: (n, views, features)."""
+    def _features_of(self, part: str | tuple[Path, ...]) -> torch.Tensor:
+        """Features of a split, by its name, or of files: (n, 1, features)."""
         images = self.splits[part].images() if isinstance(part, str) else read_images(part)
-        views = self.study.settings.classifier.controlled.num_views
-        num_views = 1 if augmentation == "none" else views
-        return features.image_features(self.study, images, augmentation, num_views)
+        return features.image_features(self.study, images)
 
     def prepare(self, cell: Cell) -> None:
         """Load or make what a cell needs, so that cells can then be trained side by side."""
@@ -284,7 +284,7 @@ class Trainer:
 
     def training_set(self, cell: Cell) -> tuple[Images, np.ndarray]:
         """The images that a cell trains on, real ones first, and their labels."""
-        rows = _real_rows(self.study, cell)
+        rows = real_rows(self.study, cell)
         synthetic = [file for pool in self.cell_pools(cell) for file in pool.files]
         labels = np.repeat(np.arange(self.num_classes), cell.synthetic_per_class)
         images = self.splits["train"].images(rows) + read_images(synthetic)
@@ -292,11 +292,15 @@ class Trainer:
 
     def features(self, cell: Cell) -> torch.Tensor:
         """Features of a cell's training images, real ones first: (n, views, features)."""
-        real = self.features_of("train", cell.augmentation)[_real_rows(self.study, cell)]
+        if cell.augmentation != "none":
+            images, labels = self.training_set(cell)
+            num_views = self.study.settings.classifier.controlled.num_views(len(labels))
+            return features.image_features(self.study, images, cell.augmentation, num_views)
+        real = self.features_of("train")[real_rows(self.study, cell)]
         if not (pools := self.cell_pools(cell)):
             return real
         files = tuple(file for pool in pools for file in pool.files)
-        return torch.cat([real, self.features_of(files, cell.augmentation)])
+        return torch.cat([real, self.features_of(files)])
 
     def train(self, some: Sequence[Cell], folders: Sequence[Path]) -> None:
         """Train cells: one, or several of the controlled protocol.
@@ -324,7 +328,7 @@ class Trainer:
             np.save(folder / "predictions.npy", outcome.predictions.astype(np.int32))
             scores = outcome.predictions == labels
         result = {
-            "num_real": len(_real_rows(self.study, cell)),
+            "num_real": len(real_rows(self.study, cell)),
             "num_synthetic": self.num_classes * cell.synthetic_per_class,
             "num_updates": outcome.num_updates,
             "selected_step": outcome.selected_step,
@@ -358,13 +362,11 @@ class Trainer:
     def published(self, cell: Cell) -> classifier.Outcome:
         """A classifier under the thesis's protocol, on images."""
         settings, validation = self.study.settings.classifier, self.splits["validation"]
-        few = first_per_class(validation.labels, settings.published.validation_images_per_class)
         return classifier.train_published(
             *self.training_set(cell),
-            (validation.images(few), validation.labels[few]),
+            (validation.images(), validation.labels),
             self.splits["test"].images(),
             settings.backbone,
-            settings.image_size,
             cell.augmentation,
             settings.published,
             training_seed(cell),
@@ -375,10 +377,52 @@ class Trainer:
     def _segmentation(self, cell: Cell) -> segmenter.Segmented:
         """Synthetic images share the trimap of the image that they follow."""
         followed = [row for pool in self.cell_pools(cell) for row in pool.followed]
-        rows = (*_real_rows(self.study, cell), *followed)
+        rows = (*real_rows(self.study, cell), *followed)
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
         seed, images = training_seed(cell), self.training_set(cell)[0]
         return segmenter.train(self.maps(), images, trimaps, self.splits, cell.protocol, seed)
+
+
+def frozen_twins(study: Study, published: pd.DataFrame) -> pd.DataFrame:
+    """For each run of the published protocol a frozen, normalised network, all else equal.
+
+    It sees the same images at the same size, at the same rate and for as many updates, and its last
+    weights are tested. Rows are as those of :func:`run`.
+    """
+    rows, like = [], study.settings.classifier.published
+    for values in published.to_dict("records"):
+        steps = dict.fromkeys(("max_train_steps", "validation_steps"), values["num_updates"])
+        same = {"learning_rate": like.learning_rate, "batch_size": like.batch_size}
+        twin = _changed(study, {**same, **steps}, image_size=like.image_size)
+        fields = {name: values[name] for name in Cell.model_fields} | {"protocol": "controlled"}
+        rows.append(run(twin, [Cell(**fields)], progress=False))
+    return pd.concat(rows, ignore_index=True)
+
+
+def with_views(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> pd.DataFrame:
+    """Augmented cells with other numbers of views of each image, up to their own.
+
+    Rows are as those of :func:`run`, with a column ``num_views``.
+    """
+    settings, rows = study.settings.classifier.controlled, []
+    for number in numbers:
+        fewer = [
+            cell
+            for cell in cells
+            if settings.num_views(len(Trainer(study).training_set(cell)[1])) >= number
+        ]
+        limited = _changed(study, {"min_views": number, "num_augmented": 1})
+        if fewer:
+            rows.append(run(limited, fewer, progress=False).assign(num_views=number))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _changed(study: Study, controlled: dict[str, Any], **changes: Any) -> Study:
+    """The same study with other settings of the controlled protocol, or of its classifier."""
+    settings = study.settings.classifier
+    own = settings.controlled.model_copy(update=controlled)
+    new = settings.model_copy(update={**changes, "controlled": own})
+    return replace(study, settings=study.settings.model_copy(update={"classifier": new}))
 
 
 def accuracy_curve(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, to_pixels
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 UPDATES = 10  # whose features are gathered at once: more do not fit into the cache
 
 
@@ -154,7 +154,6 @@ def train_published(
     validation: tuple[Sequence[np.ndarray], np.ndarray],
     test_images: Sequence[np.ndarray],
     backbone_name: str,
-    image_size: int,
     augmentation: Augmentation,
     settings: Published,
     seed: int,
@@ -165,13 +164,14 @@ def train_published(
 
     BatchNorm normalises by each batch and its running statistics drift; pixels in 0 to 1 without
     ImageNet normalisation; SGD without momentum; early stopping on validation accuracy; the last
-    epoch's weights make the predictions.
+    epoch's weights make the predictions. An epoch is ``passes_per_epoch`` passes over the images:
+    one in the thesis, more where data are fewer, so that its epochs have as many updates as there.
     """
     backbone = copy.deepcopy(load_backbone(backbone_name)).to(device)
     head = new_head(backbone.num_features, num_classes, seed).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(head.parameters(), lr=settings.learning_rate)
-    transform = augment.build(augmentation, image_size)
-    resize = augment.build("none", image_size)
+    transform = augment.build(augmentation, settings.image_size)
+    resize = augment.build("none", settings.image_size)
     targets = torch.from_numpy(labels).to(device)
 
     def views(some: Sequence[np.ndarray], chosen: augment.Transform, seed: int) -> list[np.ndarray]:
@@ -189,12 +189,10 @@ def train_published(
     best, best_epoch, updates = -1.0, 0, 0
     for epoch in range(settings.max_epochs):
         backbone.train()
-        order = np.random.default_rng((seed, epoch)).permutation(len(images))
-        for start in range(0, len(order), settings.batch_size):
-            rows = order[start : start + settings.batch_size]
+        passes = range(epoch * settings.passes_per_epoch, (epoch + 1) * settings.passes_per_epoch)
+        for number, rows in _in_batches(len(images), settings.batch_size, seed, passes):
             if resized is None:
-                first_seed = (seed * 1000 + epoch) * 10**6 + start
-                batch = views([images[row] for row in rows], transform, first_seed)
+                batch = views([images[row] for row in rows], transform, number)
             else:
                 batch = [resized[row] for row in rows]
             with torch.no_grad():
@@ -210,3 +208,13 @@ def train_published(
         elif epoch - best_epoch >= settings.patience:
             break
     return Outcome(predict(views(test_images, resize, 0)), score, updates, updates)
+
+
+def _in_batches(
+    num_images: int, batch_size: int, seed: int, passes: Iterable[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of each batch of some passes over the images, with a number for its first image."""
+    for number in passes:
+        order = np.random.default_rng((seed, number)).permutation(num_images)
+        for start in range(0, num_images, batch_size):
+            yield (seed * 1000 + number) * 10**6 + start, order[start : start + batch_size]

@@ -153,8 +153,10 @@ def feature_arrays(
 ) -> np.ndarray:
     """Features of images under the frozen backbone.
 
-    In the store they are an array per pool or split, augmentation and backbone, which grows with
-    the pool; an image that was made anew is told from the one before by its digest.
+    In the store they are an array per pool or split, augmentation, backbone and block of views,
+    which grows with the pool; an image that was made anew is told from the one before by its
+    digest. Each block has as many views as all before it, so that who asks for more views of some
+    images pays for those alone.
 
     Args:
         images: n 8-bit RGB arrays of any size.
@@ -163,17 +165,30 @@ def feature_arrays(
     Returns:
         (n, num_views, features), 32-bit floats.
     """
-    keys, (of, specs) = digests(images), _arrays(study, images, augmentation, num_views)
+    ends = [0, 1]
+    while ends[-1] < num_views:
+        ends.append(2 * ends[-1])
+    blocks = [
+        _block(study, images, augmentation, range(*ends)) for ends in itertools.pairwise(ends)
+    ]
+    return np.concatenate(blocks, axis=1)[:, :num_views]
+
+
+def _block(
+    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, views: range
+) -> np.ndarray:
+    """Features of some views of images: (n, views, features)."""
+    keys, (of, specs) = digests(images), _arrays(study, images, augmentation, views)
     found = _read(study, specs)
     if not found.keys() >= set(keys):
         with study.store.lock("features", *specs.values()):
             found = _read(study, specs)  # another process may have made what was missing
             _, first = np.unique(keys, return_index=True)  # an image that comes twice counts once
             missing = [int(i) for i in np.sort(first) if keys[i] not in found]
-            per_slab = max(1, SLAB // num_views)
+            per_slab = max(1, SLAB // len(views))
             for start in range(0, len(missing), per_slab):
                 some = missing[start : start + per_slab]
-                vectors = _compute(study, images, keys, augmentation, num_views, some)
+                vectors = _compute(study, images, keys, augmentation, views, some)
                 made = dict(zip(some, vectors, strict=True))
                 for name in dict.fromkeys(of[i] for i in some):
                     _add(study, specs[name], {keys[i]: made[i] for i in some if of[i] == name})
@@ -183,12 +198,12 @@ def feature_arrays(
 
 def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
     """Whether the store has the features of all of some images, not augmented."""
-    _, specs = _arrays(study, images, "none", 1)
+    _, specs = _arrays(study, images, "none", range(1))
     return _read(study, specs).keys() >= set(digests(images))
 
 
 def _arrays(
-    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, num_views: int
+    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, views: range
 ) -> tuple[list[str], dict[str, Spec]]:
     """For each image the name of its pool or split, and what determines their arrays, by name."""
     classifier = study.settings.classifier
@@ -198,7 +213,7 @@ def _arrays(
         "weights": BACKBONES[classifier.backbone],
         "image_size": classifier.image_size,
         "augmentation": augmentation,
-        "num_views": num_views,
+        "views": [views.start, views.stop],
     }
     of = ["images"] * len(images)
     if isinstance(images, Images):
@@ -234,7 +249,7 @@ def _compute(
     images: Sequence[np.ndarray],
     keys: Sequence[str],
     augmentation: Augmentation,
-    num_views: int,
+    numbers: range,
     rows: Sequence[int],
 ) -> np.ndarray:
     """Features of the views of some of the images: (rows, views, features)."""
@@ -247,7 +262,7 @@ def _compute(
         f"{classifier.image_size}"
     )
 
-    views = [(row, number) for row in rows for number in range(num_views)]
+    views = [(row, number) for row in rows for number in numbers]
 
     def view(row: int, number: int) -> np.ndarray:
         text = f"{recipe}/{keys[row]}/{augmentation}/{number}"
@@ -261,4 +276,4 @@ def _compute(
         return backbone(normalise(pixels, backbone))[: len(part)].cpu().numpy()
 
     parts = in_parallel(study.settings, features, range(0, len(views), FEATURE_BATCH))
-    return np.concatenate(parts).reshape(len(rows), num_views, -1)
+    return np.concatenate(parts).reshape(len(rows), len(numbers), -1)

@@ -31,7 +31,7 @@ from sdaug_utils.training.features import (
     to_pixels,
 )
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 NUM_CLASSES = 3
 Features = Callable[[Sequence[int]], Any]  # maps of some of the images
 STAGE = 3  # the backbone's third to last resolution: the deepest before its channels triple
@@ -116,9 +116,10 @@ def train(
 ) -> Segmented:
     """Train a head by Adam; the validation loss decides.
 
-    ``controlled``: a fixed number of updates, the best weights are tested. ``published``: a look
-    at the validation loss after each epoch, an end after ``patience`` epochs without improvement,
-    the last weights are tested (thesis, section 4.2.2).
+    ``controlled``: a fixed number of updates at a rate that falls to nothing along half a cosine
+    (Loshchilov & Hutter, 2017), the best weights are tested. ``published``: one rate, a look at the
+    validation loss after each epoch, an end after ``patience`` epochs without improvement, the last
+    weights are tested (thesis, section 4.2.2).
 
     Args:
         images: n 8-bit RGB arrays.
@@ -142,6 +143,8 @@ def train(
         head = new_head(num_features, settings.channels, settings.atrous_rates).to(device)
     _seed_dropout(head, torch.Generator(device).manual_seed(seed))
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate, fused=True)
+    falls = protocol == "controlled"
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, last) if falls else None
     best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
     step = 0
     for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
@@ -151,6 +154,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if decay:
+            decay.step()
         if step % every == 0 or step == last:
             score = _loss(head, *held_out["validation"])
             if score < best_loss:
