@@ -98,6 +98,13 @@ def protocol_cells(p: params.TrainingPercentage, protocol: params.Protocol) -> l
     return repeated(both, protocol, draws, 1)
 
 
+def pixel_cells(p: params.TrainingPercentage) -> list[Cell]:
+    """Experiment 03's baseline and techniques again, for a classifier on pixels."""
+    counts = [(percent, [p.synthetic_per_class]) for percent in p.pixels_at_percents]
+    arms = baselines(p.pixels_at_percents) + synthetic(p.techniques, counts)
+    return repeated(arms, "pixels", p.num_draws, 1)
+
+
 def convergence_cells(study: Study, p: params.TrainingPercentage) -> list[Cell]:
     """A run of each arm of experiment 03, with the most and with the least real images."""
     ends = (max(p.real_percents), min(p.real_percents))
@@ -114,10 +121,10 @@ def budgets(study: Study, p: params.TrainingPercentage) -> tuple[int, int]:
 
 
 def every_cell(study: Study, p: params.Runs) -> list[Cell]:
-    """All cells of an experiment, those of experiment 03's published protocol included."""
+    """All cells of an experiment, experiment 03's other ways of training included."""
     every = cells(study, p)
     if isinstance(p, params.TrainingPercentage):
-        every += protocol_cells(p, "published")
+        every += protocol_cells(p, "published") + pixel_cells(p)
     return every
 
 
@@ -134,11 +141,17 @@ def check(study: Study, p: params.Experiment) -> None:
         )
     if isinstance(p, params.NumberOfImages):
         smallest = int(np.bincount(study.data.splits["train"].labels).min())
-        if max(p.numbers_of_images) > smallest:
+        if max(p.numbers_of_images) > smallest // 2:
             raise InputError(
                 f"numbers_of_images: {max(p.numbers_of_images)}, but the smallest class has "
-                f"{smallest} training images: choose at most that many"
+                f"{smallest} training images, of which half are held back: choose at most "
+                f"{smallest // 2}"
             )
+    if isinstance(p, params.DifferentSubjects):
+        known = set(study.data.class_names)
+        for kind in p.kinds:  # of other data, if not one of its classes is known
+            if known & set(kind) and (others := set(kind) - known):
+                raise InputError(f"kinds: '{min(others)}' is not a class of the data")
     if isinstance(p, params.WithControlNet):
         for key in ("rivals_at_percent", "outside_at_percent"):
             if getattr(p, key) not in p.synthetic_percents:

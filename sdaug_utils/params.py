@@ -52,7 +52,7 @@ class Parameters(BaseModel):
     @classmethod
     def _without_duplicates(cls, value: Any) -> Any:
         for values in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(values, list) and len(set(values)) < len(values):
+            if isinstance(values, list) and len(set(map(str, values))) < len(values):
                 raise ValueError("a value comes twice")
         return value
 
@@ -200,6 +200,16 @@ class NumberOfImages(Subjects):
 class DifferentSubjects(Subjects):
     """Experiment 02 (thesis, section 4.3.2)."""
 
+    kinds: list[list[str]]  # classes of one kind; a class of none is a kind of its own
+
+    @field_validator("kinds")
+    @classmethod
+    def _with_every_class_once(cls, value: list[list[str]]) -> list[list[str]]:
+        names = [name for kind in value for name in kind]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"'{twice[0]}' is of two kinds")
+        return value
+
 
 class Runs(Experiment):
     """What the experiments that train classifiers or segmenters share."""
@@ -216,9 +226,11 @@ class TrainingPercentage(Runs):
     augmentations: list[Augmentation] = Field(min_length=1)
     techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: int = Field(ge=1)
+    pixels_at_percents: list[Percent]  # where a second classifier is tried
     protocols_at_percent: Percent
     protocols_num_draws: int = Field(ge=2)  # of the published protocol, which takes long
-    curve_steps: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    curve_steps: Counts
+    view_numbers: Counts
 
     @field_validator("augmentations")
     @classmethod

@@ -153,6 +153,8 @@ def needs(study: Study, p: params.Experiment) -> Needs:
         everyone = (subjects.of_experiment if is_known else subjects.stand_ins)(study, p)
         for technique in p.techniques:
             total.ask(subjects.subject_requests(study, technique, everyone, p))
+        if isinstance(p, params.DifferentSubjects):
+            total.ask(subjects.hypernym_requests(study, p))
         total.unshared = total.counts()[0]
         return total
     assert isinstance(p, params.Runs)
@@ -235,7 +237,7 @@ def _run_seconds(study: Study, cell: Cell, rates: dict[str, float]) -> float:
         if cell.protocol == "published":
             seen = int(segmenter.max_epochs * images)
         return seen * rates["image, training of a segmenter"]
-    if cell.protocol == "controlled":
+    if cell.protocol != "published":
         controlled = settings.classifier.controlled
         seen = controlled.max_train_steps * controlled.batch_size
         return seen * rates["image, training of a head"]

@@ -178,8 +178,8 @@ FAULTS = (
     Fault(
         "weights chosen on test images",
         f"{TRAINING}/cells.py",
-        '(self.features_of("validation")[:, 0], self.splits["validation"].labels)',
-        '(self.features_of("test")[:, 0], self.splits["test"].labels)',
+        '(held_out("validation")[:, 0], self.splits["validation"].labels)',
+        '(held_out("test")[:, 0], self.splits["test"].labels)',
         "chosen_on_validation",
     ),
     Fault(

@@ -330,7 +330,7 @@ def test_gains_of_two_protocols_are_compared():
     )
     table = claims.compare_protocols(results, "dreambooth").set_index("protocol")
     assert table.loc["published", "gain_points"] == pytest.approx(20, abs=1)
-    last = table.loc["published − controlled"]
+    last = table.loc["published − frozen"]
     assert last["gain_points_low"] < 15 < last["gain_points_high"]
     assert last["gain_points"] == pytest.approx(15, abs=1)
 

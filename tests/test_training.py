@@ -325,3 +325,15 @@ def test_folding_batchnorm_changes_features_by_rounding_alone():
     assert not norms
     with torch.no_grad():
         assert torch.allclose(plain(pixels), folded(pixels), atol=1e-4)
+
+
+def test_pixels_are_grey_and_of_one_scale():
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (40, 32, 3), dtype=np.uint8), np.full((8, 8, 3), 7, np.uint8)]
+    vectors = features.pixel_vectors(images)
+    assert vectors.shape == (2, 1, 28 * 28)
+    assert vectors[0].mean().item() == pytest.approx(0, abs=1e-5)
+    assert vectors[0].std().item() == pytest.approx(1, abs=1e-5)
+    assert not vectors[1].any()
+    brighter = [images[0] // 2 + 100]
+    assert torch.corrcoef(torch.cat([vectors[0], features.pixel_vectors(brighter)[0]]))[0, 1] > 0.99

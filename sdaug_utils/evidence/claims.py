@@ -314,12 +314,14 @@ def _published_gain(prefix: str, value: float, baseline: float) -> dict[str, flo
 
 
 def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """An arm's gain over the baseline under each protocol, and the difference of the gains.
+    """An arm's gain over the baseline in each of two ways of training, and their difference.
 
-    ``results`` holds runs of both protocols with the same draws, at one real percentage. Accuracies
-    are in 0 to 1, gains and their 95 % intervals in absolute points; the last row is published
-    minus controlled: what the thesis's way of training adds to the gain.
+    ``results`` holds runs of the published protocol and their frozen twins (protocol
+    ``controlled``), at one real percentage. Accuracies are in 0 to 1, gains and their 95 %
+    intervals in absolute points; the last row is the difference: what is particular to the thesis's
+    way of training adds to the gain.
     """
+    names = {"published": "published", "controlled": "frozen, normalised"}
     rows, gains = [], []
     for protocol in ("published", "controlled"):
         runs = results[results["protocol"] == protocol]
@@ -328,7 +330,7 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
         updates = runs.groupby("arm")["num_updates"].mean()
         rows.append(
             {
-                "protocol": protocol,
+                "protocol": names[protocol],
                 "baseline_updates": updates["baseline"],
                 "baseline_accuracy": second.mean(),
                 "updates": updates[arm],
@@ -336,7 +338,7 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
                 **_gain("gain_", first, second),
             }
         )
-    rows.append({"protocol": "published − controlled", **_gain("gain_", *gains)})
+    rows.append({"protocol": "published − frozen", **_gain("gain_", *gains)})
     return pd.DataFrame(rows)
 
 

@@ -26,6 +26,7 @@ REAL_ARMS = {
     "custom": ("Custom", "#8c8c8c", "s"),
     "autoaugment": ("AutoAugment", "#a1795a", "D"),
     "randaugment": ("RandAugment", "#c7a42e", "^"),
+    "hypernym": ("Bare name of the kind", "black", "x"),
 }
 
 

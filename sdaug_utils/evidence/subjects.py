@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,10 @@ from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import TrainingSet, train_head
 from sdaug_utils.training.features import feature_arrays, image_features
 
+HYPERNYM = "hypernym"  # the arm of images that a kind's bare name gives
 MEASURES = (
-    *("fidelity", "prompt_fidelity", "diversity", "nearest_input", "in_class"),
-    "among_inputs",
+    *("fidelity", "prompt_fidelity", "in_context", "diversity", "nearest_input"),
+    *("in_class", "in_kind", "among_inputs"),
 )
 
 
@@ -43,12 +44,16 @@ class Subject:
     name: str
     labels: tuple[int, ...]  # the classes among the inputs
     rows: tuple[int, ...]  # of the train split
+    held_back: tuple[int, ...] = ()  # images of the subject that no model sees, to judge by
 
 
 def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[Subject]:
-    """An image and its nearest neighbours within its class, for each of the first classes.
+    """Images that are near each other within a class, for each of the first classes.
 
-    The image is the first of the thesis's shuffle. Nearness is the cosine of centred features.
+    An image, the first of the thesis's shuffle, and its nearest neighbours: twice as many as asked
+    for, in an order that a seed decides. The first half are inputs, none of them nearer to the
+    middle than the others but by chance; the second half are held back. Nearness is the cosine of
+    centred features.
     """
     train = study.data.splits["train"]
     features = centred_features(study)
@@ -56,8 +61,10 @@ def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[S
     for label, name in enumerate(study.data.class_names[:num_subjects]):
         rows = orders[label]
         cosines = similarity(features[rows[:1]], features[rows])[0]
-        nearest = rows[np.argsort(-cosines, kind="stable")[:num_images]]
-        subjects.append(Subject(name, (label,), tuple(int(row) for row in nearest)))
+        nearest = rows[np.argsort(-cosines, kind="stable")[: 2 * num_images]]
+        mixed = [int(row) for row in np.random.default_rng(label).permutation(nearest)]
+        inputs, held_back = mixed[:num_images], mixed[num_images:]
+        subjects.append(Subject(name, (label,), tuple(inputs), tuple(held_back)))
     return subjects
 
 
@@ -118,9 +125,29 @@ def subject_requests(
     ]
 
 
+def hypernym_requests(study: Study, p: params.DifferentSubjects) -> list[Request]:
+    """What each subject's images are compared to: the same prompts with a kind's bare name.
+
+    The name is what textual inversion begins from ("animal", "product"); nothing is personalised.
+    A pool for each subject and prompt, subject by subject.
+    """
+    name = study.settings.textual_inversion.initializer_token
+    plain = techniques()["stable-diffusion-prompt"]
+    return [
+        request(study, plain, name, prompt, range(p.images_per_prompt), draw=number)
+        for number, prompt in itertools.product(range(p.num_subjects), p.prompts)
+    ]
+
+
+def hypernym_images(study: Study, p: params.DifferentSubjects) -> list[list[Pool]]:
+    """Images of :func:`hypernym_requests`: a list of pools per subject, in the prompts' order."""
+    pools = fill(study, hypernym_requests(study, p), "stable-diffusion-prompt")
+    return [pools[i : i + len(p.prompts)] for i in range(0, len(pools), len(p.prompts))]
+
+
 def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
     """The same subjects with their first images only: nested sets of inputs."""
-    return [Subject(s.name, s.labels, s.rows[:number]) for s in subjects]
+    return [replace(subject, rows=subject.rows[:number]) for subject in subjects]
 
 
 def of_experiment(study: Study, p: params.Subjects) -> list[Subject]:
@@ -145,8 +172,11 @@ def stand_ins(study: Study, p: params.Subjects) -> list[Subject]:
 class Judge:
     """Measures images against the real ones of their subject, by features and by a classifier."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, kinds: Sequence[Sequence[str]] = ()) -> None:
+        """``kinds`` are classes of one kind each; a class of none is a kind of its own."""
         self.study, self.train = study, study.data.splits["train"]
+        of_kind = {name: number for number, names in enumerate(kinds) for name in names}
+        self.kinds = np.array([of_kind.get(name, name) for name in study.data.class_names], object)
         features = image_features(study, self.train.images())
         self.mean = features[:, 0].mean(dim=0).numpy()
         self.real = features[:, 0].numpy() - self.mean  # (n, d), of the training images
@@ -158,49 +188,63 @@ class Judge:
         self.head = heads[-1]  # a classifier of real images, all of the training split
 
     def __call__(
-        self,
-        pools: Sequence[Pool],
-        prompts: dict[str, Any],
-        subject: Subject,
-        yardstick: Subject | None = None,
+        self, pools: Sequence[Pool], prompts: dict[str, Any], subject: Subject
     ) -> dict[str, float]:
         """What the images of one subject score, averaged over prompts.
 
-        ``fidelity``: mean cosine between features of images and of the subject's real images (those
-        of ``yardstick``, if it is given). ``nearest_input``: the cosine to the nearest input, high
-        for copies. ``prompt_fidelity``: the share that obeys the prompt's attribute, chance 0.5.
-        ``diversity``: one minus the mean cosine among images of one prompt. ``in_class``: the share
-        that a classifier of real images puts in a class of the inputs, minus chance.
+        ``fidelity``: mean cosine between features of images and of the subject's held-back images
+        (of its inputs, if none are held back). ``prompt_fidelity``: the share that obeys the
+        prompt's attribute, chance 0.5. ``in_context``: both at once, fidelity where the attribute
+        is obeyed and nothing where it is not, over the prompts that ask for one. ``nearest_input``:
+        the cosine to the nearest input, high for copies. ``diversity``: one minus the mean cosine
+        among images of one prompt. ``in_class``: the share that a classifier of real images puts in
+        a class of the inputs, minus chance; ``in_kind``: in a class of their kinds, as it is.
         ``among_inputs``: the mean cosine among the real images that fidelity is measured against.
         """
-        inputs = self.real[list(subject.rows)]
-        real = self.real[list((yardstick or subject).rows)]
+        inputs, real = self.real[list(subject.rows)], self.real[self._yardstick(subject)]
         alike = np.flatnonzero(np.isin(self.train.labels, subject.labels))
         typical = typical_attributes(self.train.images(alike))
-        fidelity, nearest, diverse, obeyed, right = [], [], [], [], []
+        fidelity, nearest, diverse = [], [], []
+        obeyed: list[bool] = []
+        in_context: list[float] = []
         images = [image for pool in pools for image in pool.images().items]
         every = image_features(self.study, Images(tuple(images)))[:, 0]
         of_pools = every.split([len(pool.files) for pool in pools])
         for pool, made, attribute in zip(pools, of_pools, prompts.values(), strict=True):
             centred = made.numpy() - self.mean
-            fidelity.append(similarity(centred, real).mean())
+            faithful = similarity(centred, real).mean(axis=1)
+            fidelity.append(faithful.mean())
             nearest.append(similarity(centred, inputs).max(axis=1).mean())
             diverse.append(diversity(centred))
             if attribute:
-                obeyed += [obeys(image, attribute, typical) for image in pool.images()]
-            right += np.isin(self.head(made).argmax(dim=1).numpy(), subject.labels).tolist()
+                does = [obeys(image, attribute, typical) for image in pool.images()]
+                obeyed += does
+                in_context += (faithful * does).tolist()
+        found = self.head(every).argmax(dim=1).numpy()
+        wanted = self.kinds[list(subject.labels)]
         return {
             "fidelity": float(np.mean(fidelity)),
             "prompt_fidelity": float(np.mean(obeyed)) if obeyed else np.nan,
+            "in_context": float(np.mean(in_context)) if obeyed else np.nan,
             "diversity": float(np.mean(diverse)),
             "nearest_input": float(np.mean(nearest)),
-            "in_class": float(np.mean(right)) - len(subject.labels) / self.num_classes,
-            "among_inputs": self.among(yardstick or subject),
+            "in_class": float(np.isin(found, subject.labels).mean())
+            - len(subject.labels) / self.num_classes,
+            "in_kind": float(np.mean([kind in set(wanted) for kind in self.kinds[found]])),
+            "among_inputs": self.among(subject),
         }
 
+    @staticmethod
+    def _yardstick(subject: Subject) -> list[int]:
+        return list(subject.held_back or subject.rows)
+
     def among(self, subject: Subject) -> float:
-        """The mean cosine among a subject's own real images; not a number if there is but one."""
-        return 1 - diversity(self.real[list(subject.rows)]) if subject.rows[1:] else np.nan
+        """The mean cosine among the real images that fidelity to a subject is measured against.
+
+        Not a number if there is but one.
+        """
+        rows = self._yardstick(subject)
+        return 1 - diversity(self.real[rows]) if rows[1:] else np.nan
 
 
 def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

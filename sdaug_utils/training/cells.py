@@ -37,7 +37,7 @@ class Cell(Parameters):
     """What one training run sees: real subset, synthetic images, augmentation, seed."""
 
     task: Literal["classification", "segmentation"] = "classification"
-    protocol: Protocol
+    protocol: Protocol | Literal["pixels"]
     real_percent: float = Field(ge=0, le=100)
     draw: int
     seed: int
@@ -65,7 +65,10 @@ def pool_percent(study: Study, cell: Cell) -> float:
 
 
 def repeated(
-    arms: Iterable[Mapping[str, Any]], protocol: Protocol, num_draws: int, num_seeds: int
+    arms: Iterable[Mapping[str, Any]],
+    protocol: Protocol | Literal["pixels"],
+    num_draws: int,
+    num_seeds: int,
 ) -> list[Cell]:
     """A cell per draw and seed of each arm; an arm that comes twice counts once."""
     cells = [
@@ -123,14 +126,15 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
             study.store.get_all("cells", [spec(study, cell) for cell in some], make)
             bar.update(len(some))
 
-        heads: list[Cell] = []
+        heads: dict[str, list[Cell]] = {"controlled": [], "pixels": []}
         parts: list[list[Cell]] = []
         for cell in missing:
-            if (cell.task, cell.protocol) == ("classification", "controlled"):
-                heads.append(cell)
+            if cell.task == "classification" and cell.protocol in heads:
+                heads[cell.protocol].append(cell)
             else:
                 parts.append([cell])
-        parts += [heads[i : i + STACK] for i in range(0, len(heads), STACK)]
+        for alike in heads.values():
+            parts += [alike[i : i + STACK] for i in range(0, len(alike), STACK)]
         in_parallel(study.settings, lambda number: train(parts[number]), range(len(parts)))
     new = set(missing)
     for cell, folder in folders.items():
@@ -187,7 +191,8 @@ def scores(results: pd.DataFrame, **chosen: Any) -> np.ndarray:
 def spec(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that determines a cell's result."""
     settings = study.settings.classifier
-    backbone, recipe = str(settings.backbone), getattr(settings, cell.protocol).model_dump()
+    trained = settings.published if cell.protocol == "published" else settings.controlled
+    backbone, recipe = str(settings.backbone), trained.model_dump()
     versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
     if cell.task == "classification":
         versions.append(classifier.CODE_VERSION)
@@ -256,6 +261,7 @@ class Trainer:
         self.num_classes = len(study.data.class_names)
         self.pools = cache(partial(technique_pools, study, progress=False))
         self.features_of = cache(self._features_of)  # of images as they are
+        self.pixels_of = cache(lambda name: features.pixel_vectors(self.splits[name].images()))
         self.maps = cache(lambda: segmenter.FeatureMaps(study))
 
     def cell_pools(self, cell: Cell) -> list[Pool]:
@@ -277,7 +283,7 @@ class Trainer:
             self.maps().of(self.training_set(cell)[0])
         elif cell.protocol == "published":  # new weights draw from the one global generator
             features.load_backbone(self.study.settings.classifier.backbone)
-        else:
+        elif cell.protocol == "controlled":
             self.features_of("validation")
             self.features_of("test")
             self.features(cell)
@@ -292,6 +298,8 @@ class Trainer:
 
     def features(self, cell: Cell) -> torch.Tensor:
         """Features of a cell's training images, real ones first: (n, views, features)."""
+        if cell.protocol == "pixels":
+            return features.pixel_vectors(self.training_set(cell)[0])
         if cell.augmentation != "none":
             images, labels = self.training_set(cell)
             num_views = self.study.settings.classifier.controlled.num_views(len(labels))
@@ -350,11 +358,12 @@ class Trainer:
         ]
 
     def controlled(self, some: Sequence[Cell]) -> list[classifier.Outcome]:
-        """Classifiers under the controlled protocol, on kept features."""
+        """Classifiers under the controlled protocol, on kept features or all of them on pixels."""
+        held_out = self.pixels_of if some[0].protocol == "pixels" else self.features_of
         return classifier.train_controlled(
             self.head_sets(some),
-            (self.features_of("validation")[:, 0], self.splits["validation"].labels),
-            self.features_of("test")[:, 0],
+            (held_out("validation")[:, 0], self.splits["validation"].labels),
+            held_out("test")[:, 0],
             self.study.settings.classifier.controlled,
             self.num_classes,
         )
@@ -380,6 +389,7 @@ class Trainer:
         rows = (*real_rows(self.study, cell), *followed)
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
         seed, images = training_seed(cell), self.training_set(cell)[0]
+        assert cell.protocol != "pixels"
         return segmenter.train(self.maps(), images, trimaps, self.splits, cell.protocol, seed)
 
 

@@ -3,6 +3,7 @@
 ``controlled``: backbone in evaluation mode, so features are computed once per image and view and
 kept; the same number of updates for every arm; best validation weights.
 ``published``: as the thesis's code did it, quirks included.
+``pixels``: as ``controlled``, on grey pixels in place of features: no network at all.
 """
 
 from __future__ import annotations

