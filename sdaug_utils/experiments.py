@@ -58,9 +58,13 @@ def cells(study: Study, p: params.Runs) -> list[Cell]:
         case params.GenerationPercentage():  # and experiment 09
             counts = list(p.synthetic_per_class.items())
             arms = baselines(p.synthetic_per_class) + synthetic(p.techniques, counts)
+            for technique, numbers in p.further_numbers.items():
+                arms += synthetic([technique], [(real, numbers) for real, _ in counts])
         case params.AllGenerated():
             counts = [(0.0, p.synthetic_per_class)]
             arms = baselines(p.reference_percents) + synthetic(p.techniques, counts)
+            for technique, numbers in p.further_numbers.items():
+                arms += synthetic([technique], [(0.0, numbers)])
         case params.WithControlNet():
             counts = counts_of(study, p.synthetic_percents)
             at_rivals = [pair for pair in counts if pair[0] == p.rivals_at_percent]
@@ -148,10 +152,10 @@ def check(study: Study, p: params.Experiment) -> None:
                 f"{smallest // 2}"
             )
     if isinstance(p, params.DifferentSubjects):
-        known = set(study.data.class_names)
-        for kind in p.kinds:  # of other data, if not one of its classes is known
-            if known & set(kind) and (others := set(kind) - known):
-                raise InputError(f"kinds: '{min(others)}' is not a class of the data")
+        classes = set(study.data.class_names)
+        for kind in map(set, p.kinds):  # of other data, if not one of its classes is known
+            if kind & classes and kind - classes:
+                raise InputError(f"kinds: '{min(kind - classes)}' is not a class of the data")
     if isinstance(p, params.WithControlNet):
         for key in ("rivals_at_percent", "outside_at_percent"):
             if getattr(p, key) not in p.synthetic_percents:

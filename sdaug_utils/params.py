@@ -77,12 +77,14 @@ class Controlled(Parameters):
     batch_size: int = Field(ge=1)
     max_train_steps: int = Field(ge=1)
     validation_steps: int = Field(ge=1)
-    min_views: int = Field(ge=1)  # of each image, if it is augmented
+    min_views: int = Field(ge=1)  # of each real image, if it is augmented
+    min_synthetic_views: int = Field(ge=1)  # of each synthetic one, of which there are more
     num_augmented: int = Field(ge=1)  # views of all images together: the fewer, the more of each
 
-    def num_views(self, num_images: int) -> int:
-        """Augmented views of each of so many training images."""
-        return max(self.min_views, -(-self.num_augmented // num_images))
+    def num_views(self, num_images: int, synthetic: bool = False) -> int:
+        """Augmented views of each real (or synthetic) image, of so many training images in all."""
+        fewest = self.min_synthetic_views if synthetic else self.min_views
+        return max(fewest, -(-self.num_augmented // num_images))
 
 
 class Published(Parameters):
@@ -245,6 +247,7 @@ class GenerationPercentage(Runs):
 
     techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: dict[Percent, Counts] = Field(min_length=1)  # by real %
+    further_numbers: dict[Technique, Counts]  # of synthetic images, by technique
 
 
 class AllGenerated(Runs):
@@ -252,6 +255,7 @@ class AllGenerated(Runs):
 
     techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: Counts
+    further_numbers: dict[Technique, Counts]  # of synthetic images, by technique
     reference_percents: list[Percent] = Field(min_length=1)
 
 
@@ -275,6 +279,7 @@ class Combinations(Runs):
 class Segmentation(Runs):
     """Experiment 08 (thesis, section 4.3.8)."""
 
+    update_numbers: Counts  # after which the setting with the most images is looked at
     synthetic_percents: dict[Percent, Counts] = Field(min_length=1)  # of the real images
 
 

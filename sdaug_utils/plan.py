@@ -218,12 +218,13 @@ def _views(study: Study, wanted: Needs) -> int:
     for cell in wanted.runs.values():
         if cell.augmentation != "none" and cell.protocol == "controlled":
             rows = cells.real_rows(study, cell).tolist()
-            number = settings.num_views(len(rows) + classes * cell.synthetic_per_class)
+            number = len(rows) + classes * cell.synthetic_per_class
             made = itertools.product(range(classes), range(cell.synthetic_per_class))
             pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
             for image in (*rows, *((*pool, *one) for one in made)):
                 key = (cell.augmentation, image)
-                views[key] = max(views.get(key, 0), number)
+                wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
+                views[key] = max(views.get(key, 0), wanted_views)
     return total + sum(views.values())
 
 

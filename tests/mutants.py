@@ -35,9 +35,9 @@ FAULTS = (
     ),
     Fault(
         "one view instead of several",
-        f"{TRAINING}/cells.py",
-        "num_views = self.study.settings.classifier.controlled.num_views(len(labels))",
-        "num_views = 1",
+        "sdaug_utils/params.py",
+        "return max(fewest, -(-self.num_augmented // num_images))",
+        "return 1",
         "several_views",
     ),
     Fault(
@@ -129,8 +129,8 @@ FAULTS = (
     Fault(
         "chance not subtracted",
         f"{EVIDENCE}/subjects.py",
-        "float(np.mean(right)) - len(subject.labels) / self.num_classes",
-        "float(np.mean(right))",
+        "            - len(subject.labels) / self.num_classes,",
+        "            + 0.0,",
         "chance_is_nothing",
     ),
     Fault(

@@ -18,6 +18,7 @@ CONTROLLED = Controlled(
     max_train_steps=200,
     validation_steps=50,
     min_views=2,
+    min_synthetic_views=1,
     num_augmented=8,
 )
 PUBLISHED = Published(
@@ -157,6 +158,7 @@ def test_the_fewer_images_the_more_views_of_each():
     assert CONTROLLED.num_views(1) == 8
     assert CONTROLLED.num_views(3) == 3
     assert CONTROLLED.num_views(100) == 2
+    assert CONTROLLED.num_views(100, synthetic=True) == 1
 
 
 def test_features_are_kept_by_the_whole_name_of_their_weights(world, monkeypatch):

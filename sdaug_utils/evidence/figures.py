@@ -199,7 +199,9 @@ def as_text(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     for header, (source, form) in layout["columns"].items():
         write = label_of if form == "label" else int if form == "count" else form.format
         if source.endswith("*"):
-            low, high = (table[source[:-1] + end].map(write) for end in ("low", "high"))
+            low, high = (
+                table[source[:-1] + end].map(write).astype(object) for end in ("low", "high")
+            )
             shown[header] = "[" + low + ", " + high + "]"
         else:
             shown[header] = table[source].map(write)

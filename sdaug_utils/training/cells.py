@@ -301,14 +301,26 @@ class Trainer:
         if cell.protocol == "pixels":
             return features.pixel_vectors(self.training_set(cell)[0])
         if cell.augmentation != "none":
-            images, labels = self.training_set(cell)
-            num_views = self.study.settings.classifier.controlled.num_views(len(labels))
-            return features.image_features(self.study, images, cell.augmentation, num_views)
+            return self._augmented(cell)
         real = self.features_of("train")[real_rows(self.study, cell)]
         if not (pools := self.cell_pools(cell)):
             return real
         files = tuple(file for pool in pools for file in pool.files)
         return torch.cat([real, self.features_of(files)])
+
+    def _augmented(self, cell: Cell) -> torch.Tensor:
+        """Views of real and of synthetic images; where they have fewer, each counts more often."""
+        rows, parts = real_rows(self.study, cell), []
+        files = [file for pool in self.cell_pools(cell) for file in pool.files]
+        settings, total = self.study.settings.classifier.controlled, len(rows) + len(files)
+        if len(rows):
+            images, number = self.splits["train"].images(rows), settings.num_views(total)
+            parts.append(features.image_features(self.study, images, cell.augmentation, number))
+        if files:
+            images, number = read_images(files), settings.num_views(total, synthetic=True)
+            parts.append(features.image_features(self.study, images, cell.augmentation, number))
+        most = torch.arange(max(part.shape[1] for part in parts))
+        return torch.cat([part[:, most % part.shape[1]] for part in parts])
 
     def train(self, some: Sequence[Cell], folders: Sequence[Path]) -> None:
         """Train cells: one, or several of the controlled protocol.
@@ -410,20 +422,27 @@ def frozen_twins(study: Study, published: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_views(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> pd.DataFrame:
-    """Augmented cells with other numbers of views of each image, up to their own.
+    """Cells with other numbers of views of each image, up to their own.
 
     Rows are as those of :func:`run`, with a column ``num_views``.
     """
     settings, rows = study.settings.classifier.controlled, []
+    own = {cell: settings.num_views(len(real_rows(study, cell))) for cell in cells}
     for number in numbers:
-        fewer = [
-            cell
-            for cell in cells
-            if settings.num_views(len(Trainer(study).training_set(cell)[1])) >= number
-        ]
-        limited = _changed(study, {"min_views": number, "num_augmented": 1})
-        if fewer:
+        of_all = dict.fromkeys(("min_views", "min_synthetic_views"), number)
+        limited = _changed(study, {**of_all, "num_augmented": 1})
+        if fewer := [cell for cell in cells if number <= own[cell]]:
             rows.append(run(limited, fewer, progress=False).assign(num_views=number))
+    return pd.concat(rows, ignore_index=True)
+
+
+def with_updates(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> pd.DataFrame:
+    """Segmenters trained for other numbers of updates; rows are as those of :func:`run`."""
+    rows, settings = [], study.settings.segmenter
+    for number in numbers:
+        own = settings.model_copy(update={"max_train_steps": number})
+        changed = study.settings.model_copy(update={"segmenter": own})
+        rows.append(run(replace(study, settings=changed), cells, progress=False))
     return pd.concat(rows, ignore_index=True)
 
 
