@@ -580,6 +580,7 @@ def main() -> int:
 
     if arguments.from_results:
         report.write_claims(arguments.profile)
+        report.write_deviations(arguments.profile)
         return 0
     reports = execute_all(jobs, output, arguments.profile, arguments.keep_going, arguments.force)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from sdaug_utils import experiments
 from sdaug_utils.data import augment
@@ -151,3 +152,68 @@ def test_there_may_be_more_than_256_classes(world, tmp_path, monkeypatch):
     [cell] = cells.repeated([{"real_percent": 50}], "controlled", 1, 1)
     cells.Trainer(world).train([cell], [tmp_path])
     assert np.load(tmp_path / "predictions.npy").tolist() == list(range(295, 305))
+
+
+def test_real_images_have_more_views_than_synthetic_ones(world):
+    """Where the two differ, each view of a synthetic image comes up more often."""
+    arm = {"technique": "stable-diffusion-prompt", "synthetic_per_class": 4, "real_percent": 10}
+    [chosen] = cells.repeated([{**arm, "augmentation": "custom"}], "controlled", 1, 1)
+    seen = cells.Trainer(world).features(chosen)
+    assert seen.shape[:2] == (4 + 8, 2)  # four real images: 12 views would make one of each
+    assert not torch.equal(seen[0, 0], seen[0, 1])
+    assert torch.equal(seen[4:, 0], seen[4:, 1])
+
+
+def test_views_are_varied_up_to_those_in_use(world):
+    arms = [{"real_percent": percent, "augmentation": "custom"} for percent in (100, 10)]
+    grid = cells.repeated(arms, "controlled", 1, 1)
+    own = cells.run(world, grid, progress=False)
+    found = cells.with_views(world, grid, [1, 2, 3])
+    assert found.groupby("num_views")["real_percent"].apply(list).to_dict() == {
+        1: [100, 10],
+        2: [100, 10],
+        3: [10],  # 12 views of 4 images; of 40 images two each
+    }
+    same = found[(found["num_views"] == 2) & (found["real_percent"] == 100)].iloc[0]
+    assert (same["scores"] == own["scores"][0]).all()
+    assert same["validation_score"] == own["validation_score"][0]
+
+
+def test_a_frozen_twin_has_the_same_updates_at_the_same_rate(world, monkeypatch):
+    arms = experiments.baselines([50])
+    published = cells.run(world, cells.repeated(arms, "published", 2, 1), progress=False)
+    asked = []
+    train = classifier.train_controlled
+
+    def recorded(sets, validation, test_features, settings, num_classes):
+        asked.append(settings)
+        return train(sets, validation, test_features, settings, num_classes)
+
+    monkeypatch.setattr(classifier, "train_controlled", recorded)
+    twins = cells.frozen_twins(world, published)
+    assert twins["num_updates"].tolist() == published["num_updates"].tolist()
+    assert twins["selected_step"].tolist() == published["num_updates"].tolist()  # the last weights
+    assert twins[["draw", "seed", "arm"]].equals(published[["draw", "seed", "arm"]])
+    assert set(twins["protocol"]) == {"controlled"}
+    like = world.settings.classifier.published
+    assert {(one.learning_rate, one.batch_size) for one in asked} == {
+        (like.learning_rate, like.batch_size)
+    }
+
+
+def test_segmenters_are_trained_for_other_numbers_of_updates(world):
+    arm = {"task": "segmentation", "real_percent": 10}
+    grid = cells.repeated([arm], "controlled", 1, 1)
+    own = cells.run(world, grid, progress=False)
+    found = cells.with_updates(world, grid, [3, 6])
+    assert found["num_updates"].tolist() == [3, 6]
+    assert (found["scores"][1] == own["scores"][0]).all()  # six are the profile's own
+
+
+def test_a_classifier_on_pixels_learns_without_a_network(world, monkeypatch):
+    monkeypatch.setattr(features, "load_backbone", lambda *_: pytest.fail("a network"))
+    grid = cells.repeated(experiments.baselines([100]), "pixels", 1, 1)
+    [row] = cells.run(world, grid, progress=False).to_dict("records")
+    assert row["protocol"] == "pixels"
+    assert row["test_score"] > 0.8  # trousers and bags
+    assert row["num_updates"] == world.settings.classifier.controlled.max_train_steps

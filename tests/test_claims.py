@@ -262,15 +262,17 @@ def test_subjects_are_pairs_too():
     rng = np.random.default_rng(0)
     levels = rng.random(6)
     rows = [
-        {"arm": "dreambooth", "num_inputs": n, "measure": "fidelity", "draw": draw, "seed": 0}
+        {"arm": arm, "num_inputs": n, "measure": "in_context", "draw": draw, "seed": 0}
         | {"scores": np.array([levels[draw] + 0.1 * (n == 5) + 0.01 * rng.random()])}
+        for arm in ("dreambooth", "textual-inversion")
         for n in (1, 5)
         for draw in range(6)
     ]
     judged = claims.judge(pd.DataFrame(rows), "01-number-of-images").set_index("comparison")
-    row = judged.loc["DreamBooth, fidelity to the subject, 5 images − 1: above 0"]
-    assert row["comparison_verdict"] == "supported"
+    row = judged[(judged["id"] == "01-a") & judged["primary"]].iloc[0]
+    assert row["verdict"] == "supported"
     assert row["low"] < 0.1 < row["high"]
+    assert row["num_draws"] == 6
 
 
 def test_published_values_are_the_thesis_own():
@@ -365,3 +367,21 @@ def test_nothing_is_judged_against_a_baseline_at_chance():
     assert row["verdict"] == "not tested"
     judged = claims.judge(results[results["protocol"] == "controlled"], NAME).set_index("id")
     assert judged.loc["03-c", "verdict"] == "supported"
+
+
+def test_deviations_tell_draws_from_seeds():
+    """Planted: 3 points between draws, 1 between seeds; over eight draws, an arm against itself."""
+    rng, rows = np.random.default_rng(0), []
+    for draw in range(40):
+        of_draw = 0.03 * rng.standard_normal()
+        for seed in range(3):
+            gain = of_draw + 0.01 * rng.standard_normal()
+            for arm, score in (("baseline", 0.5), ("dreambooth", 0.5 + gain)):
+                setting = {"real_percent": 5, "synthetic_per_class": 3 * (arm != "baseline")}
+                scores = np.full(50, score)
+                rows.append({"arm": arm, **setting, "draw": draw, "seed": seed, "scores": scores})
+    [found] = claims.deviations(pd.DataFrame(rows)).to_dict("records")
+    assert found["draw"] == pytest.approx(3, rel=0.3)
+    assert found["seed"] == pytest.approx(1, rel=0.2)
+    assert found["test images"] == 0
+    assert claims.deviations(pd.DataFrame(rows).assign(real_percent=0)).empty

@@ -238,6 +238,52 @@ def test_chance_is_nothing(world):
         assert judge([pool], {"A {}": None}, subject)["in_class"] == pytest.approx(expected)
 
 
+def test_subjects_are_judged_by_images_that_no_model_saw(world):
+    """What repeats an input earns what the input shares with those held back, and no more."""
+    judge, train = subjects.Judge(world), world.data.splits["train"]
+    for subject in subjects.nearest_subjects(world, 2, 3):
+        assert len(subject.rows) == len(subject.held_back) == 3
+        assert not set(subject.rows) & set(subject.held_back)
+        copies = Copies(train.images(subject.rows[:1]))
+        found = judge([copies], {"A {}": None}, subject)
+        real = judge.real[[subject.rows[0], *subject.held_back]]
+        cosines = [a @ real[0] / np.linalg.norm(a) / np.linalg.norm(real[0]) for a in real[1:]]
+        assert found["fidelity"] == pytest.approx(np.mean(cosines), abs=1e-4)
+        assert found["nearest_input"] == pytest.approx(1, abs=1e-4)
+
+
+class Copies:
+    """A pool of given images."""
+
+    def __init__(self, images):
+        self.shown = images + images
+        self.files = list(self.shown)
+
+    def images(self):
+        return self.shown
+
+
+def test_in_context_counts_fidelity_where_the_prompt_is_obeyed(world, monkeypatch):
+    judge, train = subjects.Judge(world), world.data.splits["train"]
+    [subject, _] = subjects.nearest_subjects(world, 2, 3)
+    pool, prompts = Copies(train.images(subject.rows[:1])), {"A {}": None, "A dark {}": "dark"}
+    for obeyed, share in ((True, 1.0), (False, 0.0)):
+        monkeypatch.setattr(subjects, "obeys", lambda *_, does=obeyed: does)
+        found = judge([pool, pool], prompts, subject)
+        assert found["in_context"] == pytest.approx(share * found["fidelity"])
+        assert found["prompt_fidelity"] == share
+    assert np.isnan(judge([pool], {"A {}": None}, subject)["in_context"])
+
+
+def test_a_kind_is_more_than_its_classes(world):
+    judge = subjects.Judge(world, [["trouser", "bag"]])
+    judge.head = lambda made: torch.tensor([[1.0, 0.0]]).expand(len(made), 2)  # always class 0
+    [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2, progress=False)
+    other = subjects.Subject("bags", (1,), (20, 21))
+    assert judge([pool], {"A {}": None}, other)["in_kind"] == 1
+    assert subjects.Judge(world).kinds.tolist() == ["trouser", "bag"]
+
+
 def test_few_draws_ask_for_a_wider_interval():
     """Student's quantile times the standard deviation over the root of n, both by hand."""
     for quantile, scores in ((4.3027, [1, 2, 6]), (2.5706, [1, 2, 6, 3, 3, 3])):

@@ -426,6 +426,28 @@ def published_settings(
     return chosen.rename(columns=names)[["arm", "real_percent", "synthetic_per_class", "score"]]
 
 
+def deviations(results: pd.DataFrame) -> pd.DataFrame:
+    """What makes the gain of an arm vary, by real percentage, in points: a standard deviation each.
+
+    The gains are those over the baseline; variances (:func:`metrics.run_deviations`) are averaged
+    over arms and numbers of synthetic images. Empty where there is no baseline.
+    """
+    rows = []
+    for percent, group in results.groupby("real_percent", sort=False):
+        if percent == 0 or "baseline" not in set(group["arm"]):
+            continue
+        baseline = scores(group, arm="baseline").astype(float)
+        arms = [
+            scores(runs) - baseline
+            for (arm, _), runs in group.groupby(["arm", "synthetic_per_class"])
+            if arm != "baseline"
+        ]
+        found = pd.DataFrame([metrics.run_deviations(gain) for gain in arms])
+        mean = 100 * np.sqrt((found**2).mean())
+        rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(arms)})
+    return pd.DataFrame(rows)
+
+
 def combinations(results: pd.DataFrame, augmentation: str) -> pd.DataFrame:
     """Each setting with an augmentation beside the same without, paired (thesis, table 4.4).
 

@@ -96,6 +96,26 @@ def components(scores: np.ndarray) -> Spread:
     return Spread(float(draws.var(ddof=1)), float(of_images / num_images))
 
 
+def run_deviations(values: np.ndarray) -> dict[str, float]:
+    """Standard deviations of a mean score of (draws, seeds, test images), by what makes it vary.
+
+    ``draw``: the draw alone. ``seed``: another run on the same draw; not a number if there is but
+    one per draw, whose luck then counts as the draw's. ``test images``: another set of as many. By
+    expected mean squares; what comes out below nothing is nothing.
+    """
+    runs = values.mean(axis=2, dtype=np.float64)
+    num_seeds = runs.shape[1]
+    of_seed = runs.var(axis=1, ddof=1).mean() if num_seeds > 1 else np.nan
+    luck = of_seed / num_seeds if num_seeds > 1 else 0.0
+    spread = components(values.mean(axis=1, dtype=np.float64))
+    variances = {
+        "draw": max(spread.of_draws - luck, 0.0),
+        "seed": of_seed,
+        "test images": spread.of_images,
+    }
+    return {name: float(np.sqrt(variance)) for name, variance in variances.items()}
+
+
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:
     """First minus second: the same draws, the same test images, seeds averaged within a draw.
 

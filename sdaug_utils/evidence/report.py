@@ -20,16 +20,16 @@ import yaml
 
 from sdaug_utils.compute import LIBRARIES, TOOLS, made_with, processor
 from sdaug_utils.evidence import prose
-from sdaug_utils.evidence.claims import TABLES, holm
+from sdaug_utils.evidence.claims import TABLES, deviations, holm
 from sdaug_utils.evidence.figures import lacking, save_table
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import makers
-from sdaug_utils.study import figures_folder
+from sdaug_utils.study import figures_folder, results_folder
 from sdaug_utils.training.features import BACKBONES
 
-START, END = "<!-- verdicts: made by 'make notebooks' -->", "<!-- end of verdicts -->"
+TABLE = "<!-- {}: made by 'make notebooks' -->", "<!-- end of {} -->"
 
 
 def hardware() -> dict[str, object]:
@@ -101,6 +101,7 @@ def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
     for name, facts in tables.items():
         save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))
     write_claims(profile)
+    write_deviations(profile)
 
 
 def write_claims(profile: str) -> None:
@@ -109,6 +110,28 @@ def write_claims(profile: str) -> None:
     if files:
         every = pd.concat(map(pd.read_csv, files), ignore_index=True)
         save_table(profile, "claims", holm(every))
+
+
+def write_deviations(profile: str) -> None:
+    """``deviations.csv``: what makes gains vary, for each notebook that has a baseline."""
+    files = sorted(results_folder(profile).glob("[0-9][0-9].parquet"))
+    tables = [
+        deviations(runs).assign(experiment=path.stem)
+        for path in files
+        if "real_percent" in (runs := pd.read_parquet(path))
+    ]
+    if tables:
+        save_table(profile, "deviations", pd.concat(tables, ignore_index=True))
+
+
+def deviation_table(table: pd.DataFrame) -> str:
+    """``deviations.csv`` as a table in Markdown."""
+    rows = ["| | real data | draw | seed | test images |", "|---|---|---|---|---|"]
+    for row in table.to_dict("records"):
+        values = [row[name] for name in ("draw", "seed", "test images")]
+        shown = " | ".join("–" if np.isnan(value) else f"{value:.1f}" for value in values)
+        rows.append(f"| {row['experiment']:0>2} | {row['real_percent']:g} % | {shown} |")
+    return "\n".join(rows)
 
 
 def verdict_table(claims: pd.DataFrame) -> str:
@@ -137,12 +160,16 @@ def verdict_table(claims: pd.DataFrame) -> str:
 
 
 def renew(path: Path, profile: str = "miniature") -> None:
-    """Put the table of verdicts between its marks, if there are any, and the numbers in prose."""
-    if path.suffix == ".md" and START in (text := path.read_text()):
-        claims = pd.read_csv(figures_folder(profile) / "claims.csv")
-        before, rest = text.split(START)
-        after = rest.split(END)[1]
-        path.write_text(f"{before}{START}\n{verdict_table(claims)}\n{END}{after}")
+    """Put tables between their marks, if there are any, and the numbers in prose."""
+    if path.suffix == ".md":
+        text = path.read_text()
+        for name, table in {"claims": verdict_table, "deviations": deviation_table}.items():
+            start, end = (mark.format(name) for mark in TABLE)
+            if start in text:
+                made = table(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
+                before, rest = text.split(start)
+                text = f"{before}{start}\n{made}\n{end}{rest.split(end)[1]}"
+        path.write_text(text)
     prose.renew(path, profile)
 
 
