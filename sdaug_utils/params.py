@@ -203,6 +203,8 @@ class DifferentSubjects(Subjects):
     """Experiment 02 (thesis, section 4.3.2)."""
 
     kinds: list[list[str]]  # classes of one kind; a class of none is a kind of its own
+    bare_name: str  # of all kinds: "animal"
+    bare_technique: Technique  # which makes images of it
 
     @field_validator("kinds")
     @classmethod

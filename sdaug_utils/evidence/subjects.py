@@ -128,20 +128,18 @@ def subject_requests(
 def hypernym_requests(study: Study, p: params.DifferentSubjects) -> list[Request]:
     """What each subject's images are compared to: the same prompts with a kind's bare name.
 
-    The name is what textual inversion begins from ("animal", "product"); nothing is personalised.
-    A pool for each subject and prompt, subject by subject.
+    Nothing is personalised. A pool for each subject and prompt, subject by subject.
     """
-    name = study.settings.textual_inversion.initializer_token
-    plain = techniques()["stable-diffusion-prompt"]
+    plain, indices = techniques()[p.bare_technique], range(p.images_per_prompt)
     return [
-        request(study, plain, name, prompt, range(p.images_per_prompt), draw=number)
+        request(study, plain, p.bare_name, prompt, indices, draw=number)
         for number, prompt in itertools.product(range(p.num_subjects), p.prompts)
     ]
 
 
 def hypernym_images(study: Study, p: params.DifferentSubjects) -> list[list[Pool]]:
     """Images of :func:`hypernym_requests`: a list of pools per subject, in the prompts' order."""
-    pools = fill(study, hypernym_requests(study, p), "stable-diffusion-prompt")
+    pools = fill(study, hypernym_requests(study, p), p.bare_technique)
     return [pools[i : i + len(p.prompts)] for i in range(0, len(pools), len(p.prompts))]
 
 
