@@ -5,11 +5,13 @@
 The first holds what is expected, numbers behind figures (.csv) and raw runs (.parquet). Numbers
 come out the same on one kind of machine. On another, sums are rounded in another order, and
 training, above all personalisation, goes slightly other ways: between a Xeon and an AMD processor
-differences of claims moved by up to 0.1 points, ends of three draws' intervals by 0.4. Tolerances:
-two points of accuracy and four of an interval's ends, eight per cent of relative gain; of a single
-run three points, of all runs together one; 0.25 for what is judged on a handful of subjects with a
-dozen images each. Verdicts, and the updates after which training stopped early, may follow from
-such differences: they are not compared, nor is the description of the machine.
+differences of claims moved by up to 0.1 points, ends of three draws' intervals by 0.4. Tolerances
+leave room for one arm that becomes the "best" in the place of another: a point of accuracy and one
+and a half of an interval's ends, four per cent of relative gain; of a single run three points, of
+all runs together half a point; 0.1 for what is judged on a few images of ten subjects, 15 points
+for runs that stop early, after more updates or fewer. Verdicts, p-values, and the number of those
+updates, may follow from such differences: they are not compared, nor is the description of the
+machine.
 """
 
 import sys
@@ -18,23 +20,28 @@ from pathlib import Path
 import pandas as pd
 
 OF_THE_MACHINE = ("table-a-1-hardware.csv", "table-b-1-software.csv")
+DERIVED = ("p_", "verdict", "detectable", "draws_needed")
 OF_A_RUN = (
     *("task", "protocol", "arm", "real_percent", "synthetic_per_class", "draw", "seed"),
-    *("num_inputs", "input_set", "measure", "learning_rate", "step"),
+    *("num_inputs", "input_set", "measure", "learning_rate", "step", "num_views"),
 )
 OF_SUBJECTS = ("fig-01", "fig-02", "verdicts-01", "verdicts-02", "claims")
+STOPPED_EARLY = "protocols"  # in the name of a file; and a claim's id
+AFTER_STOPPING = "X-b"
 
 
 def tolerance(name: str, column: str) -> float:
     """The largest absolute difference that a column of a file may show."""
+    if STOPPED_EARLY in name:
+        return 15.0 if "points" in column else 0.15
     if name.startswith(OF_SUBJECTS):
-        return 0.25
+        return 0.1
     if "relative" in column:
-        return 8.0
+        return 4.0
     of_interval = column.endswith(("low", "high"))
     if "points" in column:
-        return 4.0 if of_interval else 2.0
-    return 0.04 if of_interval else 0.02
+        return 1.5 if of_interval else 1.0
+    return 0.015 if of_interval else 0.01
 
 
 def differences(expected: Path, found: Path) -> list[str]:
@@ -44,9 +51,11 @@ def differences(expected: Path, found: Path) -> list[str]:
     first, second = pd.read_csv(expected), pd.read_csv(found)
     if list(first) != list(second) or len(first) != len(second):
         return [f"{found.name}: other rows or columns"]
+    if "id" in first:
+        first, second = (table[table["id"] != AFTER_STOPPING] for table in (first, second))
     lines = []
     for column in first:
-        if column.endswith(("verdict", "updates")):
+        if column.startswith(DERIVED) or column.endswith(("verdict", "updates")):
             continue
         of_numbers = pd.api.types.is_numeric_dtype(first[column])
         if not of_numbers or pd.api.types.is_bool_dtype(first[column]):
@@ -72,7 +81,9 @@ def run_differences(expected: Path, found: Path) -> list[str]:
     if not len(both) == len(first) == len(second):
         return [f"{found.name}: other runs"]
     gaps = (both[score] - both[f"{score}_found"]).abs()
-    largest, average = (0.5, 0.1) if score == "score" else (0.03, 0.01)
+    largest, average = (0.5, 0.05) if score == "score" else (0.03, 0.005)
+    if STOPPED_EARLY in found.name:
+        largest, average = 0.15, 0.15
     if gaps.max() > largest or gaps.mean() > average:
         run = both.loc[gaps.idxmax(), keys].to_dict()
         return [f"{found.name}: {gaps.mean():.4f} on average, {gaps.max():.4f} of {run}"]

@@ -17,6 +17,7 @@ def compare(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "expected"), str(tmp_path / "found")])
         return main()
 
+    run.folder = tmp_path
     return run
 
 
@@ -36,7 +37,7 @@ def test_small_differences_pass_and_large_ones_do_not(compare, found, code):
 
 
 def test_ends_of_intervals_may_move_further_and_the_machine_is_not_compared(compare, tmp_path):
-    assert compare("low,mean\n0.60,0.71\n", "low,mean\n0.57,0.72\n") == 0
+    assert compare("low,mean\n0.60,0.71\n", "low,mean\n0.587,0.718\n") == 0
     (tmp_path / "expected" / "table-a-1-hardware.csv").write_text("what,value\ncores,2\n")
     (tmp_path / "found" / "table-a-1-hardware.csv").write_text("what,value\ncores,64\n")
     assert main() == 0
@@ -45,7 +46,7 @@ def test_ends_of_intervals_may_move_further_and_the_machine_is_not_compared(comp
 @pytest.mark.parametrize(
     ("found", "code"),
     [
-        ([0.70, 0.72], 0),
+        ([0.70, 0.714], 0),
         ([0.66, 0.71], 1),  # one run is far off
         ([0.72, 0.73], 1),  # all are a little
         ([0.70], 1),
@@ -60,6 +61,19 @@ def test_runs_are_compared_one_by_one(tmp_path, monkeypatch, found, code):
     folders = [str(tmp_path / name) for name in ("expected", "found", "found")]
     monkeypatch.setattr(sys, "argv", ["", *folders])
     assert main() == code
+
+
+def test_what_follows_from_early_stopping_is_given_more_room(compare):
+    table = "id,difference\n03-a,{}\nX-b,{}\n"
+    assert compare(table.format(0.05, 0.2), table.format(0.05, 0.3)) == 0
+
+
+def test_other_claims_are_not(compare):
+    table = "id,difference,p_value\n03-a,{},{}\nX-b,{},0.1\n"
+    assert compare(table.format(0.05, 0.01, 0.2), table.format(0.055, 0.9, 0.2)) == 0
+    shutil.rmtree(compare.folder / "expected")
+    shutil.rmtree(compare.folder / "found")
+    assert compare(table.format(0.05, 0.01, 0.2), table.format(0.07, 0.01, 0.2)) == 1
 
 
 def test_what_is_committed_is_equal_to_itself(tmp_path, monkeypatch):

@@ -437,12 +437,16 @@ def with_views(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> p
 
 
 def with_updates(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> pd.DataFrame:
-    """Segmenters trained for other numbers of updates; rows are as those of :func:`run`."""
+    """Segmenters trained for other numbers of updates.
+
+    Rows are as those of :func:`run`, with the number as ``step``.
+    """
     rows, settings = [], study.settings.segmenter
     for number in numbers:
         own = settings.model_copy(update={"max_train_steps": number})
         changed = study.settings.model_copy(update={"segmenter": own})
-        rows.append(run(replace(study, settings=changed), cells, progress=False))
+        made = run(replace(study, settings=changed), cells, progress=False)
+        rows.append(made.assign(step=number))
     return pd.concat(rows, ignore_index=True)
 
 
