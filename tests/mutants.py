@@ -106,6 +106,13 @@ FAULTS = (
         "wider_interval",
     ),
     Fault(
+        "Holm without its order",
+        f"{EVIDENCE}/claims.py",
+        "enumerate(sorted(p_values, key=p_values.__getitem__))",
+        "enumerate(p_values)",
+        "holm",
+    ),
+    Fault(
         "another AutoAugment policy",
         "sdaug_utils/data/augment.py",
         "v2.AutoAugmentPolicy.IMAGENET",
