@@ -110,7 +110,7 @@ FAULTS = (
         f"{EVIDENCE}/claims.py",
         "enumerate(sorted(p_values, key=p_values.__getitem__))",
         "enumerate(p_values)",
-        "holm",
+        "test_claims.py::holm",
     ),
     Fault(
         "another AutoAugment policy",
