@@ -181,20 +181,21 @@ def test_views_are_varied_up_to_those_in_use(world):
 
 def test_a_frozen_twin_has_the_same_updates_at_the_same_rate(world, monkeypatch):
     arms = experiments.baselines([50])
-    published = cells.run(world, cells.repeated(arms, "published", 2, 1), progress=False)
-    asked = []
-    train = classifier.train_controlled
+    arms += experiments.synthetic(["stable-diffusion-prompt"], [(50, [2])])
+    asked, train = [], classifier.train_controlled
 
     def recorded(sets, validation, test_features, settings, num_classes):
         asked.append(settings)
         return train(sets, validation, test_features, settings, num_classes)
 
     monkeypatch.setattr(classifier, "train_controlled", recorded)
-    twins = cells.frozen_twins(world, published)
-    assert twins["num_updates"].tolist() == published["num_updates"].tolist()
-    assert twins["selected_step"].tolist() == published["num_updates"].tolist()  # the last weights
-    assert twins[["draw", "seed", "arm"]].equals(published[["draw", "seed", "arm"]])
+    both = cells.with_twins(world, cells.repeated(arms, "published", 2, 1))
+    published, twins = both[:4], both[4:].reset_index(drop=True)
+    assert set(published["protocol"]) == {"published"}
     assert set(twins["protocol"]) == {"controlled"}
+    same = ["arm", "draw", "seed", "num_real", "num_synthetic", "num_updates"]
+    assert twins[same].equals(published[same])
+    assert twins["selected_step"].tolist() == twins["num_updates"].tolist()  # the last weights
     like = world.settings.classifier.published
     assert {(one.learning_rate, one.batch_size) for one in asked} == {
         (like.learning_rate, like.batch_size)

@@ -405,19 +405,20 @@ class Trainer:
         return segmenter.train(self.maps(), images, trimaps, self.splits, cell.protocol, seed)
 
 
-def frozen_twins(study: Study, published: pd.DataFrame) -> pd.DataFrame:
-    """For each run of the published protocol a frozen, normalised network, all else equal.
+def with_twins(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
+    """Runs of the published protocol, and of each a frozen, normalised twin, all else equal.
 
-    It sees the same images at the same size, at the same rate and for as many updates, and its last
-    weights are tested. Rows are as those of :func:`run`.
+    A twin sees the same images at the same size, at the same rate and for as many updates, and its
+    last weights are tested; its protocol is ``controlled``. Rows are as those of :func:`run`.
     """
-    rows, like = [], study.settings.classifier.published
-    for values in published.to_dict("records"):
-        steps = dict.fromkeys(("max_train_steps", "validation_steps"), values["num_updates"])
+    published, like = run(study, cells), study.settings.classifier.published
+    rows = [published]
+    for cell, updates in zip(cells, published["num_updates"], strict=True):
+        steps = dict.fromkeys(("max_train_steps", "validation_steps"), int(updates))
         same = {"learning_rate": like.learning_rate, "batch_size": like.batch_size}
         twin = _changed(study, {**same, **steps}, image_size=like.image_size)
-        fields = {name: values[name] for name in Cell.model_fields} | {"protocol": "controlled"}
-        rows.append(run(twin, [Cell(**fields)], progress=False))
+        frozen = cell.model_copy(update={"protocol": "controlled"})
+        rows.append(run(twin, [frozen], progress=False))
     return pd.concat(rows, ignore_index=True)
 
 
