@@ -46,6 +46,16 @@ def build(name: Augmentation, image_size: int) -> Transform:
 
 def view(image: np.ndarray, transform: Transform, seed: int) -> np.ndarray:
     """One augmented view of an 8-bit RGB image; the same seed gives the same view."""
-    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return np.asarray(transform(Image.fromarray(image)))
+    from torchvision.transforms import v2
+
+    picture = Image.fromarray(image)
+    if isinstance(transform, v2.Resize):
+        return np.asarray(transform(picture))
+    # The generator itself: torch.manual_seed has one for each GPU, and notes down who called.
+    with GLOBAL_GENERATOR:
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            return np.asarray(transform(picture))
+        finally:
+            torch.default_generator.set_state(state)
