@@ -112,7 +112,8 @@ def notebook(folder, name, source):
     parameters = next(c for c in template.cells if "parameters" in c.metadata.get("tags", []))
     parameters.outputs, parameters.execution_count = [], None
     few = parameters.source.replace("10, 5]", "10]")  # of the smoke profile's 20 images
-    parameters.source = few.replace("protocols_at_percent = 5", "protocols_at_percent = 10")
+    few = few.replace("protocols_at_percent = 5", "protocols_at_percent = 10")
+    parameters.source = few.replace("pixels_at_percents = [5, 10]", "pixels_at_percents = [10]")
     book.cells = [parameters, nbformat.v4.new_code_cell(source)]
     book.metadata = {"kernelspec": template.metadata.kernelspec}
     nbformat.write(book, folder / name)
@@ -197,12 +198,13 @@ def test_a_dry_run_counts_what_is_missing_and_starts_nothing(monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     [fourth] = [line for line in lines if line.startswith("04")]
     [fifth] = [line for line in lines if line.startswith("05")]
-    # 3 techniques, 2 draws, 2 classes, 3 images; 2 personalised techniques, 2 draws, 2 classes
-    assert "36 / 36" in fourth
+    # 3 techniques, 2 draws, 2 classes, 3 images, of plain prompts one more; 2 personalised
+    # techniques, 2 draws, 2 classes
+    assert "40 / 40" in fourth
     assert "8 / 8" in fourth
-    assert "28 / 28" in fourth
-    assert "0 / 36" in fifth  # experiment 04 has made them
-    assert "12 / 16" in fifth  # its baselines, too
+    assert "32 / 32" in fourth
+    assert "0 / 40" in fifth  # experiment 04 has made them
+    assert "14 / 18" in fifth  # its baselines, too
     assert any("4.0 times as many" in line for line in lines)
     assert not list((tmp_path / "store").glob("pools/*"))
 

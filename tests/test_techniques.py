@@ -77,9 +77,8 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
     values = params.parameters_cell(
         params.PARAMS_FOLDER.parent / "notebooks" / "04-generation-percentage.ipynb"
     ) | params.overrides("smoke", "04-generation-percentage")
-    p = params.check_notebook(
-        "04-generation-percentage", values | {"techniques": ["real-guidance"], "profile": "smoke"}
-    )
+    chosen = {"techniques": ["real-guidance"], "further_numbers": {}, "profile": "smoke"}
+    p = params.check_notebook("04-generation-percentage", values | chosen)
     needed = plan.needs(world, p)
     # 2 draws, 2 classes: 3 images of every class, and of few real ones others than of all
     assert needed.counts() == (2 * 2 * (3 + 1), 0, 2 * (1 + 2) * 2)
