@@ -205,7 +205,7 @@ def test_a_dry_run_counts_what_is_missing_and_starts_nothing(monkeypatch, capsys
     assert "32 / 32" in fourth
     assert "0 / 40" in fifth  # experiment 04 has made them
     assert "14 / 18" in fifth  # its baselines, too
-    assert any("4.0 times as many" in line for line in lines)
+    assert any("4.8 times as many" in line for line in lines)
     assert not list((tmp_path / "store").glob("pools/*"))
 
 
