@@ -442,6 +442,8 @@ def deviations(results: pd.DataFrame) -> pd.DataFrame:
             for (arm, _), runs in group.groupby(["arm", "synthetic_per_class"])
             if arm != "baseline"
         ]
+        if not arms:
+            continue
         found = pd.DataFrame([metrics.run_deviations(gain) for gain in arms])
         mean = 100 * np.sqrt((found**2).mean())
         rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(arms)})

@@ -21,6 +21,7 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.store import note
 from sdaug_utils.study import figures_folder
 
+OF_SUBJECTS = ("01-a", "01-b", "01-c", "02-a", "02-b")  # claims whose pairs are of subjects
 REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),
@@ -232,24 +233,27 @@ def protocols(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def lacking(judged: pd.DataFrame) -> list[str]:
-    """What would decide each open comparison; of others nothing."""
-    pairs = judged[["detectable", "draws_needed"]].to_numpy()
-    return [
-        ""
-        if np.isnan(difference)
-        else f"{100 * difference:.1f} points would have shown; "
-        + ("no number of draws" if np.isinf(draws) else f"{draws:.0f} draws")
-        + " would show this"
-        for difference, draws in pairs
-    ]
+    """What would decide each open comparison: a difference, or a number of draws; else nothing.
+
+    The distance from its bound that would have been shown with 80 % power, and how many draws (or
+    subjects) would show, with the same power, the distance that was found; more test images, if no
+    number of draws would.
+    """
+    found = []
+    for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
+        unit = "subjects" if row["id"] in OF_SUBJECTS else "draws"
+        number = row["draws_needed"]
+        more = "more test images" if np.isinf(number) else f"{number:.0f} {unit}"
+        open_one = not np.isnan(row["detectable"])
+        found.append(f"{100 * row['detectable']:.1f} points, {more}" * open_one)
+    return found
 
 
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """The claims and what became of them; differences in absolute points.
 
     ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
-    Beside an open claim stands the distance from its bound that would have been shown with 80 %
-    power, and how many draws would show, with the same power, the distance that was found. What is
+    Beside an open claim stands what would decide it (:func:`lacking`). What is
     shown beside a claim's primary comparison follows it with a dot, its verdict in brackets.
     """
     points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})

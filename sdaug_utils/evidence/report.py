@@ -141,7 +141,7 @@ def verdict_table(claims: pd.DataFrame) -> str:
     it; beside one that is decided, whether it stays so by Holm's rule.
     """
     rows = [
-        "| | claim of the thesis | difference [95 %] | verdict | by Holm's rule; what is lacking |",
+        "| | claim of the thesis | difference [95 %] | verdict | by Holm's rule, or lacking |",
         "|---|---|---|---|---|",
     ]
     primary = claims[claims["primary"]]
