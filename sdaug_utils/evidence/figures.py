@@ -21,7 +21,6 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.store import note
 from sdaug_utils.study import figures_folder
 
-OF_SUBJECTS = ("01-a", "01-b", "01-c", "02-a", "02-b")  # claims whose pairs are of subjects
 REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),
@@ -241,7 +240,7 @@ def lacking(judged: pd.DataFrame) -> list[str]:
     """
     found = []
     for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
-        unit = "subjects" if row["id"] in OF_SUBJECTS else "draws"
+        unit = "subjects" if row["id"].startswith(("01", "02")) else "draws"
         number = row["draws_needed"]
         more = "more test images" if np.isinf(number) else f"{number:.0f} {unit}"
         open_one = not np.isnan(row["detectable"])
