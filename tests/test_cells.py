@@ -72,7 +72,7 @@ def test_incomplete_double_and_mixed_runs_are_refused(world, grid):
 
 
 def test_curves_are_read_at_the_steps_asked_for(world, grid):
-    curve = cells.accuracy_curve(world, grid[0], 0.1, [4, 10])
+    curve = cells.accuracy_curves(world, grid[:1], 0.1, [4, 10])
     assert curve["step"].tolist() == [4, 10]
     assert curve["test_accuracy"].between(0, 1).all()
 

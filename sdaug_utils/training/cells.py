@@ -459,31 +459,53 @@ def _changed(study: Study, controlled: dict[str, Any], **changes: Any) -> Study:
     return replace(study, settings=study.settings.model_copy(update={"classifier": new}))
 
 
-def accuracy_curve(
-    study: Study, cell: Cell, learning_rate: float, steps: Sequence[int]
+def accuracy_curves(
+    study: Study, cells: Sequence[Cell], learning_rate: float, steps: Sequence[int]
 ) -> pd.DataFrame:
-    """Test accuracy of a cell's arm after given numbers of updates, at one learning rate.
+    """Test accuracy of cells' arms after given numbers of updates, at one learning rate.
 
-    The network is the controlled one; nothing is selected. Columns: ``arm``, ``draw``, ``seed``,
-    ``learning_rate``, ``step``, ``test_accuracy``.
+    The network is the controlled one; nothing is selected. Columns: ``step``, ``test_accuracy``,
+    ``arm``, ``real_percent``, ``draw``, ``seed``, ``learning_rate``.
     """
-    trainer = Trainer(study)
+    trainer, every = Trainer(study), int(np.gcd.reduce(steps))
     changes = {"learning_rate": learning_rate, "max_train_steps": max(steps)}
     settings = study.settings.classifier.controlled.model_copy(update=changes)
-    determined_by = spec(study, cell) | {"settings": settings.model_dump(), "steps": list(steps)}
+    more = {"settings": settings.model_dump(), "steps": list(steps)}
+    specs = [spec(study, cell) | more for cell in cells]
+    test_labels = torch.from_numpy(study.data.splits["test"].labels)
+    for cell, determined_by in zip(cells, specs, strict=True):
+        if not study.store.folder("curves", determined_by).exists():
+            trainer.prepare(cell)
 
-    def make(folder: Path) -> None:
-        rows, test = [], trainer.features_of("test")[:, 0]
-        test_labels = torch.from_numpy(study.data.splits["test"].labels)
+    def train(start: int) -> list[Path]:
+        some = slice(start, start + STACK)
 
-        def evaluate(step: int, head: torch.nn.Linear) -> None:
-            if step in steps:
-                rows.append((step, classifier.accuracy(head, test, test_labels)))
+        def make(positions: list[int], folders: list[Path]) -> None:
+            rows: list[list[tuple[int, float]]] = [[] for _ in positions]
+            test = trainer.features_of("test")[:, 0]
 
-        [data], every = trainer.head_sets([cell]), int(np.gcd.reduce(steps))
-        classifier.train_head(data, settings, trainer.num_classes, every, evaluate)
-        table = pd.DataFrame(rows, columns=["step", "test_accuracy"])
-        table.to_csv(folder / "curve.csv", index=False)
+            def evaluate(step: int, heads: Sequence[torch.nn.Linear]) -> None:
+                if step in steps:
+                    for row, head in zip(rows, heads, strict=True):
+                        row.append((step, classifier.accuracy(head, test, test_labels)))
 
-    curve = pd.read_csv(study.store.get("curves", determined_by, make) / "curve.csv")
-    return curve.assign(arm=cell.arm, draw=cell.draw, seed=cell.seed, learning_rate=learning_rate)
+            sets = trainer.head_sets([cells[some][position] for position in positions])
+            classifier.train_heads(sets, settings, trainer.num_classes, every, evaluate)
+            for row, folder in zip(rows, folders, strict=True):
+                table = pd.DataFrame(row, columns=["step", "test_accuracy"])
+                table.to_csv(folder / "curve.csv", index=False)
+
+        return study.store.get_all("curves", specs[some], make)
+
+    parts = in_parallel(study.settings, train, range(0, len(cells), STACK))
+    folders = [folder for part in parts for folder in part]
+    return pd.concat(
+        pd.read_csv(folder / "curve.csv").assign(
+            arm=cell.arm,
+            real_percent=cell.real_percent,
+            draw=cell.draw,
+            seed=cell.seed,
+            learning_rate=learning_rate,
+        )
+        for cell, folder in zip(cells, folders, strict=True)
+    )
