@@ -8,7 +8,7 @@ training, above all personalisation, goes slightly other ways: between a Xeon an
 differences of claims moved by up to 0.1 points, ends of three draws' intervals by 0.4. Tolerances
 leave room for one arm that becomes the "best" in the place of another: a point of accuracy and one
 and a half of an interval's ends, four per cent of relative gain; of a single run three points, of
-all runs together half a point; 0.1 for what is judged on a few images of ten subjects, 15 points
+all runs together half a point; 0.1 for what is judged on a few images of a few subjects, 15 points
 for runs that stop early, after more updates or fewer. Verdicts, p-values, and the number of those
 updates, may follow from such differences: they are not compared, nor is the description of the
 machine.

@@ -102,8 +102,11 @@ def images(
     study: Study, technique: str, subjects: Sequence[Subject], p: params.Subjects
 ) -> list[list[Pool]]:
     """Images of each subject by each prompt: a list of pools per subject, in the prompts' order."""
-    requests = subject_requests(study, technique, subjects, p)
-    pools = fill(study, requests, technique)
+    return _by_subject(fill(study, subject_requests(study, technique, subjects, p), technique), p)
+
+
+def _by_subject(pools: list[Pool], p: params.Subjects) -> list[list[Pool]]:
+    """Pools that come subject by subject, a list of them for each."""
     return [pools[i : i + len(p.prompts)] for i in range(0, len(pools), len(p.prompts))]
 
 
@@ -139,8 +142,7 @@ def hypernym_requests(study: Study, p: params.DifferentSubjects) -> list[Request
 
 def hypernym_images(study: Study, p: params.DifferentSubjects) -> list[list[Pool]]:
     """Images of :func:`hypernym_requests`: a list of pools per subject, in the prompts' order."""
-    pools = fill(study, hypernym_requests(study, p), p.bare_technique)
-    return [pools[i : i + len(p.prompts)] for i in range(0, len(pools), len(p.prompts))]
+    return _by_subject(fill(study, hypernym_requests(study, p), p.bare_technique), p)
 
 
 def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
@@ -219,7 +221,7 @@ class Judge:
                 obeyed += does
                 in_context += (faithful * does).tolist()
         found = self.head(every).argmax(dim=1).numpy()
-        wanted = self.kinds[list(subject.labels)]
+        wanted = set(self.kinds[list(subject.labels)])
         return {
             "fidelity": float(np.mean(fidelity)),
             "prompt_fidelity": float(np.mean(obeyed)) if obeyed else np.nan,
@@ -228,7 +230,7 @@ class Judge:
             "nearest_input": float(np.mean(nearest)),
             "in_class": float(np.isin(found, subject.labels).mean())
             - len(subject.labels) / self.num_classes,
-            "in_kind": float(np.mean([kind in set(wanted) for kind in self.kinds[found]])),
+            "in_kind": float(np.mean([kind in wanted for kind in self.kinds[found]])),
             "among_inputs": self.among(subject),
         }
 
