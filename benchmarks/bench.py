@@ -136,7 +136,7 @@ def train_through_backbone(study: Study, pixels: torch.Tensor) -> None:
 def personalise(study: Study, technique: str, pipeline: Any) -> None:
     """A model for each class, saved."""
     requests = technique_requests(study, technique, 0, 1)
-    pools.learn_models(study, requests, lambda: pipeline)
+    pools.learn_models(study, requests)
 
 
 def example_loop(study: Study, technique: str, pipeline: Any) -> None:

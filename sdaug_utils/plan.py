@@ -71,7 +71,7 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
     root, rest = study.store.root, Needs()
     for key, indices in wanted.images.items():
         request, new = wanted.requests[key], indices - done.images.get(key, set())
-        new -= set(read_pool(root / "pools" / key, sorted(new), decode=False))
+        new -= {i for i, row in read_pool(root / "pools" / key).items() if row["size"] != "0"}
         rest.images[key], rest.requests[key] = new, request
         if new and request.model:
             technique, name = request.technique, digest(request.model)

@@ -99,9 +99,9 @@ class Store:
     def lock(self, kind: str, *specs: Spec) -> Iterator[None]:
         """A lock between processes for some artefacts, in one order for all: no deadlock."""
         with ExitStack() as stack:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
             for key in sorted({digest(spec) for spec in specs}):
-                (self.root / kind).mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(self.root / kind / f"{key}.lock"))
+                stack.enter_context(FileLock(self.root / "locks" / f"{kind}-{key}.lock"))
             yield
 
     def get(self, kind: str, spec: Spec, make: Callable[[Path], None]) -> Path:

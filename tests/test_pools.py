@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import control, datasets, images
+from sdaug_utils.errors import InputError
 from sdaug_utils.generation import pools
 from sdaug_utils.generation import technique as techniques
 from sdaug_utils.generation.foundation import load_pipeline
@@ -44,7 +46,7 @@ class FakeSampler:
 
 def grow(store, count, sampler=None, batch_size=3, max_attempts=5):
     batch = Batch(batch_size, "sampling.batch_size")
-    asked = SimpleNamespace(spec=SPEC, indices=range(count), followed=())
+    asked = techniques.Request(SPEC, range(count), None, {}, (), None)
     [pool] = pools.grow(store, [asked], lambda: sampler, batch, max_attempts)
     return pool
 
@@ -101,7 +103,7 @@ def test_a_killed_writer_leaves_nothing_behind_and_a_pool_says_what_made_it(stor
 
 def test_pools_share_passes_and_are_the_same_as_alone(store, tmp_path):
     specs = [{**SPEC, "prompt": prompt} for prompt in ("a bag", "a large bag", "a dark bag")]
-    asked = [SimpleNamespace(spec=spec, indices=range(3), followed=()) for spec in specs]
+    asked = [techniques.Request(spec, range(3), None, {}, (), None) for spec in specs]
     passes = []
 
     class Counting(FakeSampler):
@@ -149,15 +151,81 @@ def test_rejected_images_are_replaced_with_the_next_attempts_seed(store):
     pool = grow(store, 5, FakeSampler(rejects=bad.__contains__))
     assert pool.attempts == (1, 3, 1, 2, 1)
     assert pool.seeds[1] == pools.image_seed(SPEC, 1, 2)
-    with pytest.raises(RuntimeError, match="image 5 was rejected 5 times"):
-        grow(store, 6, FakeSampler(rejects=lambda seed: True))
+
+
+def test_an_image_that_is_always_rejected_is_given_up_and_the_next_takes_its_place(store):
+    bad = {pools.image_seed(SPEC, 1, attempt) for attempt in range(5)}
+    pool = grow(store, 4, FakeSampler(rejects=bad.__contains__))
+    assert [file.name for file in pool.files] == [f"0000{i}.png" for i in (0, 2, 3, 4)]
+    larger = grow(store, 6, FakeSampler())
+    assert larger.files[:4] == pool.files
+    assert [file.name for file in larger.files[4:]] == ["00005.png", "00006.png"]
+    again = grow(store, 4, FakeSampler(), max_attempts=6)  # one attempt more is asked for
+    assert [file.name for file in again.files] == [f"0000{i}.png" for i in (0, 1, 2, 3)]
+    other, sampler = Store(store.root / "other"), FakeSampler(rejects=lambda seed: True)
+    with pytest.raises(RuntimeError, match="all 2 images were rejected 5 times"):
+        grow(other, 2, sampler)
+
+
+def test_bits_that_flip_are_found_when_an_image_is_read_or_all_are_verified(store, monkeypatch):
+    pool = grow(store, 3, FakeSampler())
+    before = content(pool)
+    damaged = bytearray(before[1])
+    damaged[-20] ^= 1
+    pool.files[1].write_bytes(damaged)
+    assert grow(store, 3) == pool  # to open a pool, sizes are enough
+    assert len(pool.images()[0]) == 8
+    with pytest.raises(InputError, match=r"00001.png: damaged: make it again"):
+        pool.images()[1]
+    monkeypatch.setenv("SDAUG_VERIFY", "1")
+    assert content(grow(store, 3, FakeSampler())) == before
+
+
+def test_a_pool_is_grown_by_several_at_once(store, tmp_path):
+    """Blocks of a pool do not wait for each other; what two ask for is made by one."""
+    made = []
+
+    class Noting(FakeSampler):
+        def __call__(self, items, seeds):
+            made.extend(dict.fromkeys(index for _, index in items))
+            return super().__call__(items, seeds)
+
+    def block(start):
+        asked = techniques.Request(SPEC, range(start, start + 60), None, {}, (), None)
+        pools.grow(store, [asked], Noting, Batch(7, "sampling.batch_size"), 5)
+
+    with ThreadPoolExecutor(6) as executor:
+        list(executor.map(block, [0, 60, 120, 180, 0, 90]))
+    assert sorted(made) == list(range(240))
+    together, alone = grow(store, 240), grow(Store(tmp_path / "other"), 240, FakeSampler())
+    assert content(together) == content(alone)
+    listings = [pool.files[0].parent / "metadata.csv" for pool in (together, alone)]
+    assert listings[0].read_bytes() == listings[1].read_bytes()
+
+
+def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
+    spec = {**SPEC, "class": "boot"}
+    folder = store.folder("pools", spec)
+    folder.mkdir(parents=True)
+    rows = {}
+    for index in range(10_000):
+        name = f"{index:05d}.png"
+        (folder / name).write_bytes(b"0" * 40)
+        values = (name, "boot", "a boot", index, 1, 40, pools.digest_of(b"0" * 40))
+        rows[index] = dict(zip(pools.COLUMNS, map(str, values), strict=True))
+    pools._write_rows(list(rows.values()), folder / "metadata.csv")
+    asked = techniques.Request(spec, range(10_000), None, {}, (), None)
+    began = time.perf_counter()
+    [pool] = pools.grow(store, [asked], FakeSampler, Batch(7, "sampling.batch_size"), 5)
+    assert len(pool.images().digests()) == 10_000
+    assert time.perf_counter() - began < 1
 
 
 def test_a_pool_is_an_image_folder_with_metadata(store):
     pool = grow(store, 3, FakeSampler())
     with (pool.files[0].parent / "metadata.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == ("file_name", "class", "prompt", "seed", "attempts")
+    assert tuple(rows[0]) == pools.COLUMNS
     assert [row["file_name"] for row in rows] == [file.name for file in pool.files]
     assert {(row["class"], row["prompt"]) for row in rows} == {("bag", "a bag")}
 

@@ -1,16 +1,19 @@
 """Synthetic images: a pool per technique, class and draw.
 
 A pool is a sequence: image i depends only on the pool's specification and i. Asking for 50 after
-10 adds 40. On disk it is an ordinary image folder with ``metadata.csv``.
+10 adds 40. On disk it is an ordinary image folder with ``metadata.csv``, which lists the size and
+the digest of each file: sizes are compared whenever a pool is opened, digests when an image is read
+or where ``SDAUG_VERIFY`` is set.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,17 +25,25 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sdaug_utils.compute import Batch, in_parallel
-from sdaug_utils.data.images import Images, decoded, read_images
-from sdaug_utils.errors import InputError
+from sdaug_utils.compute import Batch, device_of, in_parallel
+from sdaug_utils.data.images import Images, read_listed
 from sdaug_utils.generation.foundation import TOKENIZING, Pipeline, takes_scale
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.lazy import torch
-from sdaug_utils.params import Sampling
-from sdaug_utils.store import Spec, Store, digest, write_atomically, write_spec
+from sdaug_utils.params import Sampling, Settings
+from sdaug_utils.store import (
+    Spec,
+    Store,
+    digest,
+    digest_of,
+    file_digest,
+    write_atomically,
+    write_spec,
+)
 from sdaug_utils.study import Study
 
-COLUMNS = ("file_name", "class", "prompt", "seed", "attempts")
+COLUMNS = ("file_name", "class", "prompt", "seed", "attempts", "size", "digest")
+BLOCK = 100  # images of a pool that are locked together: others may make the next at the same time
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
 Item = tuple[int, int]  # the number of a pool and the index of one of its images
@@ -48,13 +59,19 @@ class Pool:
 
     class_name: str
     files: tuple[Path, ...]
+    digests: tuple[str, ...]  # of the files
     seeds: tuple[int, ...]
     attempts: tuple[int, ...]
     followed: tuple[int, ...] = ()  # the row of the train split that each image follows
 
     def images(self) -> Images:
         """8-bit RGB arrays of shape (height, width, 3)."""
-        return read_images(self.files)
+        return read_listed(self.files, self.digests)
+
+
+def images_of(pools: Iterable[Pool]) -> Images:
+    """The images of some pools, one pool after the other."""
+    return sum((pool.images() for pool in pools), Images(()))
 
 
 def image_seed(spec: Spec, index: int, attempt: int) -> int:
@@ -63,21 +80,51 @@ def image_seed(spec: Spec, index: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def read_pool(
-    folder: Path, indices: Sequence[int] | None = None, decode: bool = True
-) -> dict[int, Row]:
-    """The rows of ``metadata.csv`` whose images are whole, by index; all of them by default.
+def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
+    """The rows of ``metadata.csv`` by index: of images that are whole, and of those given up.
 
-    Without ``decode`` an image need only be there: enough for a plan.
+    A file is whole if it has its size; to ``verify``, if it has its digest. An image that was given
+    up has no file, and a size of 0.
     """
     listing = folder / "metadata.csv"
     if not listing.exists():
         return {}
     with listing.open(newline="") as file:
         rows = {int(row["file_name"].removesuffix(".png")): row for row in csv.DictReader(file)}
-    wanted, there = rows if indices is None else indices, set(os.listdir(folder))
-    listed = [i for i in wanted if i in rows and _file_name(i) in there]
-    return {i: rows[i] for i in listed if not decode or _decodes(folder / _file_name(i))}
+    with os.scandir(folder) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries}
+
+    def is_whole(row: Row) -> bool:
+        size = sizes.get(row["file_name"], 0)
+        if str(size) != row["size"]:
+            return False
+        return not (size and verify) or file_digest(folder / row["file_name"]) == row["digest"]
+
+    return {index: row for index, row in rows.items() if is_whole(row)}
+
+
+def is_given_up(row: Row, max_attempts: int) -> bool:
+    """Whether an image was rejected so often that another takes its place."""
+    return row["size"] == "0" and int(row["attempts"]) >= max_attempts
+
+
+def chosen(request: Request, rows: Mapping[int, Row], max_attempts: int) -> list[int]:
+    """The indices of the images that a request gets, in order: those given up are left out.
+
+    In their place come the next of the sequence, so that 50 images are the first of 400.
+
+    Raises:
+        RuntimeError: more were given up than are asked for.
+    """
+    number, gone = len(request.indices), {i for i in rows if is_given_up(rows[i], max_attempts)}
+    if len(gone & set(request.indices)) == number > 0:
+        raise RuntimeError(
+            f"pool of '{request.spec['class']}': all {number} images were rejected {max_attempts} "
+            "times; choose another prompt or raise sampling.max_attempts"
+        )
+    further = map(request.at, itertools.count(number))
+    sequence = itertools.chain(request.indices, further)
+    return list(itertools.islice((i for i in sequence if i not in gone), number))
 
 
 def grow(
@@ -91,63 +138,106 @@ def grow(
     """Make those images of some pools that are missing; the pools share a sampler and its passes.
 
     Every pass has the batch's size, since rounding depends on its shape: a last one is filled up.
+    An image that was rejected ``max_attempts`` times is given up: see :func:`chosen`.
 
     Args:
         requests: of each pool what determines its images (``class`` and ``prompt`` go into the
             metadata) and which images are asked for, ``range(50)`` for the first fifty.
         make_sampler: called only if an image is missing.
-        max_attempts: after so many rejections of one image its pool fails.
 
     Raises:
-        RuntimeError: an image was rejected ``max_attempts`` times.
+        RuntimeError: all images of a pool were given up.
     """
-    specs = [request.spec for request in requests]
-    folders = [store.folder("pools", spec) for spec in specs]
-    pairs = list(zip(folders, requests, strict=True))
-    rows, missing = [read_pool(folder, request.indices) for folder, request in pairs], []
-    if any(len(own) < len(request.indices) for own, request in zip(rows, requests, strict=True)):
-        with store.lock("pools", *specs):
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                for leftover in folder.glob(".*"):
-                    leftover.unlink()  # of a process that was killed while it wrote
-            rows = [read_pool(folder) for folder in folders]  # what was not asked for stays listed
-            missing = [
-                (number, index)
-                for number, request in enumerate(requests)
-                for index in request.indices
-                if index not in rows[number]
-            ]
-            sampler = cache(make_sampler)  # another process may have made what was missing
-
-            def make(part: Sequence[Item]) -> Sequence[Item]:
-                made = _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
-                for number in {number for number, _ in part}:
-                    rows[number] |= {i: row for (own, i), row in made.items() if own == number}
-                    lines = [rows[number][index] for index in sorted(rows[number])]
-                    write_atomically(folders[number] / "metadata.csv", partial(_write_rows, lines))
-                if progress:
-                    progress.update(len(part))
-                return part
-
-            for number in {number for number, _ in missing}:
-                write_spec(folders[number], {**specs[number], "batch_size": batch.size})
-            batch.run(make, missing)
+    folders = [store.folder("pools", request.spec) for request in requests]
+    sampler, verify = cache(make_sampler), bool(os.environ.get("SDAUG_VERIFY"))
+    made: set[Item] = set()
+    while True:
+        rows = [read_pool(folder, verify) for folder in folders]
+        indices = [
+            chosen(request, own, max_attempts) for request, own in zip(requests, rows, strict=True)
+        ]
+        missing = [
+            (number, index)
+            for number, own in enumerate(indices)
+            for index in own
+            if rows[number].get(index, {}).get("size", "0") == "0"
+        ]
+        if not missing:
+            break
+        made |= _make(store, requests, missing, sampler, batch, max_attempts, progress, verify)
     pools = []
-    for number, (folder, request) in enumerate(pairs):
-        new = [index for own, index in missing if own == number]
-        store.record("images", folder, request.indices, new)
-        wanted = [rows[number][index] for index in request.indices]
+    for number, (folder, request) in enumerate(zip(folders, requests, strict=True)):
+        store.record(
+            "images", folder, indices[number], [index for own, index in made if own == number]
+        )
+        wanted = [rows[number][index] for index in indices[number]]
         pools.append(
             Pool(
                 request.spec["class"],
                 tuple(folder / row["file_name"] for row in wanted),
+                tuple(row["digest"] for row in wanted),
                 tuple(int(row["seed"]) for row in wanted),
                 tuple(int(row["attempts"]) for row in wanted),
-                request.followed,
+                request.followed(indices[number]),
             )
         )
     return pools
+
+
+def _make(
+    store: Store,
+    requests: Sequence[Request],
+    missing: Sequence[Item],
+    sampler: Callable[[], Sampler],
+    batch: Batch,
+    max_attempts: int,
+    progress: tqdm | None,
+    verify: bool,
+) -> set[Item]:
+    """Make images and list them; those that another process makes in the meantime are not its own.
+
+    Returns:
+        What it made, or gave up.
+    """
+    specs = [request.spec for request in requests]
+    folders = [store.folder("pools", spec) for spec in specs]
+    blocks = sorted({(number, index // BLOCK) for number, index in missing})
+    with store.lock("pools", *({**specs[number], "block": block} for number, block in blocks)):
+        rows = [read_pool(folder, verify) for folder in folders]
+        items = [
+            (number, index)
+            for number, index in missing
+            if (row := rows[number].get(index)) is None
+            or (row["size"] == "0" and not is_given_up(row, max_attempts))
+        ]
+
+        def make(part: Sequence[Item]) -> Sequence[Item]:
+            new = _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
+            for number in {number for number, _ in part}:
+                own = {index: row for (n, index), row in new.items() if n == number}
+                _list(store, specs[number], own)
+            if progress:
+                progress.update(len(part))
+            return part
+
+        for number in {number for number, _ in items}:
+            with store.lock("listings", specs[number]):
+                folders[number].mkdir(parents=True, exist_ok=True)
+                write_spec(folders[number], {**specs[number], "batch_size": batch.size})
+        for number, index in items:  # of a process that was killed while it wrote
+            for leftover in folders[number].glob(f".{_file_name(index)}.*"):
+                leftover.unlink()
+        batch.run(make, items)
+    return set(items)
+
+
+def _list(store: Store, spec: Spec, new: Mapping[int, Row]) -> None:
+    """Add rows to a pool's ``metadata.csv``; others may do so at the same time."""
+    with store.lock("listings", spec):
+        folder = store.folder("pools", spec)
+        rows = {**read_pool(folder), **new}
+        lines = [rows[index] for index in sorted(rows)]
+        write_atomically(folder / "metadata.csv", partial(_write_rows, lines))
 
 
 def _make_batch(
@@ -158,25 +248,35 @@ def _make_batch(
     max_attempts: int,
     batch_size: int,
 ) -> dict[Item, Row]:
-    rows, waiting = {}, list(items)
+    rows: dict[Item, Row] = {}
+    waiting = list(items)
+
+    def row(item: Item, seed: int, attempt: int, content: bytes) -> Row:
+        spec, name = specs[item[0]], _file_name(item[1])
+        made = (len(content), digest_of(content) if content else "")
+        values = (name, spec["class"], spec["prompt"], seed, attempt, *made)
+        return dict(zip(COLUMNS, map(str, values), strict=True))
+
     for attempt in range(max_attempts):
         filled = [*waiting, *waiting[-1:] * (batch_size - len(waiting))]
         seeds = [image_seed(specs[number], index, attempt) for number, index in filled]
         for item, seed, image in zip(waiting, seeds, sampler(filled, seeds), strict=False):
             if image is not None:
-                (number, index), spec = item, specs[item[0]]
-                path = folders[number] / _file_name(index)
-                write_atomically(path, partial(image.save, format="PNG"))
-                values = (path.name, spec["class"], spec["prompt"], seed, attempt + 1)
-                rows[item] = dict(zip(COLUMNS, map(str, values), strict=True))
+                content = io.BytesIO()
+                image.save(content, format="PNG")
+                path, data = folders[item[0]] / _file_name(item[1]), content.getvalue()
+                write_atomically(path, partial(Path.write_bytes, data=data))
+                rows[item] = row(item, seed, attempt + 1, data)
         waiting = [item for item in waiting if item not in rows]
         if not waiting:
             return rows
-    number, index = waiting[0]
-    raise RuntimeError(
-        f"pool of '{specs[number]['class']}': image {index} was rejected {max_attempts} times; "
-        "choose another prompt or raise sampling.max_attempts"
-    )
+    for item in waiting:
+        tqdm.write(
+            f"pool of '{specs[item[0]]['class']}': image {item[1]} was rejected {max_attempts} "
+            "times and is given up: the next takes its place"
+        )
+        rows[item] = row(item, image_seed(specs[item[0]], item[1], 0), max_attempts, b"")
+    return rows
 
 
 def _write_rows(rows: Sequence[Row], path: Path) -> None:
@@ -188,14 +288,6 @@ def _write_rows(rows: Sequence[Row], path: Path) -> None:
 
 def _file_name(index: int) -> str:
     return f"{index:05d}.png"
-
-
-def _decodes(path: Path) -> bool:
-    try:
-        decoded(path)
-    except InputError:
-        return False
-    return True
 
 
 def pipeline_sampler(
@@ -253,35 +345,38 @@ def technique_pools(
     return fill(study, requests, f"{technique}, draw {draw}" if progress else None)
 
 
-def fill(study: Study, requests: Sequence[Request], label: str | None = None) -> list[Pool]:
+def fill(
+    study: Study, requests: Sequence[Request], label: str | None = None, keep: bool = False
+) -> list[Pool]:
     """Make what is missing of the requested pools, personalised models first.
 
     All requests are of one technique. ``label`` names the progress bars; None shows none. Where
-    learnt models are not to be kept, each is made, used and deleted before the next.
+    learnt models are not to be kept, and not to ``keep`` for now, each is made, used and deleted
+    before the next.
     """
     settings, store, technique = study.settings, study.store, requests[0].technique
     sampling = technique.sampling(settings)
-    kept = not technique.learns or technique.keeps_models(settings)
-    pipeline = _loaded_once(partial(technique.load, settings))
+    kept = keep or not technique.learns or technique.keeps_models(settings)
+    pipeline = partial(loaded, technique, settings)
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
     lacking: dict[str, Request] = {}  # of models whose pools are not complete
     total = 0
     for position, request in enumerate(requests):
-        key, folder = digest(request.model or request.spec), store.folder("pools", request.spec)
+        key, lacks = digest(request.model or request.spec), number_missing(study, request)
         groups.setdefault(key, []).append(position)
-        if lacks := len(request.indices) - len(read_pool(folder, request.indices, decode=False)):
+        if lacks:
             lacking[key], total = request, total + lacks
         if request.model:
             store.record("models", store.folder(technique.name, request.model), [0], [])
     if technique.learns and kept:
-        learn_models(study, list(lacking.values()), pipeline, label)
+        learn_models(study, list(lacking.values()), label)
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
     batch = Batch(sampling.batch_size, "sampling.batch_size")
     pools: dict[int, Pool] = {}
 
     def personalised(request: Request) -> Pipeline:
         if request.model:
-            learn_models(study, [request], pipeline)  # unless it is there
+            learn_models(study, [request])  # unless it is there
         return technique.apply(pipeline(), store.folder(technique.name, request.model))
 
     def fill_group(key: str) -> None:
@@ -302,12 +397,15 @@ def fill(study: Study, requests: Sequence[Request], label: str | None = None) ->
     return [pools[position] for position in range(len(requests))]
 
 
-def learn_models(
-    study: Study,
-    requests: Sequence[Request],
-    pipeline: Callable[[], Pipeline],
-    label: str | None = None,
-) -> None:
+def number_missing(study: Study, request: Request) -> int:
+    """How many of the images that a request gets are still to be made."""
+    most = request.technique.sampling(study.settings).max_attempts
+    rows = read_pool(study.store.folder("pools", request.spec))
+    there = {index for index, row in rows.items() if row["size"] != "0"}
+    return len(set(chosen(request, rows, most)) - there)
+
+
+def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
     store = study.store
     lacking = [r for r in requests if not store.folder(r.technique.name, r.model).exists()]
@@ -323,7 +421,8 @@ def learn_models(
         def learn(number: int) -> None:
             def make(missing: list[int], folders: list[Path]) -> None:
                 chosen = [parts[number][i] for i in missing]
-                technique.learn(study, pipeline(), chosen, folders, bar.update)
+                pipeline = loaded(technique, study.settings)
+                technique.learn(study, pipeline, chosen, folders, bar.update)
                 for folder in folders:
                     store.record("models", folder.with_suffix(""), [0], [0])
 
@@ -344,7 +443,7 @@ def denoising(study: Study, request: Request) -> np.ndarray:
     technique, settings = request.technique, study.settings
 
     def make(folder: Path) -> None:
-        pipeline, frames = technique.load(settings), []
+        pipeline, frames = loaded(technique, settings), []
 
         def keep(pipeline: Pipeline, step: int, timestep: int, values: dict) -> dict:
             latents = values["latents"] / pipeline.vae.config.scaling_factor
@@ -373,12 +472,17 @@ def _passing(store: Store, request: Request) -> Iterator[None]:
         store.drop(request.technique.name, request.model)
 
 
-def _loaded_once(load: Callable[[], Pipeline]) -> Callable[[], Pipeline]:
-    """Loads the pipeline when first asked for, once, whichever thread asks."""
-    lock, loaded = Lock(), cache(load)
+_LAST: dict[str, Pipeline] = {}  # on a GPU one: there may be no room for two
+_LOADING = Lock()
 
-    def pipeline() -> Pipeline:
-        with lock:
-            return loaded()
 
-    return pipeline
+def loaded(technique: Any, settings: Settings) -> Pipeline:
+    """The pipeline that a technique starts from; the last ones stay in memory, for all threads."""
+    own = [technique.kind, technique.models(settings), technique.sampling(settings).scheduler]
+    key = digest({"technique": own, "settings": settings.model_dump(mode="json")})
+    with _LOADING:
+        if key not in _LAST:
+            while len(_LAST) >= (2 if device_of(settings).type == "cpu" else 1):
+                del _LAST[next(iter(_LAST))]
+            _LAST[key] = technique.load(settings)
+        return _LAST[key]

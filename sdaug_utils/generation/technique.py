@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,13 +31,13 @@ class Request:
     model: Spec  # what determines the personalised model; empty if there is none
     inputs: Sequence[np.ndarray]  # real images that it learns from
     rows: np.ndarray | None  # of the train split, which image 0, 1, ... follow in turn
+    at: Callable[[int], int] = int  # the index at a place of the sequence that ``indices`` begins
 
-    @property
-    def followed(self) -> tuple[int, ...]:
+    def followed(self, indices: Sequence[int]) -> tuple[int, ...]:
         """The row of the train split that each image follows."""
         if self.rows is None:
             return ()
-        return tuple(int(self.rows[index % len(self.rows)]) for index in self.indices)
+        return tuple(int(self.rows[index % len(self.rows)]) for index in indices)
 
 
 class Technique:
@@ -192,8 +192,13 @@ def technique_requests(
     requests = []
     for name, rows in zip(names, shuffled(train.labels, draw), strict=True):
         inside = subset_size(len(rows), real_percent)
-        indices = [i % inside + len(rows) * (i // inside) for i in range(count)]
-        requests.append(request(study, technique, name, prompt, indices, draw, rows=rows))
+
+        def at(place: int, inside: int = inside, whole: int = len(rows)) -> int:
+            return place % inside + whole * (place // inside)
+
+        indices = [at(place) for place in range(count)]
+        asked = request(study, technique, name, prompt, indices, draw, rows=rows)
+        requests.append(replace(asked, at=at))
     return requests
 
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from sdaug_utils.compute import device_of, in_parallel
 from sdaug_utils.data import augment
 from sdaug_utils.data.datasets import first_per_class, subset
-from sdaug_utils.data.images import Images, read_images
-from sdaug_utils.generation.pools import Pool, technique_pools
+from sdaug_utils.data.images import Images
+from sdaug_utils.generation.pools import Pool, images_of, technique_pools
 from sdaug_utils.generation.technique import inputs_percent, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Parameters, Protocol, Technique
@@ -271,9 +271,9 @@ class Trainer:
         percent = pool_percent(self.study, cell)
         return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, percent)
 
-    def _features_of(self, part: str | tuple[Path, ...]) -> torch.Tensor:
-        """Features of a split, by its name, or of files: (n, 1, features)."""
-        images = self.splits[part].images() if isinstance(part, str) else read_images(part)
+    def _features_of(self, part: str | tuple[Pool, ...]) -> torch.Tensor:
+        """Features of a split, by its name, or of pools: (n, 1, features)."""
+        images = self.splits[part].images() if isinstance(part, str) else images_of(part)
         return features.image_features(self.study, images)
 
     def prepare(self, cell: Cell) -> None:
@@ -291,9 +291,9 @@ class Trainer:
     def training_set(self, cell: Cell) -> tuple[Images, np.ndarray]:
         """The images that a cell trains on, real ones first, and their labels."""
         rows = real_rows(self.study, cell)
-        synthetic = [file for pool in self.cell_pools(cell) for file in pool.files]
+        synthetic = images_of(self.cell_pools(cell))
         labels = np.repeat(np.arange(self.num_classes), cell.synthetic_per_class)
-        images = self.splits["train"].images(rows) + read_images(synthetic)
+        images = self.splits["train"].images(rows) + synthetic
         return images, np.concatenate([self.splits["train"].labels[rows], labels])
 
     def features(self, cell: Cell) -> torch.Tensor:
@@ -305,20 +305,22 @@ class Trainer:
         real = self.features_of("train")[real_rows(self.study, cell)]
         if not (pools := self.cell_pools(cell)):
             return real
-        files = tuple(file for pool in pools for file in pool.files)
-        return torch.cat([real, self.features_of(files)])
+        return torch.cat([real, self.features_of(tuple(pools))])
 
     def _augmented(self, cell: Cell) -> torch.Tensor:
         """Views of real and of synthetic images; where they have fewer, each counts more often."""
         rows, parts = real_rows(self.study, cell), []
-        files = [file for pool in self.cell_pools(cell) for file in pool.files]
-        settings, total = self.study.settings.classifier.controlled, len(rows) + len(files)
+        synthetic, settings = (
+            images_of(self.cell_pools(cell)),
+            self.study.settings.classifier.controlled,
+        )
+        total = len(rows) + len(synthetic)
         if len(rows):
             images, number = self.splits["train"].images(rows), settings.num_views(total)
             parts.append(features.image_features(self.study, images, cell.augmentation, number))
-        if files:
-            images, number = read_images(files), settings.num_views(total, synthetic=True)
-            parts.append(features.image_features(self.study, images, cell.augmentation, number))
+        if len(synthetic):
+            number = settings.num_views(total, synthetic=True)
+            parts.append(features.image_features(self.study, synthetic, cell.augmentation, number))
         most = torch.arange(max(part.shape[1] for part in parts))
         return torch.cat([part[:, most % part.shape[1]] for part in parts])
 
