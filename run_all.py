@@ -322,12 +322,47 @@ def state(root: Path, used: Mapping[str, Mapping[str, list[int]]]) -> str:
     return store.digest_of(json.dumps(facts).encode())
 
 
+def work_list(jobs: list[Job]) -> list[Any]:
+    """All tasks of some notebooks, as they are planned here."""
+    from sdaug_utils import tasks
+
+    return tasks.work_list((job.study, job.parameters) for job in jobs)
+
+
+def make_all(jobs: list[Job], profile: str, arguments: argparse.Namespace) -> Any:
+    """Make everything that notebooks need, before the first of them runs."""
+    from sdaug_utils import tasks, workers
+
+    pairs, total = [(job.study, job.parameters) for job in jobs], workers.Outcome()
+    experiments = tuple((job.path.stem, job.parameters) for job in jobs)
+    orders, crew = workers.Orders(profile, experiments), None
+    try:
+        for listed in (tasks.first_tasks, tasks.work_list):
+            every = listed(pairs)
+            if any(task.left() for task in every):
+                settings = jobs[0].study.settings
+                crew = crew or workers.hire(settings, orders, arguments.workers, arguments.ray)
+                total.add(workers.make_all(every, crew, arguments.timeout * 60))
+            for task in every:
+                if isinstance(task, tasks.Models):
+                    task.drop()
+    finally:
+        if crew:
+            crew.close()
+        workers.forget()
+    return total
+
+
 def execute_all(
-    jobs: list[Job], output: Path, profile: str, keep_going: bool, force: bool
-) -> list[Report]:
-    """Run what is not up to date, in order, to the first that fails or, to keep going, the last."""
-    recalled = [recall(job, output, profile, force) for job in jobs]
+    jobs: list[Job], output: Path, profile: str, arguments: argparse.Namespace
+) -> tuple[list[Report], Any]:
+    """Run what is not up to date, in order, to the first that fails or, to keep going, the last.
+
+    All that they need is made before: by whom, and what became of it, is the second result.
+    """
+    recalled = [recall(job, output, profile, arguments.force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
+    outcome = make_all(waiting, profile, arguments)
     reports: list[Report] = []
     ahead: Kernel | None = None
     try:
@@ -342,12 +377,12 @@ def execute_all(
                     if kernel:
                         kernel.stop()
             reports.append(report)
-            if report.status not in FINE and not keep_going:
+            if report.status not in FINE and not arguments.keep_going:
                 break
     finally:
         if ahead:
             ahead.stop()
-    return reports
+    return reports, outcome
 
 
 def start_kernel() -> Kernel | None:
@@ -424,7 +459,7 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     nbformat.write(notebook, path)
 
 
-def print_summary(reports: list[Report], profile: str) -> None:
+def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
     from sdaug_utils.study import figures_folder
 
     print(f"\n{'notebook':<26} {'minutes':>7}  status")
@@ -435,9 +470,16 @@ def print_summary(reports: list[Report], profile: str) -> None:
         named += [f"{sheets} sample sheet{'s' * (sheets > 1)}"] if sheets else []
         print(f"{'':<35} {', '.join(named)}")
     for kind, label in KINDS.items():
-        made = sum(report.made.get(kind, 0) for report in reports)
+        made = sum(report.made.get(kind, 0) for report in reports) + outcome.made.get(kind, 0)
         used = sum(len(x) for report in reports for x in report.used.get(kind, {}).values())
-        print(f"{label:<26} {made:>7} made, {used - made} reused")
+        print(f"{label:<26} {made:>7} made, {max(0, used - made)} reused")
+    if outcome.seconds:
+        shares = ", ".join(f"{seconds / outcome.seconds:.0%}" for seconds in outcome.busy)
+        print(f"made in {outcome.seconds / 60:.1f} minutes; workers were busy for {shares} of them")
+    for name, reason in outcome.failures.items():
+        print(f"not made: {name}: {reason}")
+    if outcome.left_out:
+        print(f"left out, since they need it: {len(outcome.left_out)} tasks")
     executed = reports[0].where.parent if reports else ROOT
     print(f"\nexecuted notebooks: {_relative(executed)}")
     print(f"figures and their numbers: {_relative(figures_folder(profile))}")
@@ -457,14 +499,15 @@ def planned(jobs: list[Job]) -> list[Any]:
     return pairs
 
 
-def print_plan(jobs: list[Job]) -> None:
+def print_plan(jobs: list[Job], workers: list[int]) -> None:
     """What the notebooks need, what the store has not got, how long that takes, and on what disk.
 
-    Where the models are those of the thesis, the hours in the thesis's own logs stand beside.
+    Where the models are those of the thesis, the hours in the thesis's own logs stand beside. How
+    long it takes so many workers is found by going through their schedule.
     """
     import pandas as pd
 
-    from sdaug_utils import plan
+    from sdaug_utils import plan, tasks
 
     settings = jobs[0].study.settings
     (source, rates), at_scale = plan.rates(settings), plan.is_at_scale(settings)
@@ -475,7 +518,7 @@ def print_plan(jobs: list[Job]) -> None:
         counts = zip(missing.counts(), needed.counts(), strict=True)
         texts = (f"{rest} / {whole}" for rest, whole in counts)
         row: dict[str, Any] = dict(zip(KINDS, texts, strict=True))
-        row[unit] = plan.hours(job.study, missing, rates) * per_hour
+        row[unit] = tasks.hours(job.study, missing, rates) * per_hour
         row["GiB"] = plan.gibibytes(job.study, missing)
         row["thesis, hours"] = plan.thesis_hours(job.path.stem)
         rows.append(row)
@@ -493,6 +536,16 @@ def print_plan(jobs: list[Job]) -> None:
         f"{total} images in all; if each setting made its own, as in the thesis, {unshared}: "
         f"{unshared / max(total, 1):.1f} times as many"
     )
+    if workers:
+        from sdaug_utils.workers import simulate
+
+        left = [task for task in work_list(jobs) if task.left()]
+        alone = sum(task.seconds for task in left)
+        print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours':>7} efficiency")
+        for number in workers:
+            seconds = simulate(left, number) or 1.0
+            share = alone / (number * seconds)
+            print(f"{number:>8} {seconds / 3600:>7.1f} {share:>10.0%}")
 
 
 def require_disk(jobs: list[Job]) -> None:
@@ -518,6 +571,13 @@ def _relative(path: Path) -> str:
     return os.path.relpath(path, Path.cwd())
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
     parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
@@ -533,6 +593,25 @@ def main() -> int:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="go on with the next notebook when one fails (the default)",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="with --dry-run: hours on so many GPUs",
+    )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="make everything in N processes"
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="make everything on a Ray cluster; auto: that of this host"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=600, metavar="MINUTES", help="after which a task hangs"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every image with its digest, not its size"
     )
     parser.add_argument("--force", action="store_true", help="run what is up to date, too")
     parser.add_argument(
@@ -557,6 +636,8 @@ def main() -> int:
     output = arguments.output or ROOT / "runs" / name
     if arguments.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if arguments.verify:
+        os.environ["SDAUG_VERIFY"] = "1"
     try:
         paths = chosen_notebooks(arguments.only)
         if arguments.dataset and not arguments.only:
@@ -573,7 +654,7 @@ def main() -> int:
         print(f"run_all.py: {error}", file=sys.stderr)
         return 2
     if arguments.dry_run:
-        print_plan(jobs)
+        print_plan(jobs, arguments.gpus or [])
     if arguments.dry_run or arguments.download_only:
         return 0
     from sdaug_utils.evidence import report
@@ -582,12 +663,12 @@ def main() -> int:
         report.write_claims(arguments.profile)
         report.write_deviations(arguments.profile)
         return 0
-    reports = execute_all(jobs, output, arguments.profile, arguments.keep_going, arguments.force)
+    reports, outcome = execute_all(jobs, output, arguments.profile, arguments)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root
     report.write_tables(arguments.profile, [root / artefact for artefact in used])
-    print_summary(reports, arguments.profile)
-    return 0 if all(each.status in FINE for each in reports) else 1
+    print_summary(reports, arguments.profile, outcome)
+    return 0 if all(each.status in FINE for each in reports) and not outcome.failures else 1
 
 
 if __name__ == "__main__":

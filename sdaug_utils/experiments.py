@@ -4,16 +4,20 @@ Numbers of synthetic images are per class. Where the thesis gives them in per ce
 images, ``counts_of`` converts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sdaug_utils import params
 from sdaug_utils.data.datasets import subset, subset_size
 from sdaug_utils.errors import InputError
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
+from sdaug_utils.training import cells as training
 from sdaug_utils.training.cells import Cell, repeated
 
 FEWEST_INPUTS = 3
@@ -109,11 +113,65 @@ def pixel_cells(p: params.TrainingPercentage) -> list[Cell]:
     return repeated(arms, "pixels", p.num_draws, 1)
 
 
-def convergence_cells(study: Study, p: params.TrainingPercentage) -> list[Cell]:
-    """A run of each arm of experiment 03, with the most and with the least real images."""
-    ends = (max(p.real_percents), min(p.real_percents))
-    first = [cell for cell in cells(study, p) if cell.draw == cell.seed == 0]
-    return [cell for cell in first if cell.real_percent in ends]
+@dataclass(frozen=True)
+class Beside:
+    """Runs beside an experiment's main table."""
+
+    cells: list[Cell]
+    numbers: list[int]  # of views or updates, to each of which these runs come
+    times: float  # what they cost, in runs of the main table
+    run: Callable[[], pd.DataFrame]  # makes what the store has not got
+
+
+def beside(study: Study, p: params.Experiment) -> dict[str, Beside]:
+    """What an experiment measures beside its main table, by the name that its runs are kept under.
+
+    ``03-convergence``: accuracy after some updates of a run of each arm, with the most and with the
+    least real images. ``03-views``: other numbers of views, there. ``03-protocols``: the published
+    protocol, and of each run a frozen twin. ``03-updates``: accuracy after some updates at both
+    protocols' rates. ``08-updates``: other numbers of updates, for the setting with most images and
+    its baseline.
+    """
+    if isinstance(p, params.TrainingPercentage):
+        ends, main = (max(p.real_percents), min(p.real_percents)), cells(study, p)
+        at_ends = [cell for cell in main if cell.real_percent in ends]
+        first = [cell for cell in at_ends if cell.draw == cell.seed == 0]
+        augmented = [cell for cell in at_ends if cell.augmentation != "none"]
+        published, frozen = (protocol_cells(p, name) for name in ("published", "controlled"))
+        settings = study.settings.classifier
+        last, steps = settings.controlled.max_train_steps, p.curve_steps
+        to_last = [step for step in steps if step < last] + [last]
+        own, theirs = settings.controlled.learning_rate, settings.published.learning_rate
+        curves, most = (
+            partial(training.accuracy_curves, study),
+            sorted({*steps, *budgets(study, p)}),
+        )
+
+        def at_both_rates() -> pd.DataFrame:
+            return pd.concat(curves(frozen, rate, most) for rate in (theirs, own))
+
+        views = partial(training.with_views, study, augmented, p.view_numbers)
+        twins, few = partial(training.with_twins, study, published), len(p.view_numbers)
+        return {
+            "03-convergence": Beside(first, to_last, 1, partial(curves, first, own, to_last)),
+            "03-views": Beside(augmented, p.view_numbers, few, views),
+            "03-protocols": Beside(published, [], 0.1, twins),  # the frozen ones alone
+            "03-updates": Beside(frozen, most, 2, at_both_rates),
+        }
+    if isinstance(p, params.Segmentation):
+        grid = cells(study, p)
+        largest = max(grid, key=lambda cell: cell.real_percent + cell.synthetic_per_class)
+        pair = [
+            cell
+            for cell in grid
+            if cell.draw == 0
+            and cell.real_percent == largest.real_percent
+            and cell.synthetic_per_class in (0, largest.synthetic_per_class)
+        ]
+        times = sum(p.update_numbers) / study.settings.segmenter.max_train_steps
+        run = partial(training.with_updates, study, pair, p.update_numbers)
+        return {"08-updates": Beside(pair, p.update_numbers, times, run)}
+    return {}
 
 
 def budgets(study: Study, p: params.TrainingPercentage) -> tuple[int, int]:

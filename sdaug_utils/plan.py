@@ -14,6 +14,7 @@ from sdaug_utils.data import datasets, photos
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import subjects
 from sdaug_utils.evidence.claims import TABLES
+from sdaug_utils.experiments import Beside
 from sdaug_utils.generation.foundation import revision
 from sdaug_utils.generation.personalisation import Personalised
 from sdaug_utils.generation.pools import read_pool
@@ -38,6 +39,7 @@ class Needs:
     runs: dict[str, Cell] = field(default_factory=dict)
     models: dict[str, Personalised] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
+    beside: dict[str, Beside] = field(default_factory=dict)
     unshared: int = 0  # images, if each setting made its own, as in the thesis
 
     def ask(self, requests: Iterable[Request]) -> "Needs":
@@ -56,6 +58,7 @@ class Needs:
         for key, indices in other.images.items():
             self.images[key] |= indices
         self.runs |= other.runs
+        self.beside |= other.beside
         self.unshared += other.unshared
 
     def counts(self) -> tuple[int, int, int]:
@@ -158,31 +161,18 @@ def needs(study: Study, p: params.Experiment) -> Needs:
         total.unshared = total.counts()[0]
         return total
     assert isinstance(p, params.Runs)
-    asked, settings = set(), set()
+    asked, settings = dict[tuple[Any, ...], None](), set()  # in order, which a set has not
     for cell in experiments.every_cell(study, p):
         total.runs[digest(cells.spec(study, cell))] = cell
         if cell.technique:
             settings.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
             percent = cells.pool_percent(study, cell)
-            asked.add((cell.technique, cell.draw, cell.synthetic_per_class, percent))
+            asked[cell.technique, cell.draw, cell.synthetic_per_class, percent] = None
     for arguments in asked:
         total.ask(technique_requests(study, *arguments))
+    total.beside = experiments.beside(study, p)
     total.unshared = len(study.data.class_names) * sum(count for _, _, count, _ in settings)
     return total
-
-
-def hours(study: Study, wanted: Needs, rates: dict[str, float]) -> float:
-    """How long it takes to make what is wanted, on the machine that the rates are of.
-
-    Start of the notebooks and drawing of the figures are left out.
-    """
-    seconds = _views(study, wanted) * rates["feature"]
-    for key, indices in wanted.images.items():
-        seconds += len(indices) * rates[wanted.requests[key].technique.image_cost]
-    for technique in wanted.models.values():
-        kind, number = technique.model_cost(study.settings)
-        seconds += number * rates[kind]
-    return (seconds + sum(_run_seconds(study, cell, rates) for cell in wanted.runs.values())) / 3600
 
 
 def gibibytes(study: Study, wanted: Needs) -> float:
@@ -210,42 +200,38 @@ def thesis_hours(experiment: str) -> float:
 
 def _views(study: Study, wanted: Needs) -> int:
     """How many features: each image once, and the augmented views of it."""
-    total, settings = wanted.counts()[0], study.settings.classifier.controlled
-    if wanted.runs:
-        total += sum(map(len, study.data.splits.values()))
-    classes = len(study.data.class_names)
-    views: dict[tuple[Any, ...], int] = {}  # by image
-    for cell in wanted.runs.values():
-        if cell.augmentation != "none" and cell.protocol == "controlled":
-            rows = cells.real_rows(study, cell).tolist()
-            number = len(rows) + classes * cell.synthetic_per_class
-            made = itertools.product(range(classes), range(cell.synthetic_per_class))
-            pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
-            for image in (*rows, *((*pool, *one) for one in made)):
-                key = (cell.augmentation, image)
-                wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
-                views[key] = max(views.get(key, 0), wanted_views)
-    return total + sum(views.values())
+    total = num_views(study, wanted.runs.values(), {})
+    return total + (sum(map(len, study.data.splits.values())) if wanted.runs else 0)
 
 
-def _run_seconds(study: Study, cell: Cell, rates: dict[str, float]) -> float:
-    settings, classes = study.settings, len(study.data.class_names)
-    real = len(study.data.splits["train"]) * cell.real_percent / 100
-    images = real + classes * cell.synthetic_per_class
-    if cell.task == "segmentation":
-        segmenter = settings.segmenter
-        seen = segmenter.max_train_steps * segmenter.batch_size
-        if cell.protocol == "published":
-            seen = int(segmenter.max_epochs * images)
-        return seen * rates["image, training of a segmenter"]
-    if cell.protocol != "published":
-        controlled = settings.classifier.controlled
-        seen = controlled.max_train_steps * controlled.batch_size
-        return seen * rates["image, training of a head"]
-    published = settings.classifier.published
-    tested = published.max_epochs * len(study.data.splits["validation"])
-    tested += len(study.data.splits["test"])
-    trained = published.max_updates(int(images)) * published.batch_size
-    smaller = (published.image_size / settings.classifier.image_size) ** 2
-    whole = trained * rates["image, training of the whole network"]
-    return smaller * (whole + tested * rates["feature"])
+def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], int]) -> int:
+    """How many features cells' heads need beside those of real images as they are.
+
+    ``views``, those of each image that are there already, grow by them.
+    """
+    settings, classes = study.settings.classifier.controlled, len(study.data.class_names)
+    before = sum(views.values())
+    for cell in every:
+        if cell.protocol != "controlled" or cell.task != "classification":
+            continue
+        pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
+        if cell.augmentation == "none":
+            here = classes * cell.synthetic_per_class
+            views[pool] = max(views.get(pool, 0), here)  # all the images of one view
+            continue
+        made = itertools.product(range(classes), range(cell.synthetic_per_class))
+        rows = cells.real_rows(study, cell).tolist()
+        number = len(rows) + classes * cell.synthetic_per_class
+        for image in (*rows, *((*pool, *one) for one in made)):
+            key = (cell.augmentation, image)
+            wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
+            views[key] = max(views.get(key, 0), wanted_views)
+    return sum(views.values()) - before
+
+
+def pool_keys(study: Study, cell: Cell) -> list[str]:
+    """Keys of the pools that a cell's synthetic images are of."""
+    if not cell.technique:
+        return []
+    percent = cells.pool_percent(study, cell)
+    return cells.pool_digests(study, cell.technique, cell.draw, percent)

@@ -122,7 +122,7 @@ FAULTS = (
     Fault(
         "pools left out of a cell's key",
         f"{TRAINING}/cells.py",
-        "_pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))",
+        "pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))",
         "[]",
         "a_key_knows",
     ),

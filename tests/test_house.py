@@ -17,7 +17,7 @@ FLOW = [
     *(f"training.{room}" for room in ("features", "classifier", "segmenter", "cells")),
     *(f"evidence.{room}" for room in ("records", "metrics", "subjects", "claims", "figures")),
     *(f"evidence.{room}" for room in ("prose", "report")),
-    *("experiments", "plan"),
+    *("experiments", "plan", "tasks", "workers"),
 ]
 FILES = {
     ".".join(path.relative_to(MODULE).with_suffix("").parts): path

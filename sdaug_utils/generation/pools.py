@@ -43,7 +43,7 @@ from sdaug_utils.store import (
 from sdaug_utils.study import Study
 
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts", "size", "digest")
-BLOCK = 100  # images of a pool that are locked together: others may make the next at the same time
+BLOCK = 50  # images of a pool that are locked together: others may make the next at the same time
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
 Item = tuple[int, int]  # the number of a pool and the index of one of its images
@@ -122,7 +122,7 @@ def chosen(request: Request, rows: Mapping[int, Row], max_attempts: int) -> list
             f"pool of '{request.spec['class']}': all {number} images were rejected {max_attempts} "
             "times; choose another prompt or raise sampling.max_attempts"
         )
-    further = map(request.at, itertools.count(number))
+    further = map(request.at, itertools.count(number)) if request.at else ()
     sequence = itertools.chain(request.indices, further)
     return list(itertools.islice((i for i in sequence if i not in gone), number))
 
@@ -472,7 +472,7 @@ def _passing(store: Store, request: Request) -> Iterator[None]:
         store.drop(request.technique.name, request.model)
 
 
-_LAST: dict[str, Pipeline] = {}  # on a GPU one: there may be no room for two
+loaded_pipelines: dict[str, Pipeline] = {}  # on a GPU one: there may be no room for two
 _LOADING = Lock()
 
 
@@ -481,8 +481,8 @@ def loaded(technique: Any, settings: Settings) -> Pipeline:
     own = [technique.kind, technique.models(settings), technique.sampling(settings).scheduler]
     key = digest({"technique": own, "settings": settings.model_dump(mode="json")})
     with _LOADING:
-        if key not in _LAST:
-            while len(_LAST) >= (2 if device_of(settings).type == "cpu" else 1):
-                del _LAST[next(iter(_LAST))]
-            _LAST[key] = technique.load(settings)
-        return _LAST[key]
+        if key not in loaded_pipelines:
+            while len(loaded_pipelines) >= (2 if device_of(settings).type == "cpu" else 1):
+                del loaded_pipelines[next(iter(loaded_pipelines))]
+            loaded_pipelines[key] = technique.load(settings)
+        return loaded_pipelines[key]

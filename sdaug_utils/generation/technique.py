@@ -31,7 +31,8 @@ class Request:
     model: Spec  # what determines the personalised model; empty if there is none
     inputs: Sequence[np.ndarray]  # real images that it learns from
     rows: np.ndarray | None  # of the train split, which image 0, 1, ... follow in turn
-    at: Callable[[int], int] = int  # the index at a place of the sequence that ``indices`` begins
+    at: Callable[[int], int] | None = int
+    """The index at a place of the sequence that ``indices`` begins; None if they are all of it."""
 
     def followed(self, indices: Sequence[int]) -> tuple[int, ...]:
         """The row of the train split that each image follows."""

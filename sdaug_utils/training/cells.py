@@ -112,34 +112,55 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     are the classes), the weighted Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds
     that of each image, too).
     """
-    trainer, folders = Trainer(study), {cell: _folder(study, cell) for cell in cells}
-    missing = [cell for cell in cells if not folders[cell].exists()]
+    folders, new = {cell: _folder(study, cell) for cell in cells}, set(make(study, cells, progress))
+    for cell, folder in folders.items():
+        study.store.record("runs", folder, [0], [0] if cell in new else [])
+    return pd.DataFrame([_row(study, cell, folders[cell]) for cell in cells])
+
+
+def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells in parts that are trained in one go: heads side by side, everything else alone."""
+    heads: dict[str, list[Cell]] = {"controlled": [], "pixels": []}
+    parts: list[list[Cell]] = []
+    for cell in cells:
+        if cell.task == "classification" and cell.protocol in heads:
+            heads[cell.protocol].append(cell)
+        else:
+            parts.append([cell])
+    for alike in heads.values():
+        parts += [alike[i : i + STACK] for i in range(0, len(alike), STACK)]
+    return parts
+
+
+def is_made(study: Study, cell: Cell) -> bool:
+    """Whether the store has a cell's run."""
+    return _folder(study, cell).exists()
+
+
+def make(
+    study: Study, cells: Sequence[Cell], progress: bool = False, trainer: Trainer | None = None
+) -> list[Cell]:
+    """Train what is not in the store yet, and say what that was.
+
+    A ``trainer`` that has been at work before need not read again what it knows.
+    """
+    missing = [cell for cell in cells if not is_made(study, cell)]
+    trainer = trainer or Trainer(study)
     # The largest pools first: a model that is not kept makes all its images at once.
     for cell in sorted(missing, key=lambda cell: -cell.synthetic_per_class):
         trainer.prepare(cell)
     with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
 
         def train(some: Sequence[Cell]) -> None:
-            def make(positions: list[int], folders: list[Path]) -> None:
+            def write(positions: list[int], folders: list[Path]) -> None:
                 trainer.train([some[position] for position in positions], folders)
 
-            study.store.get_all("cells", [spec(study, cell) for cell in some], make)
+            study.store.get_all("cells", [spec(study, cell) for cell in some], write)
             bar.update(len(some))
 
-        heads: dict[str, list[Cell]] = {"controlled": [], "pixels": []}
-        parts: list[list[Cell]] = []
-        for cell in missing:
-            if cell.task == "classification" and cell.protocol in heads:
-                heads[cell.protocol].append(cell)
-            else:
-                parts.append([cell])
-        for alike in heads.values():
-            parts += [alike[i : i + STACK] for i in range(0, len(alike), STACK)]
+        parts = stacks(missing)
         in_parallel(study.settings, lambda number: train(parts[number]), range(len(parts)))
-    new = set(missing)
-    for cell, folder in folders.items():
-        study.store.record("runs", folder, [0], [0] if cell in new else [])
-    return pd.DataFrame([_row(study, cell, folders[cell]) for cell in cells])
+    return missing
 
 
 def _row(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
@@ -209,7 +230,7 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         "rows": real_rows(study, cell).tolist(),
         "backbone": features.BACKBONES[backbone],
         "settings": recipe,
-        "pools": _pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
+        "pools": pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
         if cell.technique
         else [],
     }
@@ -237,7 +258,7 @@ def _folder(study: Study, cell: Cell) -> Path:
 
 
 @lru_cache(maxsize=256)
-def _pool_digests(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
+def pool_digests(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
     requests = technique_requests(study, technique, draw, 1, percent)
     return [digest(request.spec) for request in requests]
 
@@ -251,6 +272,12 @@ def data_digest(study: Study, with_trimaps: bool = False) -> str:
         if with_trimaps:
             content[name].append([split.trimap_digest(i) for i in range(len(split))])
     return digest(content)
+
+
+@lru_cache(maxsize=2)
+def trainer_of(study: Study) -> Trainer:
+    """What trains a study's cells, task after task, in this process."""
+    return Trainer(study)
 
 
 class Trainer:
