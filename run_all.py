@@ -602,10 +602,15 @@ def main() -> int:
         help="with --dry-run: hours on so many GPUs",
     )
     parser.add_argument(
-        "--workers", type=positive, metavar="N", help="make everything in N processes"
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="make everything in N processes, or Ray actors",
     )
     parser.add_argument(
-        "--ray", metavar="ADDRESS", help="make everything on a Ray cluster; auto: that of this host"
+        "--ray",
+        metavar="ADDRESS",
+        help="make everything on a Ray cluster; auto: the one here; local: a new one",
     )
     parser.add_argument(
         "--timeout", type=positive, default=600, metavar="MINUTES", help="after which a task hangs"

@@ -42,6 +42,7 @@ from sdaug_utils.study import Study, open_study
 from sdaug_utils.tasks import Task, first_tasks, work_list
 from sdaug_utils.training.cells import trainer_of
 
+OBJECT_STORE = 2**27  # bytes: tasks give nothing back
 ATTEMPTS = 3  # of a task whose worker dies or hangs
 HANDED_ON = ("SDAUG_", "HF_", "TORCH_HOME", "OMP_NUM_THREADS")  # variables that workers see, too
 PROJECT = Path(__file__).parents[1]
@@ -253,8 +254,15 @@ class RayActors:
 
     can_stop = True
 
-    def __init__(self, address: str, orders: Orders, settings: Settings) -> None:
+    def __init__(
+        self, address: str, orders: Orders, settings: Settings, number: int | None = None
+    ) -> None:
         """
+        Args:
+            address: of a cluster that runs, ``auto`` for that of this host; ``local`` starts one
+                for as long as it is needed.
+            number: of actors, if not one for each GPU or core.
+
         Raises:
             InputError: Ray is not installed, or nothing answers at the address; a worker's
                 precision or device differs from this process's.
@@ -267,19 +275,25 @@ class RayActors:
         names = [name for name in os.environ if name.startswith(HANDED_ON)]
         paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
         variables = {name: os.environ[name] for name in names} | {"PYTHONPATH": paths}
+        alone: dict[str, Any] = {
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+            "num_cpus": number,
+        }
         try:
             ray.init(
                 address=address,
                 runtime_env={"env_vars": variables},
                 logging_level="error",
                 log_to_driver=False,
+                **(alone if address == "local" else {}),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"--ray {address}: no cluster answers there ({reason})") from error
         resources = ray.cluster_resources()
         has_gpus = resources.get("GPU", 0) >= 1
-        self.number = int(resources["GPU" if has_gpus else "CPU"])
+        self.number = number or int(resources["GPU" if has_gpus else "CPU"])
         share = {"num_gpus": 1, "num_cpus": 0} if has_gpus else {"num_cpus": 1}
         actor = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS, **share)(Bench)
         self.actors = [actor.remote(orders) for _ in range(self.number)]
@@ -331,7 +345,7 @@ def hire(settings: Settings, orders: Orders, number: int | None, address: str | 
         InputError: as :class:`RayActors`.
     """
     if address:
-        return RayActors(address, orders, settings)
+        return RayActors(address, orders, settings, number)
     return Processes(number, orders) if number else Threads(settings)
 
 
