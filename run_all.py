@@ -263,11 +263,11 @@ def recall(job: Job, output: Path, profile: str, force: bool) -> Report | None:
     If it is not, or is not to be used, it is deleted.
     """
     kept, folder = job.study.store, job.study.store.folder("notebooks", job.spec)
-    if folder.exists():
-        record = json.loads((folder / "used.json").read_text())
-        if force or record["state"] != state(kept.root, record["used"]):
-            kept.drop("notebooks", job.spec)
-    if not folder.exists():
+    if not kept.is_whole(folder, to_read=True):
+        return None
+    record = json.loads((folder / "used.json").read_text())
+    if force or record["state"] != state(kept.root, record["used"]):
+        kept.drop("notebooks", job.spec)
         return None
     executed, drawn = output / job.path.name, []
     for file in sorted(folder.iterdir()):

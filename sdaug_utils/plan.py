@@ -78,11 +78,12 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
         rest.images[key], rest.requests[key] = new, request
         if new and request.model:
             technique, name = request.technique, digest(request.model)
-            there = name in done.models or (root / technique.name / name).exists()
+            folder = root / technique.name / name
+            there = name in done.models or study.store.is_whole(folder)
             if not (there and technique.keeps_models(study.settings)):
                 rest.models[name] = technique
     for key, cell in wanted.runs.items():
-        if key not in done.runs and not (root / "cells" / key).exists():
+        if key not in done.runs and not study.store.is_whole(root / "cells" / key):
             rest.runs[key] = cell
     return rest
 

@@ -3,7 +3,9 @@
 An artefact is a folder named by the hash of everything that determines it. It is written beside
 its final place and renamed, so it is whole or absent; ``spec.json`` inside says what determines it
 and, under ``made_with``, which libraries and device made it. Those are not in its key: a patch
-release does not throw the store away.
+release does not throw the store away. ``files.json`` lists its files with sizes, which are compared
+whenever somebody asks for it, and digests, which are compared when a process first reads it: what
+was damaged since is made again.
 """
 
 import hashlib
@@ -17,11 +19,13 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from tqdm import tqdm
 
 from sdaug_utils.compute import made_with
 from sdaug_utils.errors import InputError
 
 Spec = Mapping[str, Any]
+FILES = "files.json"
 
 
 def digest(spec: Spec) -> str:
@@ -84,11 +88,40 @@ class Store:
         """
         default = os.environ.get("SDAUG_STORE") or Path(__file__).parents[1] / ".store"
         self.root = Path(root or default)
+        self.read: set[Path] = set()  # artefacts whose digests are known to be right
+        self.told: set[Path] = set()  # damaged ones that were told of
         require_writable(self.root)
 
     def folder(self, kind: str, spec: Spec) -> Path:
         """Where the artefact is, or will be."""
         return self.root / kind / digest(spec)
+
+    def is_whole(self, folder: Path, to_read: bool = False) -> bool:
+        """Whether an artefact is there and its files have their sizes.
+
+        One that is ``to_read`` must have its digests, too; each is looked at once.
+        """
+        if not folder.exists():
+            return False
+        try:
+            listed = json.loads((folder / FILES).read_text())
+            sizes = {name: (folder / name).stat().st_size for name in listed}
+            whole = sizes == {name: size for name, (size, _) in listed.items()}
+            if whole and to_read and folder not in self.read:
+                whole = all(file_digest(folder / name) == own for name, (_, own) in listed.items())
+        except (OSError, ValueError, AttributeError, TypeError):  # the listing itself is damaged
+            whole = False
+        if whole and to_read:
+            self.read.add(folder)
+        if not whole:
+            self.tell(folder)
+        return whole
+
+    def tell(self, damaged: Path) -> None:
+        """Say, once, that something is damaged."""
+        if damaged not in self.told:
+            tqdm.write(f"{damaged.relative_to(self.root)}: damaged: it is made again")
+        self.told.add(damaged)
 
     def record(self, what: str, folder: Path, used: Sequence[int], made: Sequence[int]) -> None:
         """Note which items of an artefact were used, and which had to be made, for the runner."""
@@ -119,10 +152,10 @@ class Store:
         ``make(missing, folders)`` gets the positions of the missing ones and a folder for each.
         """
         folders = [self.folder(kind, spec) for spec in specs]
-        if all(folder.exists() for folder in folders):
+        if all(self.is_whole(folder, to_read=True) for folder in folders):
             return folders
         with self.lock(kind, *specs):
-            missing = [i for i, folder in enumerate(folders) if not folder.exists()]
+            missing = [i for i, folder in enumerate(folders) if not self.is_whole(folder, True)]
             partial = [folders[i].with_suffix(".partial") for i in missing]
             for i, folder in zip(missing, partial, strict=True):
                 shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
@@ -131,6 +164,8 @@ class Store:
             if missing:
                 make(missing, partial)
             for i, folder in zip(missing, partial, strict=True):
+                _list_files(folder)
+                shutil.rmtree(folders[i], ignore_errors=True)  # damaged
                 folder.replace(folders[i])
         return folders
 
@@ -142,10 +177,18 @@ class Store:
                 shutil.rmtree(folder.replace(folder.with_suffix(".partial")))
 
 
+def _list_files(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, file_digest(path)]
+        for path in files
+    }
+    (folder / FILES).write_text(json.dumps(listed))
+
+
 def write_spec(folder: Path, spec: Spec) -> None:
     """Say in ``spec.json`` what determines an artefact, and all that it was made with so far."""
-    path = folder / "spec.json"
-    makers = json.loads(path.read_text()).get("made_with", []) if path.exists() else []
+    path, makers = folder / "spec.json", _makers(folder)
     makers += [made_with()] if made_with() not in makers else []
     text = json.dumps({**spec, "made_with": makers}, indent=2, sort_keys=True)
     write_atomically(path, lambda beside: beside.write_text(text))
@@ -153,13 +196,16 @@ def write_spec(folder: Path, spec: Spec) -> None:
 
 def makers(artefacts: Iterable[Path]) -> list[dict[str, str]]:
     """The different sets of libraries and devices that some artefacts were made with."""
-    found = [
-        json.dumps(maker, sort_keys=True)
-        for folder in artefacts
-        if (folder / "spec.json").exists()
-        for maker in json.loads((folder / "spec.json").read_text()).get("made_with", [])
-    ]
+    found = [json.dumps(maker, sort_keys=True) for folder in artefacts for maker in _makers(folder)]
     return [json.loads(maker) for maker in sorted(set(found))]
+
+
+def _makers(folder: Path) -> list[dict[str, str]]:
+    """Those that an artefact lists; none if the list is gone or damaged."""
+    try:
+        return json.loads((folder / "spec.json").read_text()).get("made_with", [])
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def note(entry: Spec) -> None:

@@ -71,7 +71,10 @@ class Models(Task):
 
     def _lacking(self) -> list[Request]:
         firsts = [pools[0] for pools in self.pools if not self._is_served(pools)]
-        return [request for request in firsts if not self._folder(request).exists()]
+        return [request for request in firsts if not self._is_there(request)]
+
+    def _is_there(self, request: Request) -> bool:
+        return self.study.store.is_whole(self._folder(request))
 
     def _is_served(self, pools: Sequence[Request]) -> bool:
         return not any(number_missing(self.study, request) for request in pools)
@@ -140,7 +143,8 @@ class RunsBeside(Task):
     kind = "runs"
 
     def left(self) -> int:
-        return self.items * (not self.study.store.folder("beside", self.spec).exists())
+        store = self.study.store
+        return self.items * (not store.is_whole(store.folder("beside", self.spec)))
 
     def make(self) -> None:
         def run(_: Path) -> None:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Future,
@@ -42,6 +42,7 @@ from sdaug_utils.study import Study, open_study
 from sdaug_utils.tasks import Task, first_tasks, work_list
 from sdaug_utils.training.cells import trainer_of
 
+LINES_EVERY = 60  # seconds
 OBJECT_STORE = 2**27  # bytes: tasks give nothing back
 ATTEMPTS = 3  # of a task whose worker dies or hangs
 HANDED_ON = ("SDAUG_", "HF_", "TORCH_HOME", "OMP_NUM_THREADS")  # variables that workers see, too
@@ -391,7 +392,7 @@ def make_all(tasks: Sequence[Task], workers: Workers, timeout: float) -> Outcome
     at_work: dict[Future, tuple[int, Task, float]] = {}
     tries: dict[str, int] = {}
     again: list[Task] = []
-    with _bars(waiting, lefts) as bars:
+    with Progress(waiting, lefts) as progress:
         while True:
             for worker in list(idle):
                 elsewhere = homes[:worker] + homes[worker + 1 :]
@@ -404,6 +405,7 @@ def make_all(tasks: Sequence[Task], workers: Workers, timeout: float) -> Outcome
                 at_work[workers.submit(worker, task)] = (worker, task, time.monotonic())
             if not at_work:
                 break
+            progress.tell()
             finished, _ = wait(at_work, timeout=1.0, return_when=FIRST_COMPLETED)
             latest = time.monotonic() - (timeout if workers.can_stop else float("inf"))
             late = [future for future, (_, _, since) in at_work.items() if since < latest]
@@ -427,7 +429,7 @@ def make_all(tasks: Sequence[Task], workers: Workers, timeout: float) -> Outcome
                 schedule.done(task)
                 number = lefts[task.key]
                 outcome.made[task.kind] = outcome.made.get(task.kind, 0) + number
-                bars[task.kind].update(number)
+                progress.update(task.kind, number)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -444,14 +446,36 @@ def _verdict(future: Future, timeout: float) -> tuple[str, bool]:
     return f"{type(error).__name__}: {text}", isinstance(error, BrokenProcessPool)
 
 
-@contextlib.contextmanager
-def _bars(waiting: Sequence[Task], lefts: Mapping[str, int]) -> Iterator[dict[str, tqdm]]:
-    """A bar per kind of task: done and total, rate, time left."""
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, tqdm] = {}
-        for kind in dict.fromkeys(task.kind for task in waiting):
-            total = sum(lefts[task.key] for task in waiting if task.kind == kind)
-            every = 0.5 if sys.stderr.isatty() else 60.0
-            bar = tqdm(total=total, desc=f"{kind:<8}", mininterval=every, position=len(bars))
-            bars[kind] = stack.enter_context(bar)
-        yield bars
+class Progress(contextlib.ExitStack):
+    """For each kind of task done and total, rate, time left: bars, or in a log a line a minute."""
+
+    def __init__(self, waiting: Sequence[Task], lefts: Mapping[str, int]) -> None:
+        super().__init__()
+        self.totals: dict[str, int] = {}
+        for task in waiting:
+            self.totals[task.kind] = self.totals.get(task.kind, 0) + lefts[task.key]
+        self.done = dict.fromkeys(self.totals, 0)
+        self.began = self.told = time.monotonic()
+        self.bars: dict[str, tqdm] = {}
+        if sys.stderr.isatty():
+            for place, (kind, total) in enumerate(self.totals.items()):
+                bar = tqdm(total=total, desc=f"{kind:<8}", position=place)
+                self.bars[kind] = self.enter_context(bar)
+
+    def update(self, kind: str, number: int) -> None:
+        """So many more are done."""
+        self.done[kind] += number
+        if self.bars:
+            self.bars[kind].update(number)
+
+    def tell(self) -> None:
+        """Write into a log, once a minute, how far everything is."""
+        now = time.monotonic()
+        if self.bars or now - self.told < LINES_EVERY:
+            return
+        self.told, form = now, partial(tqdm.format_meter, elapsed=now - self.began, ncols=80)
+        for kind, total in self.totals.items():
+            if 0 < self.done[kind] < total:
+                print(
+                    form(self.done[kind], total, prefix=f"{kind:<8}"), file=sys.stderr, flush=True
+                )

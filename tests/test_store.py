@@ -46,7 +46,7 @@ def test_a_failure_leaves_no_artefact_and_the_next_try_starts_clean(store):
         store.get("kind", {"a": 1}, fail)
     assert not store.folder("kind", {"a": 1}).exists()
     folder = store.get("kind", {"a": 1}, lambda folder: (folder / "whole").touch())
-    assert {path.name for path in folder.iterdir()} == {"spec.json", "whole"}
+    assert {path.name for path in folder.iterdir()} == {"files.json", "spec.json", "whole"}
 
 
 def test_get_all_makes_only_what_is_missing(store):

@@ -86,11 +86,8 @@ def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
     A file is whole if it has its size; to ``verify``, if it has its digest. An image that was given
     up has no file, and a size of 0.
     """
-    listing = folder / "metadata.csv"
-    if not listing.exists():
+    if not (rows := _listed(folder)):
         return {}
-    with listing.open(newline="") as file:
-        rows = {int(row["file_name"].removesuffix(".png")): row for row in csv.DictReader(file)}
     with os.scandir(folder) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries}
 
@@ -101,6 +98,19 @@ def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
         return not (size and verify) or file_digest(folder / row["file_name"]) == row["digest"]
 
     return {index: row for index, row in rows.items() if is_whole(row)}
+
+
+def _listed(folder: Path) -> dict[int, Row]:
+    """The rows of ``metadata.csv`` by index; none if it is damaged."""
+    listing = folder / "metadata.csv"
+    if not listing.exists():
+        return {}
+    try:
+        with listing.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {int(row["file_name"].removesuffix(".png")): row for row in rows if row["digest"]}
+    except (KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
+        return {}
 
 
 def is_given_up(row: Row, max_attempts: int) -> bool:
@@ -221,6 +231,9 @@ def _make(
             return part
 
         for number in {number for number, _ in items}:
+            listed = _listed(folders[number])
+            if any(own == number and index in listed for own, index in items):
+                store.tell(folders[number])
             with store.lock("listings", specs[number]):
                 folders[number].mkdir(parents=True, exist_ok=True)
                 write_spec(folders[number], {**specs[number], "batch_size": batch.size})
@@ -408,7 +421,12 @@ def number_missing(study: Study, request: Request) -> int:
 def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
     store = study.store
-    lacking = [r for r in requests if not store.folder(r.technique.name, r.model).exists()]
+    folders = [store.folder(request.technique.name, request.model) for request in requests]
+    lacking = [
+        request
+        for request, folder in zip(requests, folders, strict=True)
+        if not store.is_whole(folder, to_read=True)
+    ]
     if not lacking:
         return
     technique = lacking[0].technique

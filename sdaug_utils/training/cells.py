@@ -88,7 +88,7 @@ def plan(study: Study, cells: Iterable[Cell]) -> pd.DataFrame:
             "real %": cell.real_percent,
             "synthetic per class": cell.synthetic_per_class,
             "runs": 1,
-            "already in the store": _folder(study, cell).exists(),
+            "already in the store": is_made(study, cell),
         }
         for cell in cells
     ]
@@ -134,7 +134,7 @@ def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 def is_made(study: Study, cell: Cell) -> bool:
     """Whether the store has a cell's run."""
-    return _folder(study, cell).exists()
+    return study.store.is_whole(_folder(study, cell), to_read=True)
 
 
 def make(
@@ -503,7 +503,7 @@ def accuracy_curves(
     specs = [spec(study, cell) | more for cell in cells]
     test_labels = torch.from_numpy(study.data.splits["test"].labels)
     for cell, determined_by in zip(cells, specs, strict=True):
-        if not study.store.folder("curves", determined_by).exists():
+        if not study.store.is_whole(study.store.folder("curves", determined_by)):
             trainer.prepare(cell)
 
     def train(start: int) -> list[Path]:

