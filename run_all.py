@@ -329,13 +329,13 @@ def work_list(jobs: list[Job]) -> list[Any]:
     return tasks.work_list((job.study, job.parameters) for job in jobs)
 
 
-def make_all(jobs: list[Job], profile: str, arguments: argparse.Namespace) -> Any:
+def make_all(jobs: list[Job], arguments: argparse.Namespace) -> Any:
     """Make everything that notebooks need, before the first of them runs."""
     from sdaug_utils import tasks, workers
 
     pairs, total = [(job.study, job.parameters) for job in jobs], workers.Outcome()
     experiments = tuple((job.path.stem, job.parameters) for job in jobs)
-    orders, crew = workers.Orders(profile, experiments), None
+    orders, crew = workers.Orders(arguments.profile, experiments), None
     try:
         for listed in (tasks.first_tasks, tasks.work_list):
             every = listed(pairs)
@@ -354,15 +354,10 @@ def make_all(jobs: list[Job], profile: str, arguments: argparse.Namespace) -> An
 
 
 def execute_all(
-    jobs: list[Job], output: Path, profile: str, arguments: argparse.Namespace
-) -> tuple[list[Report], Any]:
-    """Run what is not up to date, in order, to the first that fails or, to keep going, the last.
-
-    All that they need is made before: by whom, and what became of it, is the second result.
-    """
-    recalled = [recall(job, output, profile, arguments.force) for job in jobs]
+    jobs: list[Job], recalled: list[Report | None], output: Path, profile: str, keep_going: bool
+) -> list[Report]:
+    """Run what is not recalled, in order, to the first that fails or, to keep going, the last."""
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
-    outcome = make_all(waiting, profile, arguments)
     reports: list[Report] = []
     ahead: Kernel | None = None
     try:
@@ -377,12 +372,12 @@ def execute_all(
                     if kernel:
                         kernel.stop()
             reports.append(report)
-            if report.status not in FINE and not arguments.keep_going:
+            if report.status not in FINE and not keep_going:
                 break
     finally:
         if ahead:
             ahead.stop()
-    return reports, outcome
+    return reports
 
 
 def start_kernel() -> Kernel | None:
@@ -668,7 +663,10 @@ def main() -> int:
         report.write_claims(arguments.profile)
         report.write_deviations(arguments.profile)
         return 0
-    reports, outcome = execute_all(jobs, output, arguments.profile, arguments)
+    recalled = [recall(job, output, arguments.profile, arguments.force) for job in jobs]
+    waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
+    outcome = make_all(waiting, arguments)
+    reports = execute_all(jobs, recalled, output, arguments.profile, arguments.keep_going)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root
     report.write_tables(arguments.profile, [root / artefact for artefact in used])

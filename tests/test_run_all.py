@@ -47,8 +47,8 @@ print(pools[0].files[0].parent)
     made.write_text("a\n3\n")
     assert run() == ("date", 1)
     assert run("--force") == ("ok", 2)
-    [image, _] = (tmp_path / "store" / "pools").glob("*/00000.png")
-    image.write_bytes(image.read_bytes()[:100])  # damaged: it is made anew, and the notebook run
+    for image in (tmp_path / "store" / "pools").glob("*/00000.png"):
+        image.write_bytes(image.read_bytes()[:100])  # damaged: made anew, and the notebook run
     assert run() == ("ok", 3)
     assert run() == ("date", 3)
     notebook(books, f"{NAME}.ipynb", f"{code}\nprint('changed')")
@@ -185,9 +185,9 @@ def test_the_ledger_names_the_files_that_a_notebook_wrote(monkeypatch, tmp_path)
 def test_a_kernel_that_does_not_start_fails_its_notebook_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "Kernel", lambda: 1 / 0)
     jobs = run_all.check(run_all.chosen_notebooks(["01", "02"]), "smoke", tmp_path)
-    reports = run_all.execute_all(jobs, tmp_path, "smoke", keep_going=True, force=True)
+    reports = run_all.execute_all(jobs, [None] * 2, tmp_path, "smoke", keep_going=True)
     assert [report.status for report in reports] == ["failed: no kernel"] * 2
-    assert len(run_all.execute_all(jobs, tmp_path, "smoke", False, force=True)) == 1
+    assert len(run_all.execute_all(jobs, [None] * 2, tmp_path, "smoke", False)) == 1
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -224,7 +224,7 @@ def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path)
         monkeypatch.setenv(variable, str(tmp_path / variable.removeprefix("SDAUG_").lower()))
     seen = []
     monkeypatch.setattr(run_all, "check", lambda *a, **_: seen.append(a) or [])
-    monkeypatch.setattr(run_all, "print_plan", lambda jobs: None)
+    monkeypatch.setattr(run_all, "print_plan", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--protocol", "published", "--dry-run"])
     assert run_all.main() == 0
     assert figures_folder("miniature") == tmp_path / "figures" / "published" / "miniature"
