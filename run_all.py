@@ -674,5 +674,16 @@ def main() -> int:
     return 0 if all(each.status in FINE for each in reports) and not outcome.failures else 1
 
 
+def interruptible() -> int:
+    """As :func:`main`; Ctrl-C ends it at once, threads included, with exit code 130."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # threads at work would be waited for; what they write is whole or absent
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible())
