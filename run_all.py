@@ -152,7 +152,8 @@ def check(
     if dry and absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not dry:
-        require_models(params.load_settings(profile))
+        for one in opened.values():
+            require_models(one.settings)
     for folder in (output, study.figures_folder(profile), study.results_folder(profile)):
         store.require_writable(folder)
     return jobs
@@ -166,10 +167,14 @@ def require_models(settings: params.Settings) -> None:
     """
     from sdaug_utils import plan
     from sdaug_utils.generation import foundation
+    from sdaug_utils.registry import techniques
     from sdaug_utils.training import features
 
     for model in plan.models(settings):
         foundation.revision(*model)
+    foundation.check(settings)
+    for technique in techniques().values():
+        technique.check(settings)
     for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
         if backbone != "efficientnet-lite0":  # whose weights come with the packages
             features.load_backbone(backbone)
@@ -578,6 +583,14 @@ def main() -> int:
     parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
     parser.add_argument("--protocol", choices=["published", "controlled"], help="how to train")
+    parser.add_argument(
+        *("-p", "--parameter"),
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("SECTION.KEY", "VALUE"),
+        help="another value, as in 03.real_percents '[100, 50]'",
+    )
     parser.add_argument("--dataset", type=Path, help="a folder of class folders, for the main data")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing")
     parser.add_argument(
@@ -626,9 +639,22 @@ def main() -> int:
     from sdaug_utils.study import figures_folder, results_folder
 
     name = arguments.profile
+    try:
+        changes = [params.override(*pair) for pair in arguments.parameter]
+        if arguments.ray:
+            from sdaug_utils import workers
+
+            workers.require_cluster(arguments.ray)
+    except InputError as error:
+        print(f"run_all.py: {error}", file=sys.stderr)
+        return 2
+    changed = json.dumps(changes) if changes else ""
+    os.environ["SDAUG_PARAMETERS"] = changed
     if arguments.dataset:
         os.environ["SDAUG_DATASET"] = str(arguments.dataset.resolve())
-    for part in (arguments.protocol, arguments.dataset and arguments.dataset.resolve().name):
+    changed = changed and f"changed-{store.digest_of(changed.encode())[:8]}"
+    own = arguments.dataset and arguments.dataset.resolve().name
+    for part in (arguments.protocol, own, changed):
         if part:  # beside the default's figures, not over them
             name += f"-{part}"
             os.environ["SDAUG_FIGURES"] = str(figures_folder(part))

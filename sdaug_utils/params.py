@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from sdaug_utils.errors import InputError
 from sdaug_utils.registry import techniques
 
+SECOND = "second-domain"
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
 
@@ -46,7 +47,7 @@ Counts = Annotated[list[Count], Field(min_length=1)]
 class Parameters(BaseModel):
     """A model that refuses unknown keys, and lists in which a value comes twice."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
@@ -307,8 +308,31 @@ def domain_of(notebook: str) -> Domain:
     return "second" if EXPERIMENTS[notebook] is SecondDomain else "main"
 
 
+def override(key: str, text: str) -> tuple[list[str], Any]:
+    """A parameter named as ``section.key.key``, with its value as YAML, from the command line.
+
+    A notebook's section may be named by its number.
+
+    Raises:
+        InputError: no such section, no key, or no YAML.
+    """
+    section, *path = key.split(".")
+    named = [name for name in EXPERIMENTS if section in (name, name[:2])]
+    if not path or not (named or section == "common"):
+        known = ", ".join(["common", *(name[:2] for name in EXPERIMENTS)])
+        raise InputError(f"-p {key}: write SECTION.KEY; sections are {known}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"-p {key}: not YAML: {' '.join(str(error).split())}") from error
+    return [*(named or ["common"]), *path], value
+
+
 def read_profile(profile: str) -> dict[str, Any]:
     """The sections of ``params/<profile>.yaml``, unchecked but for their names.
+
+    The environment's ``SDAUG_PARAMETERS``, if it is set, changes some values: a JSON list of pairs
+    of a path of keys and a value.
 
     Raises:
         InputError: no such profile, no YAML, or a section that is no notebook's.
@@ -321,7 +345,7 @@ def read_profile(profile: str) -> dict[str, Any]:
         sections = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    valid = ["common", *EXPERIMENTS]
+    valid = ["common", SECOND, *EXPERIMENTS]
     if not isinstance(sections, dict) or "common" not in sections:
         raise InputError(f"{path}: needs a section 'common' and may have others of {valid[1:]}")
     for name, section in sections.items():
@@ -329,23 +353,46 @@ def read_profile(profile: str) -> dict[str, Any]:
             raise InputError(f"{path}: section '{name}' is unknown: choose from {valid}")
         if not isinstance(section, dict):
             raise InputError(f"{path}: section '{name}': must be a list of 'key: value'")
+    for (section, *keys), value in json.loads(os.environ.get("SDAUG_PARAMETERS") or "[]"):
+        _put(sections.setdefault(section, {}), keys, value)
     return sections
 
 
-def load_settings(profile: str) -> Settings:
-    """The checked section ``common`` of a profile.
+def load_settings(profile: str, domain: Domain = "main") -> Settings:
+    """The checked section ``common`` of a profile, with what is different for the second domain.
 
-    The environment's ``SDAUG_DATASET``, if it is set, is a folder of class folders that takes the
-    place of the main data set.
+    That is in the section ``second-domain``, if there is one. The environment's ``SDAUG_DATASET``,
+    if it is set, is a folder of class folders that takes the place of the main data set.
 
     Raises:
         InputError: unknown profile; unknown, missing or ill-typed key.
     """
-    values = read_profile(profile)["common"]
+    sections = read_profile(profile)
+    values = sections["common"]
+    if domain == "second":
+        values = _merged(values, sections.get(SECOND, {}))
     if (own := os.environ.get("SDAUG_DATASET")) and isinstance(values.get("data"), dict):
         main = {"name": "imagefolder", "classes": None, "max_images_per_class": None, "folder": own}
         values = values | {"data": values["data"] | {"main": main}}
     return _checked(_settings(), values, str(PARAMS_FOLDER / f"{profile}.yaml"))
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Put a value, whatever it is, in the place of another."""
+    key, *further = keys
+    if further and not isinstance(values.get(key), dict):
+        values[key] = {}
+    if further:
+        _put(values[key], further, value)
+    else:
+        values[key] = value
+
+
+def _merged(values: Any, changes: Any) -> Any:
+    """Values with some changed, section by section."""
+    if not (isinstance(values, dict) and isinstance(changes, dict)):
+        return changes
+    return values | {key: _merged(values.get(key), change) for key, change in changes.items()}
 
 
 @cache

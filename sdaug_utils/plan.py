@@ -122,7 +122,7 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
     Raises:
         InputError: as :func:`open_study`; the data are not here and their sizes are not known.
     """
-    settings, absent = params.load_settings(profile), []
+    settings, absent = params.load_settings(profile, domain), []
     for name, part in models(settings):
         try:
             revision(name, part)

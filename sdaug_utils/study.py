@@ -41,7 +41,7 @@ def open_study(
     Raises:
         InputError: anything in the profile, the data files or the store's folder is amiss.
     """
-    settings = load_settings(profile)
+    settings = load_settings(profile, domain)
     chosen = settings.data[domain]
     fetch = chosen.download and download
     data = datasets.load(**chosen.model_dump(exclude={"download"}), download=fetch)

@@ -11,6 +11,7 @@ import contextlib
 import heapq
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.util import find_spec
 from itertools import zip_longest
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -246,6 +248,23 @@ class Processes:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def require_cluster(address: str) -> None:
+    """Check that Ray is installed and that something answers at an address.
+
+    Raises:
+        InputError: it is not, or nothing does.
+    """
+    if find_spec("ray") is None:
+        raise InputError("--ray: Ray is not installed: pip install '.[cluster]'")
+    host, _, port = address.rpartition(":")
+    if address in ("auto", "local"):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--ray {address}: no cluster answers there ({error})") from error
+
+
 class RayActors:
     """Workers of a Ray cluster: an actor per GPU or, where there is none, per core.
 
@@ -265,13 +284,12 @@ class RayActors:
             number: of actors, if not one for each GPU or core.
 
         Raises:
-            InputError: Ray is not installed, or nothing answers at the address; a worker's
-                precision or device differs from this process's.
+            InputError: as :func:`require_cluster`; a worker's precision or device differs from this
+                process's.
         """
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError("--ray: Ray is not installed: pip install '.[cluster]'") from error
+        require_cluster(address)
+        import ray
+
         self.ray = ray
         names = [name for name in os.environ if name.startswith(HANDED_ON)]
         paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))

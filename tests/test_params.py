@@ -51,6 +51,7 @@ def test_an_unknown_profile_lists_the_known():
         ("common:", "others:", "needs a section 'common'"),
         ("num_class_images: 4", "num_class_images: 0", "num_class_images must be positive"),
         ("train: 20", "train: 0", "train: Input should be greater than or equal to 1"),
+        ("guidance_scale: 2.0", "guidance_scale: .inf", "guidance_scale: .*finite number"),
         ("[trouser, bag]", "[bag, bag]", "classes: .*a value comes twice"),
         (
             "      classes:",

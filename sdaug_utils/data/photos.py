@@ -64,13 +64,13 @@ def image_folder(folder: Path, download: bool = False) -> Dataset:
     Raises:
         InputError: no class folders, or a class with fewer than four images.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     folders = sorted(p for p in folder.glob("*") if p.is_dir()) if folder.is_dir() else []
     classes = [path.name for path in folders if path.name != "trimaps"]
     if len(classes) < 2:
         raise InputError(f"data.folder: {folder}: needs a folder for each of at least two classes")
     index = {name: number for number, name in enumerate(classes)}
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # takes seconds
+
     try:
         samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
     except FileNotFoundError as error:

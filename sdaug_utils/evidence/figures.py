@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,9 +19,10 @@ from PIL import Image
 
 from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import note
+from sdaug_utils.store import note, write_atomically
 from sdaug_utils.study import figures_folder
 
+LARGEST = 128  # pixels of an image's side on a sheet
 REAL_ARMS = {
     "baseline": ("Baseline", "black", "o"),
     "custom": ("Custom", "#8c8c8c", "s"),
@@ -77,9 +79,10 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
     """Write a figure as .png and .pdf, and the numbers behind it, if there are any, as .csv."""
     target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target / f"{name}.png")
-    figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None})
-    for suffix in ("png", "pdf"):
+    png = partial(figure.savefig, format="png")
+    pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
+    for suffix, write in (("png", png), ("pdf", pdf)):
+        write_atomically(target / f"{name}.{suffix}", write)
         note({"file": f"{name}.{suffix}"})
     if data is not None:
         save_table(profile, name, data)
@@ -89,7 +92,8 @@ def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     """Write the numbers of a table as .csv."""
     target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
-    data.to_csv(target / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    write = partial(data.to_csv, index=False, float_format="%.6g", lineterminator="\n")
+    write_atomically(target / f"{name}.csv", write)
     note({"file": f"{name}.csv"})
 
 
@@ -285,7 +289,7 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
         titles: one per group.
     """
     groups = [mosaic(group, gap=1) for group in zip(*rows.values(), strict=True)]
-    side = next(iter(rows.values()))[0][0].shape[0]
+    side = min(next(iter(rows.values()))[0][0].shape[0], LARGEST)
     between = np.full((groups[0].shape[0], side // 4, 3), 255, np.uint8)
     starts = np.cumsum([0, *(group.shape[1] + side // 4 for group in groups)])
     whole = np.hstack([part for group in groups for part in (group, between)])
@@ -306,9 +310,12 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
 
 
 def mosaic(rows: Iterable[Sequence[np.ndarray]], gap: int) -> np.ndarray:
-    """Rows of 8-bit RGB images as one, all squares of the first one's height, on white."""
+    """Rows of 8-bit RGB images as one, all squares of the first one's height, on white.
+
+    Larger ones are made smaller: a sheet has a row per class, and a class may have many.
+    """
     lines = [list(row) for row in rows]
-    side, columns = lines[0][0].shape[0], max(map(len, lines))
+    side, columns = min(lines[0][0].shape[0], LARGEST), max(map(len, lines))
     whole = np.full((len(lines) * (side + gap), columns * (side + gap), 3), 255, np.uint8)
     for top, line in zip(range(0, len(whole), side + gap), lines, strict=True):
         for left, image in zip(range(0, whole.shape[1], side + gap), line, strict=False):

@@ -4,6 +4,7 @@ diffusers and transformers take seconds to import: they are, where a pipeline is
 whoever only needs a key of the store does not wait for them.
 """
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -109,6 +110,47 @@ def revision(name: str, part: str = "") -> str:
     else:
         own = {k: v for k, v in every.items() if not k.startswith("controlnet-")}
     return digest_of("\n".join(f"{key} {value}" for key, value in sorted(own.items())).encode())
+
+
+def check(settings: Settings) -> None:
+    """Check what only the models and this machine can tell; nothing is loaded.
+
+    Raises:
+        InputError: a resolution that the VAE does not divide; a device or an attention that this
+            machine has not got.
+    """
+    config = json.loads((locate(settings.foundation) / "vae" / "config.json").read_text())
+    factor = max(8, 2 ** (len(config["block_out_channels"]) - 1))  # of 8: diffusers' pipelines
+    if settings.sampling.resolution % factor:
+        raise InputError(
+            f"sampling.resolution: {settings.sampling.resolution} is no multiple of {factor}, by "
+            f"which the VAE of '{settings.foundation}' makes images smaller"
+        )
+    is_there: dict[str, Callable[[], bool]] = {
+        "cuda": lambda: torch.cuda.is_available(),
+        "mps": lambda: torch.backends.mps.is_available(),
+    }
+    if settings.device in is_there and not is_there[settings.device]():
+        raise InputError(f"device: there is no '{settings.device}' here: choose auto or cpu")
+    if settings.attention == "xformers":
+        try:
+            import xformers.ops  # noqa: F401
+        except Exception as error:  # of any kind: it is compiled against one version of torch
+            raise InputError(
+                f"attention: xformers does not load here ({' '.join(str(error).split())[:120]}); "
+                "choose auto or sdpa, or the versions of environment.yml"
+            ) from error
+
+
+@cache
+def vocabulary(name: str) -> frozenset[str]:
+    """The tokens that a model's text encoder knows; ``</w>`` ends a word."""
+    folder = locate(name) / "tokenizer"
+    if (folder / "vocab.json").exists():
+        return frozenset(json.loads((folder / "vocab.json").read_text()))
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    added = [token["content"] for token in whole.get("added_tokens", [])]
+    return frozenset([*whole["model"]["vocab"], *added])
 
 
 def resolved(name: str, part: str = "") -> str:

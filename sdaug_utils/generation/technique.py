@@ -76,6 +76,13 @@ class Technique:
         """The models that it needs beside the foundation: name and part, by label."""
         return {}
 
+    def check(self, settings: Settings) -> None:
+        """Check what only the foundation model can tell.
+
+        Raises:
+            InputError: a setting that does not go with it.
+        """
+
     def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         """What else determines its images; ``rows`` of the train split are those they follow."""
         return {}

@@ -21,6 +21,7 @@ from sdaug_utils.params import Augmentation, Controlled, Published
 from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, to_pixels
 
 CODE_VERSION = 3
+KEPT_BYTES = 2**30  # of resized images, in memory
 UPDATES = 10  # whose features are gathered at once: more do not fit into the cache
 
 
@@ -178,24 +179,26 @@ def train_published(
     def views(some: Sequence[np.ndarray], chosen: augment.Transform, seed: int) -> list[np.ndarray]:
         return [augment.view(image, chosen, seed + number) for number, image in enumerate(some)]
 
+    def resized(some: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """As the network sees them, if they fit into memory, else as they are."""
+        bytes_each = 3 * settings.image_size**2
+        return views(some, resize, 0) if len(some) * bytes_each <= KEPT_BYTES else some
+
     @torch.inference_mode()
-    def predict(prepared: Sequence[np.ndarray]) -> np.ndarray:
+    def predict(some: Sequence[np.ndarray]) -> np.ndarray:
         backbone.eval()
-        parts = [prepared[i : i + FEATURE_BATCH] for i in range(0, len(prepared), FEATURE_BATCH)]
-        logits = [head(backbone(to_pixels(part).to(device))) for part in parts]
+        parts = [some[i : i + FEATURE_BATCH] for i in range(0, len(some), FEATURE_BATCH)]
+        logits = [head(backbone(to_pixels(views(part, resize, 0)).to(device))) for part in parts]
         return torch.cat(logits).argmax(dim=1).cpu().numpy()
 
-    resized = views(images, resize, 0) if augmentation == "none" else None  # 8-bit: they fit
-    validation_views = views(validation[0], resize, 0)
+    as_they_are = resized(images) if augmentation == "none" else images
+    validation_images = resized(validation[0])
     best, best_epoch, updates = -1.0, 0, 0
     for epoch in range(settings.max_epochs):
         backbone.train()
         passes = range(epoch * settings.passes_per_epoch, (epoch + 1) * settings.passes_per_epoch)
         for number, rows in _in_batches(len(images), settings.batch_size, seed, passes):
-            if resized is None:
-                batch = views([images[row] for row in rows], transform, number)
-            else:
-                batch = [resized[row] for row in rows]
+            batch = views([as_they_are[row] for row in rows], transform, number)
             with torch.no_grad():
                 features = backbone(to_pixels(batch).to(device))
             loss = torch.nn.functional.cross_entropy(head(features), targets[rows])
@@ -203,12 +206,12 @@ def train_published(
             loss.backward()
             optimizer.step()
             updates += 1
-        score = float((predict(validation_views) == validation[1]).mean())
+        score = float((predict(validation_images) == validation[1]).mean())
         if score > best:
             best, best_epoch = score, epoch
         elif epoch - best_epoch >= settings.patience:
             break
-    return Outcome(predict(views(test_images, resize, 0)), score, updates, updates)
+    return Outcome(predict(test_images), score, updates, updates)
 
 
 def _in_batches(

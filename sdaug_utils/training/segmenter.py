@@ -150,7 +150,7 @@ def train(
     for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
         head.train()
         logits, wanted = _upsampled(head, features(rows.tolist()), side), targets[rows].to(device)
-        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        loss = torch.nn.functional.cross_entropy(logits, wanted.long())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -189,14 +189,14 @@ def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def _targets(trimaps: Sequence[np.ndarray], side: int) -> torch.Tensor:
-    """Labels 0 to 2 of each pixel: (n, side, side)."""
+    """Labels 0 to 2 of each pixel, 8 bit: (n, side, side)."""
     resized = [
         trimap
         if trimap.shape == (side, side)
         else cv2.resize(trimap, (side, side), interpolation=cv2.INTER_NEAREST)
         for trimap in trimaps
     ]
-    return torch.from_numpy(np.stack(resized).astype(np.int64) - 1)
+    return torch.from_numpy(np.stack(resized).astype(np.uint8) - 1)
 
 
 @cache
@@ -222,7 +222,7 @@ def _logits(
 def _loss(head: torch.nn.Module, features: Features, targets: torch.Tensor) -> float:
     total = 0.0
     for logits, wanted in _logits(head, features, targets):
-        there = wanted.to(logits.device)
+        there = wanted.to(logits.device).long()
         total += torch.nn.functional.cross_entropy(logits, there, reduction="sum").item()
     return total / targets.numel()
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline, scale_condition
+from sdaug_utils.generation.foundation import Pipeline, scale_condition, vocabulary
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.technique import Request, twin
 from sdaug_utils.lazy import torch
@@ -163,6 +163,20 @@ class TextualInversion(Personalised):
         made = twin(pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names})
         made.load_textual_inversion(folder, weight_name=FILE)
         return made
+
+    def check(self, settings: Settings) -> None:
+        own, known = self.of(settings), vocabulary(settings.foundation)
+        word = own.initializer_token.strip().lower()
+        if f"{word}</w>" not in known and word not in known:
+            raise InputError(
+                f"textual_inversion.initializer_token: '{own.initializer_token}' is not a single "
+                "token of the text encoder's vocabulary; choose one that is, such as a common noun"
+            )
+        if {own.placeholder_token, f"{own.placeholder_token}</w>"} & known:
+            raise InputError(
+                f"textual_inversion.placeholder_token: '{own.placeholder_token}' is a word "
+                "already; choose one that is not, such as <funny-ret>"
+            )
 
     def model_cost(self, settings: Settings) -> tuple[str, int]:
         own = self.of(settings)
