@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -708,7 +709,9 @@ def interruptible() -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)  # threads at work would be waited for; what they write is whole or absent
+        if any(thread.name.startswith("ThreadPool") for thread in threading.enumerate()):
+            os._exit(130)  # they would be waited for; what they write is whole or absent
+        return 130
 
 
 if __name__ == "__main__":

@@ -349,6 +349,7 @@ def _begin(orders: Orders, threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_it, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     torch.set_num_threads(threads)
     _BENCH.append(Bench(orders))
 

@@ -242,9 +242,9 @@ def test_workers_that_are_killed_cost_their_tasks_and_nothing_else(whole, store,
     assert contents(store.root) == whole
 
 
-def command(store, tmp_path):
+def command(store, tmp_path, crew=("--workers", "2")):
     folder = tmp_path / f"out-{time.monotonic_ns()}"
-    arguments = ["--profile", "smoke", "--only", "09", "--workers", "2", "--output", str(folder)]
+    arguments = ["--profile", "smoke", "--only", "09", *crew, "--output", str(folder)]
     return subprocess.Popen(
         [sys.executable, str(run_all.ROOT / "run_all.py"), *arguments],
         env=os.environ | {"SDAUG_STORE": str(store)},
@@ -289,6 +289,42 @@ def test_a_killed_driver_takes_its_workers_along_and_two_at_once_end_alike(whole
     made = {k: v for k, v in contents(store).items() if k.split("/")[0] in ("pools", "cells")}
     assert made.items() <= whole.items()
     assert any(name.startswith("cells/") for name in made)
+
+
+def in_session(pid):
+    """Processes of a session that are still at work."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, *numbers = stat.read_text().rpartition(") ")[2].split()
+        except OSError:
+            continue
+        if numbers[2] == str(pid) and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("phase", ["tasks", "notebook"])
+@pytest.mark.parametrize("crew", [(), ("--workers", "2")], ids=["threads", "processes"])
+def test_control_c_ends_everything_at_once(tmp_path, crew, phase):
+    """A terminal sends it to all processes of the group."""
+    store = tmp_path / "store"
+    run, text, deadline = command(store, tmp_path, crew), "", time.monotonic() + 120
+    if phase == "tasks":
+        while not (store / "pools").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    else:
+        while "09-food-101 …" not in text and time.monotonic() < deadline:
+            text += run.stdout.readline()
+        time.sleep(3)
+    os.killpg(run.pid, signal.SIGINT)
+    text += run.communicate(timeout=60)[0]
+    assert run.returncode == 130
+    assert "Traceback" not in text
+    assert text.splitlines()[-1] == "stopped; the same command goes on from here"
+    while in_session(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not in_session(run.pid)
 
 
 def test_sixty_four_gpus_are_kept_busy(monkeypatch):
