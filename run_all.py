@@ -474,6 +474,8 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
         made = sum(report.made.get(kind, 0) for report in reports) + outcome.made.get(kind, 0)
         used = sum(len(x) for report in reports for x in report.used.get(kind, {}).values())
         print(f"{label:<26} {made:>7} made, {max(0, used - made)} reused")
+    if given_up := number_given_up(reports):
+        print(f"given up after too many rejections: {given_up} images, the next in their places")
     if outcome.seconds:
         shares = ", ".join(f"{seconds / outcome.seconds:.0%}" for seconds in outcome.busy)
         print(f"made in {outcome.seconds / 60:.1f} minutes; workers were busy for {shares} of them")
@@ -484,6 +486,15 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
     executed = reports[0].where.parent if reports else ROOT
     print(f"\nexecuted notebooks: {_relative(executed)}")
     print(f"figures and their numbers: {_relative(figures_folder(profile))}")
+
+
+def number_given_up(reports: list[Report]) -> int:
+    """How many images of the pools that notebooks used were rejected too often."""
+    from sdaug_utils.generation.pools import read_pool
+
+    pools = {pool for report in reports for pool in report.used.get("images", {})}
+    rows = [row for pool in pools for row in read_pool(store.Store().root / pool).values()]
+    return sum(row["size"] == "0" for row in rows)
 
 
 def planned(jobs: list[Job]) -> list[Any]:

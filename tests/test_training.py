@@ -339,3 +339,29 @@ def test_pixels_are_grey_and_of_one_scale():
     assert not vectors[1].any()
     brighter = [images[0] // 2 + 100]
     assert torch.corrcoef(torch.cat([vectors[0], features.pixel_vectors(brighter)[0]]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("name", ["custom", "autoaugment", "randaugment"])
+def test_a_view_seeds_no_gpu(monkeypatch, name):
+    """A GPU's generator draws the dropout: to seed it anew at each image would repeat the mask."""
+    for module, function in ((torch.cuda, "manual_seed_all"), (torch, "manual_seed")):
+        monkeypatch.setattr(module, function, lambda seed: pytest.fail("all were seeded"))
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    transform, before = augment.build(name, 32), torch.random.get_rng_state()
+    assert augment.view(image, transform, 3).shape == (32, 32, 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_images_that_do_not_fit_into_memory_are_resized_as_they_come(world, monkeypatch):
+    images, labels = world.data.splits["train"].images(), world.data.splits["train"].labels
+    settings = world.settings.classifier.published.model_copy(update={"max_epochs": 2})
+
+    def predictions():
+        outcome = classifier.train_published(
+            images, labels, (images, labels), images, "efficientnet-lite0", "none", settings, 0, 2
+        )
+        return outcome.predictions.tolist(), outcome.validation_score
+
+    kept = predictions()
+    monkeypatch.setattr(classifier, "KEPT_BYTES", 0)
+    assert predictions() == kept

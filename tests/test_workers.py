@@ -1,5 +1,6 @@
 """The work list and those who make it: the same bytes whoever does, whatever happens to them."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 
 import run_all
 from sdaug_utils import params, plan, tasks, workers
-from sdaug_utils.store import Store
+from sdaug_utils.registry import techniques
+from sdaug_utils.store import Store, digest
 from sdaug_utils.study import open_study
 from sdaug_utils.workers import Orders, Schedule, simulate
 
@@ -325,6 +327,38 @@ def test_control_c_ends_everything_at_once(tmp_path, crew, phase):
     while in_session(run.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not in_session(run.pid)
+
+
+def test_a_model_that_is_not_kept_is_learnt_once_for_all_images_of_it(store, monkeypatch):
+    learnt = []
+    dreambooth = techniques()["dreambooth"]
+    learn = type(dreambooth).learn
+
+    def noted(self, study, pipeline, requests, *rest):
+        learnt.extend(digest(request.model) for request in requests)
+        learn(self, study, pipeline, requests, *rest)
+
+    monkeypatch.setattr(type(dreambooth), "learn", noted)
+    monkeypatch.setattr(tasks, "BLOCK", 2)
+    monkeypatch.setattr(tasks, "MOST_IMAGES", 2)
+    [(study, p), _] = pairs(store)
+    passing = study.settings.dreambooth.model_copy(update={"keep_models": False})
+    settings = study.settings.model_copy(update={"dreambooth": passing})
+    own = [(dataclasses.replace(study, settings=settings), p)]
+    crew = workers.Threads(settings)
+    for listed in (tasks.first_tasks, tasks.work_list):
+        every = listed(own)
+        assert not workers.make_all(every, crew, 600).failures
+    crew.close()
+    models = [task for task in every if isinstance(task, tasks.Models)]
+    images = [task for task in every if task.kind == "images"]
+    assert len(images) > len(models)  # several tasks for a model
+    assert len(set(learnt)) == len(learnt) > 0
+    assert set(learnt) <= {folder.name for folder in (store.root / "dreambooth").iterdir()}
+    for task in models:
+        task.drop()
+    assert not [path for path in (store.root / "dreambooth").iterdir() if path.name in learnt]
+    assert not any(task.left() for task in every)
 
 
 def test_sixty_four_gpus_are_kept_busy(monkeypatch):

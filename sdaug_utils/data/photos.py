@@ -133,6 +133,17 @@ def _opened(kind: Any, folder: Path, splits: Sequence[str], download: bool) -> l
             f"data.folder: {folder}: not the layout of torchvision's {kind.__name__} "
             f"({' '.join(str(error).split())}); set data.download: true where there is internet"
         ) from error
+    listed = [
+        file for data in opened for file in getattr(data, "_images", None) or data._image_files
+    ]
+    folders = {file.parent for file in map(Path, listed)}
+    there = {path for parent in folders if parent.is_dir() for path in parent.iterdir()}
+    if lacking := [file for file in map(Path, listed) if file not in there]:
+        raise InputError(
+            f"data.folder: {folder}: {len(lacking)} of {len(listed)} images are missing, such as "
+            f"{lacking[0].name}: was their archive extracted to its end? Delete "
+            f"{lacking[0].parent} and have it downloaded again"
+        )
     classes, labels = opened[0].classes, [data._labels for data in opened]
     for of_split in labels:
         if missing := set(range(max(map(max, labels)) + 1)) - set(of_split):
