@@ -147,6 +147,12 @@ def check(
             absent += missing
         elif domain not in opened:
             opened[domain] = study.open_study(profile, domain=domain)
+        if os.environ.get("SDAUG_DATASET"):
+            changes = experiments.fitted(opened[domain], checked)
+            for key, value in changes.items():
+                print(f"{path.stem}: {key}: {_short(value)} in place of {_short(checked, key)}")
+            overrides |= changes
+            checked = params.check_notebook(path.stem, values | overrides)
         jobs.append(Job(path, overrides, opened[domain], checked))
     for job in jobs:
         experiments.check(job.study, job.parameters)
@@ -158,6 +164,11 @@ def check(
     for folder in (output, study.figures_folder(profile), study.results_folder(profile)):
         store.require_writable(folder)
     return jobs
+
+
+def _short(value: Any, key: str | None = None) -> str:
+    """A parameter, on one line."""
+    return " ".join(str(getattr(value, key) if key else value).split())
 
 
 def require_models(settings: params.Settings) -> None:

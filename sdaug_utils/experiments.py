@@ -190,6 +190,55 @@ def every_cell(study: Study, p: params.Runs) -> list[Cell]:
     return every
 
 
+def fitted(study: Study, p: params.Experiment) -> dict[str, Any]:
+    """What of an experiment's parameters must change for the data to allow it, and to what.
+
+    Real percentages that leave too few images of a class are left out; there are no more subjects
+    than classes, and no more images of a subject than half the smallest class.
+    """
+    labels = study.data.splits["train"].labels
+    smallest, values = int(np.bincount(labels).min()), dict(p)
+    names = set()
+    if isinstance(p, params.Runs):
+        names = {cell.technique for cell in every_cell(study, p) if cell.technique}
+
+    def fits(percent: float) -> bool:
+        try:
+            check_percents(study, [percent], names)
+        except InputError:
+            return False
+        return True
+
+    def fitting(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {percent: rest for percent, rest in value.items() if fits(percent)} or {
+                100.0: next(iter(value.values()))
+            }
+        return [percent for percent in value if fits(percent)] or [100.0]
+
+    new: dict[str, Any] = {}
+    if isinstance(p, params.Subjects):
+        new["num_subjects"] = min(p.num_subjects, len(study.data.class_names))
+    if isinstance(p, params.NumberOfImages):
+        most = smallest // 2
+        new["numbers_of_images"] = [n for n in p.numbers_of_images if n <= most] or [most]
+    for key in ("real_percents", "pixels_at_percents", "reference_percents", "synthetic_percents"):
+        if key in values:
+            new[key] = fitting(values[key])
+    if isinstance(p, params.GenerationPercentage):
+        new["synthetic_per_class"] = fitting(p.synthetic_per_class)
+    if isinstance(p, params.Combinations):
+        kept = [row for row in p.rows if fits(row[1])] or [(p.rows[0][0], 100.0, p.rows[0][2])]
+        if kept != p.rows:
+            new["rows"] = [list(row) for row in kept]  # as a notebook writes them
+    for key in ("protocols_at_percent", "rivals_at_percent", "outside_at_percent"):
+        among = new.get("real_percents") or new.get("synthetic_percents")
+        if key in values and among:
+            own = values[key]
+            new[key] = own if own in among else min(among)
+    return {key: value for key, value in new.items() if value != values[key]}
+
+
 def check(study: Study, p: params.Experiment) -> None:
     """Check an experiment's parameters against the data; no work starts.
 
@@ -229,19 +278,21 @@ def check_percents(study: Study, percents: list[float], names: set[str]) -> None
     """Check that every real subset has an image of each class and all that models learn from.
 
     A personalised model learns from fewer images of a class whose subset is smaller, but from three
-    at least, if it is not asked to learn from fewer (thesis: three to five).
+    at least, if it is not asked to learn from fewer, and if there are as many (thesis: three to
+    five).
 
     Raises:
         InputError: a class would be empty, or a personalised model would learn from too few images.
     """
     labels, fewest = study.data.splits["train"].labels, min(percents)
     subset(labels, fewest)  # refuses to leave a class empty
-    smallest = subset_size(int(np.bincount(labels).min()), fewest)
+    whole = int(np.bincount(labels).min())
+    smallest = subset_size(whole, fewest)
     for name in names:
         technique = techniques()[name]
         if technique.inputs == "first":
             key, wanted = technique.num_inputs(study.settings)
-            if smallest < min(wanted, FEWEST_INPUTS):
+            if smallest < min(wanted, FEWEST_INPUTS, whole):
                 raise InputError(
                     f"{key}: {wanted}, but the smallest real subset ({fewest:g} %) has "
                     f"{smallest} of a class: choose at most that many"

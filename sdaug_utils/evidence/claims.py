@@ -5,6 +5,7 @@ The claims are data (``tables/claims.yaml``), as are the thesis's own results
 """
 
 import itertools
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -36,9 +37,12 @@ EQUIVALENCE = ("within", "at most")  # shown by two one-sided tests at 5 %: a 90
 def published_results(dataset: str = "oxford-iiit-pet") -> pd.DataFrame:
     """The thesis's runs on a data set, without those flagged as no evidence.
 
-    The accuracy (or Jaccard index) is that of the logs, else that of the text.
+    The accuracy (or Jaccard index) is that of the logs, else that of the text. There are none to
+    stand beside images of one's own.
     """
     table = pd.read_csv(TABLES / "published_results.csv", dtype={"run": str})
+    if os.environ.get("SDAUG_DATASET"):
+        table = table.iloc[:0]
     flagged = table["flags"].fillna("").str.contains(NOT_EVIDENCE)
     table = table[~flagged & (table["dataset"] == dataset)].drop_duplicates("run")
     # The text says segmentation maps, the code took Canny edges: the same question all the same.

@@ -148,15 +148,20 @@ def amounts(
     """Score against the number of synthetic images: the thesis's and, below or beside it, ours.
 
     A column per real percentage. Horizontal lines are baselines: at the column's own real
-    percentage, or at others.
+    percentage, or at others. Where the thesis has no values, ours stand alone.
     """
+    tables = {"Published (thesis)": published, "Reproduced": reproduced}
+    tables = {name: table for name, table in tables.items() if len(table)}
     columns = len(real_percents)
-    shape = (2, columns) if columns > 1 else (1, 2)
+    shape = (len(tables), columns) if columns > 1 else (1, len(tables))
     figure, axes = plt.subplots(
-        *shape, figsize=(1.6 + 4.2 * shape[1], 0.6 + 3.3 * shape[0]), layout="constrained"
+        *shape,
+        figsize=(1.6 + 4.2 * shape[1], 0.6 + 3.3 * shape[0]),
+        layout="constrained",
+        squeeze=False,
     )
     panels = iter(axes.flat)
-    for name, table in {"Published (thesis)": published, "Reproduced": reproduced}.items():
+    for name, table in tables.items():
         for percent in real_percents:
             panel = next(panels)
             made = table[(table["real_percent"] == percent) & (table["synthetic_per_class"] > 0)]
@@ -169,7 +174,7 @@ def amounts(
                     reference(panel, row, label)
             title = f"{name}, {percent:g} % real" if percent else f"{name}, no real images"
             panel.set(title=title, xlabel="synthetic images per class")
-    for panel in axes.flat[:: shape[1]]:
+    for panel in axes[:, 0]:
         panel.set_ylabel(score)
     handles = axes.flat[-1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5)
@@ -288,8 +293,9 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
         rows: label to groups of 8-bit RGB arrays, made square; all rows have as many groups.
         titles: one per group.
     """
-    groups = [mosaic(group, gap=1) for group in zip(*rows.values(), strict=True)]
-    side = min(next(iter(rows.values()))[0][0].shape[0], LARGEST)
+    heights = [image.shape[0] for row in rows.values() for group in row for image in group]
+    side = min([*heights, LARGEST])
+    groups = [mosaic(group, gap=1, side=side) for group in zip(*rows.values(), strict=True)]
     between = np.full((groups[0].shape[0], side // 4, 3), 255, np.uint8)
     starts = np.cumsum([0, *(group.shape[1] + side // 4 for group in groups)])
     whole = np.hstack([part for group in groups for part in (group, between)])
@@ -309,13 +315,13 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     return figure
 
 
-def mosaic(rows: Iterable[Sequence[np.ndarray]], gap: int) -> np.ndarray:
-    """Rows of 8-bit RGB images as one, all squares of the first one's height, on white.
+def mosaic(rows: Iterable[Sequence[np.ndarray]], gap: int, side: int | None = None) -> np.ndarray:
+    """Rows of 8-bit RGB images as one, all squares of one side, on white.
 
-    Larger ones are made smaller: a sheet has a row per class, and a class may have many.
+    By default the side is the first one's height, at most 128: a sheet may have many rows.
     """
     lines = [list(row) for row in rows]
-    side, columns = min(lines[0][0].shape[0], LARGEST), max(map(len, lines))
+    side, columns = side or min(lines[0][0].shape[0], LARGEST), max(map(len, lines))
     whole = np.full((len(lines) * (side + gap), columns * (side + gap), 3), 255, np.uint8)
     for top, line in zip(range(0, len(whole), side + gap), lines, strict=True):
         for left, image in zip(range(0, whole.shape[1], side + gap), line, strict=False):
