@@ -19,17 +19,17 @@ from torchvision.models.segmentation import (
 )
 
 import run_all
-from sdaug_utils import params, plan
+from sdaug_utils import experiments, params, plan, tasks
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
-from sdaug_utils.evidence import report
+from sdaug_utils.evidence import claims, report
 from sdaug_utils.experiments import check_percents
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.generation.techniques import dreambooth_lora
 from sdaug_utils.registry import techniques
-from sdaug_utils.study import Study
+from sdaug_utils.study import Study, open_study
 from sdaug_utils.training import cells, features, segmenter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -82,7 +82,7 @@ def test_a_dry_run_needs_neither_data_nor_models(monkeypatch, capsys, tmp_path):
 def test_hours_are_those_of_the_rates(world):
     rates = {"image by a prompt": 2.0, "feature": 0.0}
     needs = plan.Needs().ask(technique_requests(world, "stable-diffusion-prompt", 0, 9))
-    assert plan.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
+    assert tasks.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
     assert plan.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
     assert plan.thesis_hours("01-number-of-images") == 0
 
@@ -308,7 +308,7 @@ def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch,
     monkeypatch.setattr(run_all, "check", lambda paths, *rest: started.extend(paths) or [])
     arguments = ["run_all.py", "--profile", "smoke", "--dataset", str(own_images), "--dry-run"]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(run_all, "print_plan", lambda jobs: None)
+    monkeypatch.setattr(run_all, "print_plan", lambda *_: None)
     assert run_all.main() == 0
     assert [path.stem[:2] for path in started] == [f"0{number}" for number in range(1, 8)]
     assert "left out: 08 (no folder 'trimaps')" in capsys.readouterr().out
@@ -320,6 +320,31 @@ def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch,
     data = datasets.load(**settings.data["main"].model_dump(exclude={"download"}))
     assert data.class_names == ("mug", "tea pot")
     assert [len(data.splits[name]) for name in images.SPLITS] == [10, 4, 6]
+
+
+def test_grids_shrink_to_what_the_data_allow(own_images, monkeypatch, tmp_path, store):
+    """Two classes of four photographs, of which half are there to train on."""
+    for folder in own_images.iterdir():
+        for file in sorted(folder.iterdir())[4:]:
+            file.unlink()
+    monkeypatch.setenv("SDAUG_DATASET", str(own_images))
+    study = open_study("smoke", store)
+    changed = {}
+    for path in run_all.chosen_notebooks(["01", "02", "03", "04", "05", "06", "07"]):
+        values = params.parameters_cell(path) | params.overrides("smoke", path.stem)
+        checked = params.check_notebook(path.stem, values)
+        new = experiments.fitted(study, checked)
+        fitting = params.check_notebook(path.stem, values | new)
+        experiments.check(study, fitting)  # nothing is amiss any longer
+        assert not experiments.fitted(study, fitting)
+        changed[path.stem[:2]] = new
+    assert changed["01"] == {"numbers_of_images": [1]}
+    assert changed["03"]["real_percents"] == [100]
+    assert changed["03"]["protocols_at_percent"] == 100
+    assert set(changed["04"]["synthetic_per_class"]) == {100}
+    assert claims.published_results().empty
+    monkeypatch.delenv("SDAUG_DATASET")
+    assert not claims.published_results().empty
 
 
 @pytest.fixture

@@ -300,8 +300,10 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     starts = np.cumsum([0, *(group.shape[1] + side // 4 for group in groups)])
     whole = np.hstack([part for group in groups for part in (group, between)])
     inches = 0.62 / side
+    last = groups[-1].shape[1] * inches
+    names = max(1.2, 0.3 + 0.09 * max(map(len, rows)), 0.2 + 0.09 * len(titles[-1]) - last)
     figure, axes = plt.subplots(
-        figsize=(whole.shape[1] * inches + 1.2, whole.shape[0] * inches + 0.3),
+        figsize=(whole.shape[1] * inches + names, whole.shape[0] * inches + 0.3),
         dpi=64,  # on screen; files are finer
         layout="constrained",
     )
