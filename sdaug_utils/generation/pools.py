@@ -108,7 +108,8 @@ def _listed(folder: Path) -> dict[int, Row]:
     try:
         with listing.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        return {int(row["file_name"].removesuffix(".png")): row for row in rows if row["digest"]}
+        whole = [row for row in rows if len(row["digest"]) == (20 if int(row["size"]) else 0)]
+        return {int(row["file_name"].removesuffix(".png")): row for row in whole}
     except (KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
         return {}
 
