@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,47 @@ def verify_checksums(folder: Path) -> dict[str, str]:
     return checksums
 
 
+def default_root() -> Path:
+    """The environment's ``SDAUG_STORE``, else ``.store`` in the project."""
+    return Path(os.environ.get("SDAUG_STORE") or Path(__file__).parents[1] / ".store")
+
+
+def kept_digest(path: Path) -> str:
+    """As :func:`file_digest`, of a file that is read once for all processes.
+
+    What is known of a path holds for as long as its size and time stay.
+    """
+    known, status = _known_digests(default_root()), path.stat()
+    facts = [status.st_size, status.st_mtime_ns]
+    if known.get(str(path), [])[:2] != facts:
+        known[str(path)] = [*facts, file_digest(path)]
+    return known[str(path)][2]
+
+
+def keep_digests() -> None:
+    """Keep what :func:`kept_digest` found out."""
+    root = default_root()
+    known, file = _known_digests(root), root / "digests.json"
+    before = _read_digests(file)
+    if known.items() <= before.items():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({**before, **known})
+    write_atomically(file, lambda beside: beside.write_text(content))
+
+
+@cache
+def _known_digests(root: Path) -> dict[str, list[Any]]:
+    return _read_digests(root / "digests.json")
+
+
+def _read_digests(file: Path) -> dict[str, list[Any]]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # none yet, or damaged
+        return {}
+
+
 class Store:
     """A folder of artefacts, shared by all experiments and safe to use from several processes."""
 
@@ -86,8 +128,7 @@ class Store:
         Raises:
             InputError: the folder cannot be made or written to.
         """
-        default = os.environ.get("SDAUG_STORE") or Path(__file__).parents[1] / ".store"
-        self.root = Path(root or default)
+        self.root = Path(root or default_root())
         self.read: set[Path] = set()  # artefacts whose digests are known to be right
         self.told: set[Path] = set()  # damaged ones that were told of
         require_writable(self.root)

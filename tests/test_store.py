@@ -100,3 +100,25 @@ def test_checksums_tell_missing_from_corrupt(tmp_path):
     (tmp_path / "data.png").write_bytes(b"not it")
     with pytest.raises(InputError, match=r"data\.png: corrupt"):
         verify_checksums(tmp_path)
+
+
+def test_files_are_read_once_for_all_processes_unless_they_change(tmp_path, monkeypatch):
+    file, other = tmp_path / "photograph.jpg", tmp_path / "other.jpg"
+    for each in (file, other):
+        each.write_bytes(each.name.encode())
+    first = stores.kept_digest(file)
+    assert first == stores.file_digest(file) != stores.kept_digest(other)
+    stores.keep_digests()
+    stores._known_digests.cache_clear()  # another process
+    read = []
+    whole = stores.file_digest
+    monkeypatch.setattr(stores, "file_digest", lambda path: read.append(path) or whole(path))
+    assert stores.kept_digest(file) == first
+    assert not read
+    file.write_bytes(b"another photograph")
+    assert stores.kept_digest(file) != first
+    assert read == [file]
+    stores.keep_digests()
+    (stores.default_root() / "digests.json").write_text("{half")
+    stores._known_digests.cache_clear()
+    assert stores.kept_digest(other) == whole(other)

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from sdaug_utils.data.images import SPLITS, Dataset, Split, decoded, read_rgb, shuffled
 from sdaug_utils.errors import InputError
-from sdaug_utils.store import file_digest
+from sdaug_utils.store import kept_digest
 
 FOOD_TRAIN_PER_CLASS = 600  # of 750; the rest validates (thesis, section 4.2.1)
 
@@ -174,5 +174,5 @@ def _split(
         lambda i: read_rgb(files[rows[i]]),
         np.asarray(labels)[list(rows)],
         trimap,
-        lambda i: file_digest(files[rows[i]]),
+        lambda i: kept_digest(files[rows[i]]),
     )

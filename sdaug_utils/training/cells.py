@@ -23,7 +23,7 @@ from sdaug_utils.generation.technique import inputs_percent, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Parameters, Protocol, Technique
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import digest
+from sdaug_utils.store import digest, keep_digests
 from sdaug_utils.study import Study
 from sdaug_utils.training import classifier, features, segmenter
 
@@ -271,6 +271,7 @@ def data_digest(study: Study, with_trimaps: bool = False) -> str:
         content[name] = [split.images().digests(), split.labels.tolist()]
         if with_trimaps:
             content[name].append([split.trimap_digest(i) for i in range(len(split))])
+    keep_digests()
     return digest(content)
 
 
