@@ -88,8 +88,9 @@ def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
     """
     if not (rows := _listed(folder)):
         return {}
-    with os.scandir(folder) as entries:
-        sizes = {entry.name: entry.stat().st_size for entry in entries}
+    with os.scandir(folder) as entries:  # but for what others are writing: it may be gone
+        own = [entry for entry in entries if not entry.name.startswith(".")]
+        sizes = {entry.name: entry.stat().st_size for entry in own}
 
     def is_whole(row: Row) -> bool:
         size = sizes.get(row["file_name"], 0)
