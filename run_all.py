@@ -714,7 +714,11 @@ def main() -> int:
         return 0
     recalled = [recall(job, output, arguments.profile, arguments.force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
-    outcome = make_all(waiting, arguments)
+    try:
+        outcome = make_all(waiting, arguments)
+    except InputError as error:
+        print(f"run_all.py: {error}", file=sys.stderr)
+        return 2
     reports = execute_all(jobs, recalled, output, arguments.profile, arguments.keep_going)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root

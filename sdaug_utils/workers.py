@@ -211,18 +211,18 @@ class Threads:
 
 
 class Processes:
-    """Workers that are processes of this machine, each with its share of the cores."""
+    """Workers that are processes of this machine, each with its share of cores and GPUs."""
 
     can_stop = True
 
     def __init__(self, number: int, orders: Orders) -> None:
         self.number, self.orders = number, orders
-        self.executors = [self._executor() for _ in range(number)]
+        self.executors = [self._executor(worker) for worker in range(number)]
         self.given: list[Future | None] = [None] * number  # to each, last
 
-    def _executor(self) -> ProcessPoolExecutor:
+    def _executor(self, worker: int) -> ProcessPoolExecutor:
         threads = max(1, torch.get_num_threads() // self.number)
-        arguments = (self.orders, threads)
+        arguments = (self.orders, threads, gpu_of(worker))
         return ProcessPoolExecutor(1, get_context("spawn"), _begin, arguments)
 
     def submit(self, worker: int, task: Task) -> Future:
@@ -231,7 +231,7 @@ class Processes:
 
     def replace(self, worker: int) -> None:
         self._end(self.executors[worker])
-        self.executors[worker] = self._executor()
+        self.executors[worker] = self._executor(worker)
 
     def close(self) -> None:
         for worker, executor in enumerate(self.executors):
@@ -246,6 +246,14 @@ class Processes:
         for process in list((executor._processes or {}).values()):
             process.kill()
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def gpu_of(worker: int) -> str:
+    """Which of this machine's GPUs a worker gets, as ``CUDA_VISIBLE_DEVICES`` names it."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    number = torch.cuda.device_count()
+    names = listed.split(",") if listed else [str(gpu) for gpu in range(number)]
+    return names[worker % len(names)] if number else ""
 
 
 def require_cluster(address: str) -> None:
@@ -338,7 +346,7 @@ class RayActors:
 _BENCH: list[Bench] = []  # of this process, if it is a worker
 
 
-def _begin(orders: Orders, threads: int) -> None:
+def _begin(orders: Orders, threads: int, gpu: str) -> None:
     """Prepare a process that works for another, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the other one decides
     parent = parent_process()
@@ -350,6 +358,8 @@ def _begin(orders: Orders, threads: int) -> None:
 
     threading.Thread(target=end_with_it, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     _BENCH.append(Bench(orders))
 

@@ -179,6 +179,16 @@ def test_a_worker_that_hangs_is_replaced_and_its_task_named(capsys):
     assert crew.asked.count("stuck") == len(crew.replaced) == workers.ATTEMPTS
 
 
+@pytest.mark.parametrize(
+    ("number", "listed", "expected"),
+    [(0, None, ["", "", ""]), (2, None, ["0", "1", "0"]), (2, "4,7", ["4", "7", "4"])],
+)
+def test_processes_share_the_gpus(monkeypatch, number, listed, expected):
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: number)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
+    assert [workers.gpu_of(worker) for worker in range(3)] == expected
+
+
 def test_every_process_plans_the_same_list():
     script = (
         "from tests.test_workers import pairs, tasks;"
