@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test notebooks figures lab mutants bench pets-check gpu-check lock clean
+.PHONY: study test notebooks figures lab mutants faults bench pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py
@@ -31,6 +31,9 @@ lab: .venv/installed            ## open the notebooks
 
 mutants: .venv/installed        ## plant faults one by one: do the tests see them?
 	$(BIN)/python tests/mutants.py
+
+faults: .venv/installed         ## kill the study at random moments, fill its disk: does it end well?
+	$(BIN)/python tests/faults.py
 
 bench: .venv/installed          ## what is fast, side by side; README's table "How fast"
 	$(BIN)/python benchmarks/bench.py
