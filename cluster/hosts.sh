@@ -3,6 +3,7 @@
 # Needs: the project and its store (SDAUG_STORE) at the same path of a disk that all hosts share and
 # that knows file locks; its .venv with the extra 'cluster'.
 cd "$(dirname "$0")/.." || exit 1
+export RAY_USAGE_STATS_ENABLED=0
 ray="$PWD/.venv/bin/ray"
 first=$1
 shift

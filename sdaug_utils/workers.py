@@ -296,6 +296,7 @@ class RayActors:
                 process's.
         """
         require_cluster(address)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
         import ray
 
         self.ray = ray
