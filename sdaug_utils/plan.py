@@ -17,7 +17,7 @@ from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.experiments import Beside
 from sdaug_utils.generation.foundation import revision
 from sdaug_utils.generation.personalisation import Personalised
-from sdaug_utils.generation.pools import read_pool
+from sdaug_utils.generation.pools import is_given_up, read_pool
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
@@ -74,7 +74,11 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
     root, rest = study.store.root, Needs()
     for key, indices in wanted.images.items():
         request, new = wanted.requests[key], indices - done.images.get(key, set())
-        new -= {i for i, row in read_pool(root / "pools" / key).items() if row["size"] != "0"}
+        most, rows = (
+            request.technique.sampling(study.settings).max_attempts,
+            read_pool(root / "pools" / key),
+        )
+        new -= {i for i, row in rows.items() if row["size"] != "0" or is_given_up(row, most)}
         rest.images[key], rest.requests[key] = new, request
         if new and request.model:
             technique, name = request.technique, digest(request.model)
