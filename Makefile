@@ -4,7 +4,7 @@ BIN = .venv/bin
 .PHONY: study test notebooks figures lab mutants faults bench pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
-	$(BIN)/python run_all.py
+	$(BIN)/python run_all.py --workers auto
 
 test: .venv/installed           ## lint, types, unit tests, notebooks at the smoke profile
 	$(BIN)/ruff check .

@@ -634,9 +634,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=lambda text: 0 if text == "auto" else positive(text),
         metavar="N",
-        help="make everything in N processes, or Ray actors",
+        help="make everything in N processes, or Ray actors; auto: one per GPU or core",
     )
     parser.add_argument(
         "--ray",

@@ -30,7 +30,10 @@ def main() -> None:
         elsewhere = {"SDAUG_FIGURES": f"{folder}/figures", "SDAUG_RESULTS": f"{folder}/results"}
         seconds = []
         for first in (True, False):
-            command, environment = [sys.executable, str(ROOT / "run_all.py")], os.environ | store
+            command, environment = (
+                [sys.executable, str(ROOT / "run_all.py"), "--workers", "auto"],
+                os.environ | store,
+            )
             if not (first and arguments.renew):
                 command += ["--output", f"{folder}/runs"]
                 environment |= elsewhere

@@ -372,12 +372,19 @@ def _make(key: str) -> None:
 def hire(settings: Settings, orders: Orders, number: int | None, address: str | None) -> Workers:
     """A Ray cluster's actors, some processes or, by default, threads of this process.
 
+    A ``number`` of 0 stands for as many as there are GPUs or, without any, cores.
+
     Raises:
         InputError: as :class:`RayActors`.
     """
     if address:
-        return RayActors(address, orders, settings, number)
-    return Processes(number, orders) if number else Threads(settings)
+        return RayActors(address, orders, settings, number or None)
+    if number is None:
+        return Threads(settings)
+    on_gpu = device_of(settings).type == "cuda"
+    return Processes(
+        number or (torch.cuda.device_count() if on_gpu else torch.get_num_threads()), orders
+    )
 
 
 def forget() -> None:
