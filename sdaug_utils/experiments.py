@@ -142,10 +142,8 @@ def beside(study: Study, p: params.Experiment) -> dict[str, Beside]:
         last, steps = settings.controlled.max_train_steps, p.curve_steps
         to_last = [step for step in steps if step < last] + [last]
         own, theirs = settings.controlled.learning_rate, settings.published.learning_rate
-        curves, most = (
-            partial(training.accuracy_curves, study),
-            sorted({*steps, *budgets(study, p)}),
-        )
+        curves = partial(training.accuracy_curves, study)
+        most = sorted({*steps, *budgets(study, p)})
 
         def at_both_rates() -> pd.DataFrame:
             return pd.concat(curves(frozen, rate, most) for rate in (theirs, own))

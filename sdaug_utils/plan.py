@@ -74,10 +74,8 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
     root, rest = study.store.root, Needs()
     for key, indices in wanted.images.items():
         request, new = wanted.requests[key], indices - done.images.get(key, set())
-        most, rows = (
-            request.technique.sampling(study.settings).max_attempts,
-            read_pool(root / "pools" / key),
-        )
+        most = request.technique.sampling(study.settings).max_attempts
+        rows = read_pool(root / "pools" / key)
         new -= {i for i, row in rows.items() if row["size"] != "0" or is_given_up(row, most)}
         rest.images[key], rest.requests[key] = new, request
         if new and request.model:

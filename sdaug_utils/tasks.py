@@ -210,10 +210,8 @@ def _models(
     made = []
     for name, keys in by_technique.items():
         technique = techniques()[name]
-        size, (cost, number) = (
-            technique.at_once(study.settings),
-            technique.model_cost(study.settings),
-        )
+        size = technique.at_once(study.settings)
+        cost, number = technique.model_cost(study.settings)
         for start in range(0, len(keys), size):
             some = keys[start : start + size]
             made.append(

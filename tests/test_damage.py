@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from sdaug_utils.store import Store
-from tests.test_workers import contents, make_everything, workers
+from tests.faults import contents
+from tests.test_workers import make_everything, workers
 
 
 def threads(settings, _):

@@ -9,7 +9,6 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store, digest
 from sdaug_utils.study import open_study
 from sdaug_utils.workers import Orders, Schedule, simulate
+from tests.faults import contents
 
 NOTEBOOKS = ("02-different-subjects", "09-food-101")
 
@@ -56,15 +56,6 @@ def parameters(notebook, profile="smoke"):
 def pairs(store=None):
     opened = {d: open_study("smoke", store, domain=d) for d in ("main", "second")}
     return [(opened[params.domain_of(name)], parameters(name)) for name in NOTEBOOKS]
-
-
-def contents(root):
-    """Digests of all that a store holds, but for locks and what made it."""
-    return {
-        file.relative_to(root).as_posix(): sha256(file.read_bytes()).hexdigest()
-        for file in sorted(root.rglob("*"))
-        if file.is_file() and file.name != "spec.json" and "locks" not in file.parts
-    }
 
 
 def make_everything(store, hire, timeout=600.0, meanwhile=None):

@@ -338,10 +338,8 @@ class Trainer:
     def _augmented(self, cell: Cell) -> torch.Tensor:
         """Views of real and of synthetic images; where they have fewer, each counts more often."""
         rows, parts = real_rows(self.study, cell), []
-        synthetic, settings = (
-            images_of(self.cell_pools(cell)),
-            self.study.settings.classifier.controlled,
-        )
+        synthetic = images_of(self.cell_pools(cell))
+        settings = self.study.settings.classifier.controlled
         total = len(rows) + len(synthetic)
         if len(rows):
             images, number = self.splits["train"].images(rows), settings.num_views(total)
