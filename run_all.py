@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -485,8 +485,8 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
         made = sum(report.made.get(kind, 0) for report in reports) + outcome.made.get(kind, 0)
         used = sum(len(x) for report in reports for x in report.used.get(kind, {}).values())
         print(f"{label:<26} {made:>7} made, {max(0, used - made)} reused")
-    if given_up := number_given_up(reports):
-        print(f"given up after too many rejections: {given_up} images, the next in their places")
+    root = store.Store().root
+    print_given_up(root / pool for each in reports for pool in each.used.get("images", {}))
     if outcome.seconds:
         shares = ", ".join(f"{seconds / outcome.seconds:.0%}" for seconds in outcome.busy)
         print(f"made in {outcome.seconds / 60:.1f} minutes; workers were busy for {shares} of them")
@@ -499,13 +499,12 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
     print(f"figures and their numbers: {_relative(figures_folder(profile))}")
 
 
-def number_given_up(reports: list[Report]) -> int:
-    """How many images of the pools that notebooks used were rejected too often."""
-    from sdaug_utils.generation.pools import read_pool
+def print_given_up(pools: Iterable[Path]) -> None:
+    """Tell of images that were rejected too often, if some of these pools' were."""
+    from sdaug_utils.generation.pools import number_given_up
 
-    pools = {pool for report in reports for pool in report.used.get("images", {})}
-    rows = [row for pool in pools for row in read_pool(store.Store().root / pool).values()]
-    return sum(row["size"] == "0" for row in rows)
+    if number := number_given_up(set(pools)):
+        print(f"given up after too many rejections: {number} images, the next in their places")
 
 
 def planned(jobs: list[Job]) -> list[Any]:
@@ -533,7 +532,8 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
     from sdaug_utils import plan, tasks
 
     settings = jobs[0].study.settings
-    (source, rates), at_scale = plan.rates(settings), plan.is_at_scale(settings)
+    (source, rates), limits = plan.rates(settings), plan.limits(settings)
+    at_scale = plan.is_at_scale(settings)
     unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
     rows, together = [], dict[str, plan.Needs]()
     for job, (needed, missing) in zip(jobs, planned(jobs), strict=True):
@@ -542,6 +542,7 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         texts = (f"{rest} / {whole}" for rest, whole in counts)
         row: dict[str, Any] = dict(zip(KINDS, texts, strict=True))
         row[unit] = tasks.hours(job.study, missing, rates) * per_hour
+        row["at least"] = tasks.hours(job.study, missing, limits) * per_hour
         row["GiB"] = plan.gibibytes(job.study, missing)
         row["thesis, hours"] = plan.thesis_hours(job.path.stem)
         rows.append(row)
@@ -551,7 +552,11 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
     print(shown.to_string(float_format="{:.1f}".format))
     total = sum(needs.counts()[0] for needs in together.values())
     unshared = sum(needs.unshared for needs in together.values())
-    print(f"\n{table[unit].sum():.0f} {unit}, {table['GiB'].sum():.1f} GiB; rates: {source}")
+    least = f"at least {table['at least'].sum():.{0 if at_scale else 1}f} at the hardware's peak"
+    print(f"\n{table[unit].sum():.0f} {unit}, {least}, {table['GiB'].sum():.1f} GiB")
+    print(f"rates: {source}")
+    if settings.treatment:
+        print(f"treatment: {settings.treatment}")
     if at_scale:
         hours = table["thesis, hours"].sum()
         print(f"the thesis's logs: {hours:.0f} hours, one run per setting; their gaps count as 0")
@@ -559,6 +564,8 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         f"{total} images in all; if each setting made its own, as in the thesis, {unshared}: "
         f"{unshared / max(total, 1):.1f} times as many"
     )
+    root = jobs[0].study.store.root
+    print_given_up(root / "pools" / key for needs in together.values() for key in needs.images)
     if workers:
         from sdaug_utils.workers import simulate
 
@@ -566,7 +573,7 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         alone = sum(task.seconds for task in left)
         print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours':>7} efficiency")
         for number in workers:
-            seconds = simulate(left, number) or 1.0
+            seconds = simulate(left, number, rates.get(plan.COMPILATION, 0.0)) or 1.0
             share = alone / (number * seconds)
             print(f"{number:>8} {seconds / 3600:>7.1f} {share:>10.0%}")
 
@@ -601,7 +608,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main() -> int:
+def command_line() -> argparse.Namespace:
+    """What is asked for."""
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
     parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
@@ -654,77 +662,96 @@ def main() -> int:
         "--from-results", action="store_true", help="figures, tables, verdicts from shipped runs"
     )
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def set_environment(arguments: argparse.Namespace) -> str:
+    """Tell the notebooks' kernels, by the environment, what was asked for.
+
+    Returns:
+        The name of the folder of executed notebooks; what is not the default's has its own, and
+        figures and results likewise.
+
+    Raises:
+        InputError: a parameter that cannot be set.
+    """
+    from sdaug_utils.study import figures_folder, results_folder
+
     for variable in FOLDERS:  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
-    from sdaug_utils import plan
-    from sdaug_utils.study import figures_folder, results_folder
-
-    name = arguments.profile
-    try:
-        changes = [params.override(*pair) for pair in arguments.parameter]
-        if arguments.ray:
-            from sdaug_utils import workers
-
-            workers.require_cluster(arguments.ray)
-    except InputError as error:
-        print(f"run_all.py: {error}", file=sys.stderr)
-        return 2
-    changed = json.dumps(changes) if changes else ""
-    os.environ["SDAUG_PARAMETERS"] = changed
+    changes = [params.override(*pair) for pair in arguments.parameter]
+    os.environ["SDAUG_PARAMETERS"] = changed = json.dumps(changes) if changes else ""
+    name, own = arguments.profile, ""
     if arguments.dataset:
+        own = arguments.dataset.resolve().name
         os.environ["SDAUG_DATASET"] = str(arguments.dataset.resolve())
     changed = changed and f"changed-{store.digest_of(changed.encode())[:8]}"
-    own = arguments.dataset and arguments.dataset.resolve().name
     for part in (arguments.protocol, own, changed):
         if part:  # beside the default's figures, not over them
             name += f"-{part}"
             os.environ["SDAUG_FIGURES"] = str(figures_folder(part))
             os.environ["SDAUG_RESULTS"] = str(results_folder(part))
-    output = arguments.output or ROOT / "runs" / name
-    if arguments.dry_run:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    if arguments.verify:
-        os.environ["SDAUG_VERIFY"] = "1"
-    try:
-        paths = chosen_notebooks(arguments.only)
-        if arguments.dataset and not arguments.only:
-            paths = about(arguments.dataset, paths)
-        works = not (arguments.dry_run or arguments.download_only or arguments.from_results)
-        dry = arguments.dry_run or arguments.from_results
-        jobs = check(paths, arguments.profile, output, arguments.protocol, dry)
-        if arguments.from_results:
-            os.environ["SDAUG_FROM_RESULTS"] = "1"
-            remake(jobs)
-        if jobs and works and plan.is_at_scale(jobs[0].study.settings):
-            require_disk(jobs)
-    except InputError as error:
-        print(f"run_all.py: {error}", file=sys.stderr)
-        return 2
-    if arguments.dry_run:
-        print_plan(jobs, arguments.gpus or [])
-    if arguments.dry_run or arguments.download_only:
-        return 0
+    for variable, is_set in (
+        ("HF_HUB_OFFLINE", arguments.dry_run),
+        ("SDAUG_VERIFY", arguments.verify),
+        ("SDAUG_FROM_RESULTS", arguments.from_results),
+    ):
+        if is_set:
+            os.environ[variable] = "1"
+    return name
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, then plan, download, make again from results, or run the study.
+
+    Raises:
+        InputError: what is wrong, before any work has started.
+    """
+    from sdaug_utils import plan
     from sdaug_utils.evidence import report
 
-    if arguments.from_results:
-        report.write_claims(arguments.profile)
-        report.write_deviations(arguments.profile)
+    if arguments.ray:
+        from sdaug_utils import workers
+
+        workers.require_cluster(arguments.ray)
+    profile, name = arguments.profile, set_environment(arguments)
+    output = arguments.output or ROOT / "runs" / name
+    paths = chosen_notebooks(arguments.only)
+    if arguments.dataset and not arguments.only:
+        paths = about(arguments.dataset, paths)
+    dry = arguments.dry_run or arguments.from_results
+    jobs = check(paths, profile, output, arguments.protocol, dry)
+    if arguments.dry_run:
+        print_plan(jobs, arguments.gpus or [])
         return 0
-    recalled = [recall(job, output, arguments.profile, arguments.force) for job in jobs]
+    if arguments.from_results:
+        remake(jobs)
+        report.write_claims(profile)
+        report.write_deviations(profile)
+        return 0
+    if arguments.download_only:
+        return 0
+    if jobs and plan.is_at_scale(jobs[0].study.settings):
+        require_disk(jobs)
+    recalled = [recall(job, output, profile, arguments.force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
+    outcome = make_all(waiting, arguments)
+    reports = execute_all(jobs, recalled, output, profile, arguments.keep_going)
+    used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
+    root = store.Store().root
+    report.write_tables(profile, [root / artefact for artefact in used])
+    print_summary(reports, profile, outcome)
+    return 0 if all(each.status in FINE for each in reports) and not outcome.failures else 1
+
+
+def main() -> int:
+    """The exit code: 2 where something was wrong from the start, 1 where a notebook failed."""
     try:
-        outcome = make_all(waiting, arguments)
+        return run(command_line())
     except InputError as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return 2
-    reports = execute_all(jobs, recalled, output, arguments.profile, arguments.keep_going)
-    used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
-    root = store.Store().root
-    report.write_tables(arguments.profile, [root / artefact for artefact in used])
-    print_summary(reports, arguments.profile, outcome)
-    return 0 if all(each.status in FINE for each in reports) and not outcome.failures else 1
 
 
 def interruptible() -> int:

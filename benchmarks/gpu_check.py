@@ -1,20 +1,27 @@
-"""Run every technique at the size of Stable Diffusion 1.5 on a GPU; there is nothing to download.
+"""Run every technique at the size of Stable Diffusion 1.5; there is nothing to download.
 
-    python benchmarks/gpu_check.py    writes benchmarks/results/gpu.json
+    python benchmarks/gpu_check.py                 writes benchmarks/results/gpu.json
+    python benchmarks/gpu_check.py --device cpu    writes benchmarks/results/full-size-cpu.json
 
 The architecture is Stable Diffusion 1.5's, the weights are random: the images show noise, and take
-as long as others. Steps are fewer than the thesis's and times are scaled up. Checked: shapes, the
-U-Net's type, that the seeds of a pool do not depend on the batch and its images hardly do, and that
-a fine-tuned U-Net that is not to be kept goes.
-``run_all.py --dry-run --profile thesis`` plans with what is measured here.
+as long as others. On a GPU, steps are fewer than the thesis's. Measured are time, memory, and how
+much of the card's peak is used, eager and compiled; checked are shapes, the U-Net's type, that the
+seeds of a pool do not depend on the batch and its images hardly do, and that a fine-tuned U-Net
+that is not to be kept goes. ``run_all.py --dry-run --profile thesis`` plans with what is measured.
+
+On a CPU every technique makes one image in one step, personalised in one step if it learns, in a
+process of its own, so that every call, shape and peak of memory is that of the real size.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +41,12 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sdaug_utils import params
+from sdaug_utils import params, plan
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.data import augment, datasets
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.pools import Pool
+from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
@@ -46,7 +54,7 @@ from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import TrainingSet, train_head
 from sdaug_utils.training.features import to_pixels
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
+RESULTS = Path(__file__).parent / "results"
 FULL: dict[str, Any] = {
     "unet": {
         "sample_size": 64,
@@ -81,7 +89,10 @@ TINY: dict[str, Any] = {
 }
 STEPS = {"sampling": 20, "training": 10}
 BATCH = 4
+BATCHES = (1, 4, 8, 16)  # tried, eager and compiled
 PHOTOGRAPHS = 64
+COMPILED = ", compiled"
+PRODUCT = 8192  # rows and columns of the matrices whose product stands for an unknown card's peak
 CLASSES = ("dress", "bag")
 
 
@@ -287,6 +298,98 @@ def training_rates(settings: Settings, size: int, device: torch.device) -> dict[
     return rates | {"image, training of a head": seconds / (500 * controlled.batch_size)}
 
 
+def image_rates(study: Study) -> tuple[dict[str, dict[str, float | None]], float]:
+    """Seconds per image of a prompt by batch, eager and compiled; seconds that compilation takes.
+
+    None where a batch is too large for the memory.
+    """
+    technique = techniques()["stable-diffusion-prompt"]
+    found: dict[str, dict[str, float | None]] = {}
+    compilation = 0.0
+    for way in ("eager", "compiled"):
+        settings = study.settings.model_copy(update={"compile": way == "compiled"})
+        chosen = replace(study, settings=settings)
+        [request, *_] = technique_requests(chosen, technique.name, 0, 1)
+        sample = pools.pipeline_sampler(
+            pools.loaded(technique, settings),
+            technique.sampling(settings),
+            [request.spec["prompt"]],
+            [technique.arguments(chosen, request)],
+        )
+        found[way] = {}
+        for size in BATCHES:
+            items, seeds = [(0, index) for index in range(size)], range(size)
+            try:
+                first, _ = timed(lambda: sample(items, seeds))  # noqa: B023
+                again, _ = timed(lambda: sample(items, seeds))  # noqa: B023
+            except torch.OutOfMemoryError:
+                found[way][str(size)] = None
+                continue
+            found[way][str(size)] = float(f"{again / size:.3g}")
+            compilation = max(compilation, first - again)
+    return found, compilation
+
+
+def peak(device: torch.device) -> float:
+    """FLOP/s of a GPU by its data sheet; by a large matrix product where it is not known."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    sheets = json.loads((plan.TABLES / "peaks.json").read_text())["FLOP/s"]
+    listed = [card for card in sheets if f" {card} " in f" {name} ".replace("-", " ")]
+    if listed:
+        return sheets[max(listed, key=len)]
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    size = PRODUCT if device.type == "cuda" else PRODUCT // 8
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = min(timed(lambda: matrix @ matrix)[0] for _ in range(5))
+    return float(f"{2 * size**3 / seconds:.3g}")
+
+
+def at_once(folder: Path, sizes: dict[str, Any], technique: str, compiled: bool) -> dict[str, Any]:
+    """One image of one step, personalised in one step: seconds, and this process's peak memory."""
+    study = open_check(folder, sizes, "cpu")
+    least: dict[str, Any] = {"num_inference_steps": 1, "batch_size": 1}
+    learning = {"max_train_steps": 1}
+    saving = {"gradient_checkpointing": True, "keep_models": True}  # of memory, of the model
+    sections = {
+        "sampling": least,
+        "controlnet": {"num_inference_steps": 1},
+        "dreambooth": learning | saving,
+        "dreambooth_lora": learning,
+        "textual_inversion": learning | {"subjects_at_once": 1},
+    }
+    update = {
+        name: getattr(study.settings, name).model_copy(update=values)
+        for name, values in sections.items()
+    }
+    settings = study.settings.model_copy(
+        update={**update, "compile": compiled, "training_precision": "float32"}
+    )
+    study = replace(study, settings=settings, store=Store(folder / f"store, {compiled=}"))
+    [request, *_] = technique_requests(study, technique, 0, 1)
+    seconds, [pool] = timed(lambda: pools.fill(study, [request]))
+    side = settings.sampling.resolution
+    assert [image.shape for image in pool.images()] == [(side, side, 3)]
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    return {"seconds": round(seconds, 1), "peak memory GiB": round(most / 2**20, 2)}
+
+
+def check_on_cpu(sizes: dict[str, Any], chosen: dict[str, bool]) -> dict[str, Any]:
+    """Some techniques, one after the other, each in a process of its own, compiled if so said."""
+    spawn = multiprocessing.get_context("spawn")
+    found = {}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as alone,
+    ):
+        folder = Path(scratch)
+        alone.submit(build, folder, sizes).result()
+        for name, compiled in chosen.items():
+            technique = name.removesuffix(COMPILED)
+            found[name] = alone.submit(at_once, folder, sizes, technique, compiled).result()
+            print(f"{name:<34} {found[name]}", flush=True)
+    return {"machine": describe(), "precision": "torch.float32", "techniques": found}
+
+
 def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
     """All techniques on models of the given sizes: what ``gpu.json`` holds."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -303,43 +406,65 @@ def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         difference = difference_between_batches(study)
         assert difference < 2, f"images depend on the batch: {difference:.1f} grey levels"
         settings = study.settings
-    # What was sampled and learnt in fewer steps, as if it had been in all of the thesis's.
-    thesis = params.load_settings("thesis")
-    scale = thesis.sampling.num_inference_steps / STEPS["sampling"]
+        by_batch, compilation = image_rates(study)
 
     accumulation = settings.textual_inversion.gradient_accumulation_steps
     per_step = {
         name: result.get("seconds per training step", 0.0) for name, result in found.items()
     }
     seconds = {
-        "image by a prompt": scale * found["stable-diffusion-prompt"]["seconds per image"],
-        "image of a personalised model": scale * found["dreambooth"]["seconds per image"],
-        "image with a ControlNet": scale * found["controlnet-canny"]["seconds per image"],
+        "image by a prompt": found["stable-diffusion-prompt"]["seconds per image"],
+        "image of a personalised model": found["dreambooth"]["seconds per image"],
+        "image with a ControlNet": found["controlnet-canny"]["seconds per image"],
         "latent, fine-tuning of the U-Net": per_step["dreambooth"],
+        "latent, fine-tuning by LoRA": per_step["dreambooth-lora"],
         "latent, textual inversion": per_step["textual-inversion"] / accumulation,
         **training_rates(
             settings,
             settings.classifier.image_size if sizes is FULL else 32,
             device_of(settings),
         ),
+        plan.COMPILATION: compilation,
     }
+    most = peak(device_of(settings))
+    counted = json.loads((RESULTS / "flops.json").read_text())["stable-diffusion-1.5"]
+    work = {
+        kind: STEPS["sampling"] * each.get("step", 0) + each["once"]
+        for kind, each in counted.items()
+    }
+    fastest = [x for way in by_batch.values() for x in way.values() if x]
+    use = {kind: work[kind] / most / seconds[kind] for kind in work}
+    use["image by a prompt, best of those by batch"] = (
+        work["image by a prompt"] / most / min(fastest)
+    )
     return {
         "machine": describe(),
         "precision": str(precision),
         "techniques": found,
         "grey levels between batches of 4 and of 1": round(difference, 3),
+        "seconds per image by a prompt, by batch": by_batch,
+        "model FLOPs utilisation": {kind: float(f"{share:.3g}") for kind, share in use.items()},
+        "peak FLOP/s": most,
+        "steps": STEPS["sampling"],
         "seconds": {name: float(f"{value:.3g}") for name, value in seconds.items()},
     }
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    if not torch.cuda.is_available():
-        print("gpu_check.py: no CUDA GPU here", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    device = parser.parse_args().device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check.py: no CUDA GPU here; --device cpu takes each call once", file=sys.stderr)
         return 2
     began = time.monotonic()
-    report = check(FULL, "cuda")
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    if device == "cuda":
+        report = check(FULL, "cuda")
+    else:
+        every = dict.fromkeys(techniques(), False)
+        report = check_on_cpu(FULL, {**every, f"stable-diffusion-prompt{COMPILED}": True})
+    result = RESULTS / ("gpu.json" if device == "cuda" else "full-size-cpu.json")
+    result.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     return 0

@@ -20,10 +20,11 @@ from machine import describe
 
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation import pools
-from sdaug_utils.generation.foundation import load_pipeline, scale_condition
+from sdaug_utils.generation.foundation import compiled, load_pipeline, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.params import load_settings
+from sdaug_utils.plan import COMPILATION
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import open_study
@@ -58,6 +59,9 @@ def seconds(measured: dict[str, Any]) -> dict[str, float]:
         "image of a personalised model": measured["images per second"][batch],
         "image with a ControlNet": measured["images with a ControlNet per second"][batch],
         "latent, fine-tuning of the U-Net": latents[
+            f"batch of {settings.dreambooth.train_batch_size}"
+        ],
+        "latent, fine-tuning by LoRA": latents[  # at most
             f"batch of {settings.dreambooth.train_batch_size}"
         ],
         "latent, textual inversion": latents["batch of 10"],  # of five subjects
@@ -157,7 +161,18 @@ def main() -> None:
             )
         }
     )
-    result["seconds"] = seconds(result)
+    result["steps"] = settings.sampling.num_inference_steps
+    matrix = torch.randn(1024, 1024)
+    products = rates({"product": (2 * 1024**3, lambda: matrix @ matrix)})
+    result["peak FLOP/s"] = float(f"{products['product']:.3g}")
+    began = time.perf_counter()
+    unet_in_whole = compiled(settings.model_copy(update={"compile": True}), pipeline.unet)
+    latents = torch.zeros(1, *example.mean.shape[1:])
+    with torch.no_grad():
+        unet_in_whole(latents, 0, embeddings, timestep_cond=scale_condition(pipeline, 1))
+    result["seconds"] = seconds(result) | {
+        COMPILATION: round(time.perf_counter() - began, 1),
+    }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

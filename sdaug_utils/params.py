@@ -1,7 +1,7 @@
 """What may be set: profiles and the parameters of each notebook; unknown keys are refused.
 
 ``params/<profile>.yaml`` has a section ``common`` (:class:`Settings`: data, models, training) and
-one per notebook that overrides the values in its ``parameters`` cell.
+one per notebook that overrides the values in its ``parameters`` cell. It may be based on another.
 """
 
 import ast
@@ -154,7 +154,11 @@ class Settings(Parameters):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
     attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
+    compile: bool = (
+        False  # U-Net and ControlNet, by torch.compile: the same images but for rounding
+    )
     training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
+    treatment: str = ""  # what is not as in the thesis: every table says so
     sampling: Sampling
     classifier: Classifier
     segmenter: Segmenter
@@ -331,31 +335,41 @@ def override(key: str, text: str) -> tuple[list[str], Any]:
 def read_profile(profile: str) -> dict[str, Any]:
     """The sections of ``params/<profile>.yaml``, unchecked but for their names.
 
-    The environment's ``SDAUG_PARAMETERS``, if it is set, changes some values: a JSON list of pairs
-    of a path of keys and a value.
+    A profile that names another as its ``base`` is that other but for what it sets itself. The
+    environment's ``SDAUG_PARAMETERS``, if it is set, changes some values: a JSON list of pairs of a
+    path of keys and a value.
 
     Raises:
         InputError: no such profile, no YAML, or a section that is no notebook's.
     """
+    sections = _sections(profile)
+    for (section, *keys), value in json.loads(os.environ.get("SDAUG_PARAMETERS") or "[]"):
+        _put(sections.setdefault(section, {}), keys, value)
+    return sections
+
+
+def _sections(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The sections of a profile on top of its base's; ``heirs`` have it for theirs."""
     path = PARAMS_FOLDER / f"{profile}.yaml"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in PARAMS_FOLDER.glob("*.yaml")))
         raise InputError(f"profile '{profile}' is unknown: choose from {known}")
+    if profile in heirs:
+        raise InputError(f"{path}: base: '{profile}' is based on itself")
     try:
         sections = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    base = sections.pop("base", None) if isinstance(sections, dict) else None
     valid = ["common", SECOND, *EXPERIMENTS]
-    if not isinstance(sections, dict) or "common" not in sections:
+    if not isinstance(sections, dict) or not (base or "common" in sections):
         raise InputError(f"{path}: needs a section 'common' and may have others of {valid[1:]}")
     for name, section in sections.items():
         if name not in valid:
             raise InputError(f"{path}: section '{name}' is unknown: choose from {valid}")
         if not isinstance(section, dict):
             raise InputError(f"{path}: section '{name}': must be a list of 'key: value'")
-    for (section, *keys), value in json.loads(os.environ.get("SDAUG_PARAMETERS") or "[]"):
-        _put(sections.setdefault(section, {}), keys, value)
-    return sections
+    return _merged(_sections(base, (*heirs, profile)), sections) if base else sections
 
 
 def load_settings(profile: str, domain: Domain = "main") -> Settings:

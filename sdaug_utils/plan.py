@@ -28,6 +28,7 @@ from sdaug_utils.training.cells import Cell
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
 PNG_BYTES = 1.8  # per pixel of a photograph
+COMPILATION = "compilation of a network"  # as rates have it
 GIB = 2**30
 
 
@@ -94,14 +95,43 @@ def rates(settings: Settings) -> tuple[str, dict[str, float]]:
     """Where rates come from, and the seconds that each kind of work takes there.
 
     Those of ``benchmarks/rates.py`` for small models; for models of full size those of
-    ``benchmarks/gpu_check.py`` if it has run, else the thesis's.
+    ``benchmarks/gpu_check.py`` if it has run, else the thesis's. Images take as long as their
+    number of steps.
     """
-    measured = MEASURED / ("gpu.json" if is_at_scale(settings) else "rates.json")
-    path = measured if measured.exists() else TABLES / "rates-a100.json"
-    content = json.loads(path.read_text())
+    content = _measured(settings)
     machine = content.get("machine", {})
     name = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
-    return content.get("source", f"{name}, measured"), content["seconds"]
+    steps = {cost: number / content["steps"] for cost, number in _steps(settings).items()}
+    seconds = {kind: each * steps.get(kind, 1.0) for kind, each in content["seconds"].items()}
+    return content.get("source", f"{name}, measured"), seconds
+
+
+def limits(settings: Settings) -> dict[str, float]:
+    """The seconds below which no code brings each kind of work on the hardware of :func:`rates`.
+
+    They are floating-point operations, as ``benchmarks/flops.py`` counts them, divided by the peak:
+    of a card by its data sheet, of a processor by a large matrix product.
+    """
+    size = "stable-diffusion-1.5" if is_at_scale(settings) else "miniature"
+    counted = json.loads((MEASURED / "flops.json").read_text())[size]
+    peak, steps = _measured(settings)["peak FLOP/s"], _steps(settings)
+    least = {
+        kind: (steps.get(kind, 0) * each.get("step", 0.0) + each["once"]) / peak
+        for kind, each in counted.items()
+    }
+    return {COMPILATION: 0.0, **least}
+
+
+def _measured(settings: Settings) -> dict[str, Any]:
+    measured = MEASURED / ("gpu.json" if is_at_scale(settings) else "rates.json")
+    path = measured if measured.exists() else TABLES / "rates-a100.json"
+    return json.loads(path.read_text())
+
+
+def _steps(settings: Settings) -> dict[str, int]:
+    """How many steps an image takes, by the kind of work that it is."""
+    every = techniques().values()
+    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every}
 
 
 def is_at_scale(settings: Settings) -> bool:

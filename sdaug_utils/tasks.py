@@ -37,6 +37,7 @@ class Task:
     seconds: float  # by the rates in use
     after: frozenset[str] = frozenset()  # keys of the tasks whose results it needs
     home: str = ""  # what a worker has at hand that has done such a task before
+    compiles: str = ""  # what a worker compiles first that has not done such a task before
     kind = "tasks"  # what it makes
 
     def left(self) -> int:
@@ -177,7 +178,10 @@ def hours(study: Study, wanted: Needs, rates: Rates) -> float:
 
     Start of the notebooks and drawing of the figures are left out.
     """
-    return sum(task.seconds for task in tasks(study, wanted, rates)) / 3600
+    every = tasks(study, wanted, rates)
+    compiled = {task.compiles for task in every} - {""}
+    warm_up = len(compiled) * rates[plan.COMPILATION] if compiled else 0.0
+    return (sum(task.seconds for task in every) + warm_up) / 3600
 
 
 def tasks(study: Study, wanted: Needs, rates: Rates) -> list[Task]:
@@ -222,6 +226,7 @@ def _models(
                     items=len(some),
                     seconds=len(some) * number * rates[cost],
                     home=technique.kind,
+                    compiles=f"learning by {name}" if study.settings.compile else "",
                     pools=[of_model[key] for key in some],
                 )
             )
@@ -266,6 +271,7 @@ def _images(
                 seconds=count * each,
                 after=frozenset([model] if model else ()),
                 home=home if model else technique.kind,
+                compiles=f"images by {technique.network}" if study.settings.compile else "",
                 requests=whole,
             )
         )

@@ -118,9 +118,13 @@ class Schedule:
         return list(left_out.values())
 
 
-def simulate(tasks: Sequence[Task], num_workers: int) -> float:
-    """Seconds that the work list takes some workers by the very schedule that they would follow."""
+def simulate(tasks: Sequence[Task], num_workers: int, compilation: float = 0.0) -> float:
+    """Seconds that the work list takes some workers by the very schedule that they would follow.
+
+    ``compilation``: seconds of each network that a worker has to compile first.
+    """
     schedule, homes, now = Schedule(tasks), [""] * num_workers, 0.0
+    compiled = [{""} for _ in homes]
     idle, busy = list(range(num_workers)), list[tuple[float, int, Task]]()
     while True:
         for worker in list(idle):
@@ -129,7 +133,9 @@ def simulate(tasks: Sequence[Task], num_workers: int) -> float:
                 break
             idle.remove(worker)
             homes[worker] = task.home
-            heapq.heappush(busy, (now + task.seconds, worker, task))
+            warm_up = compilation if task.compiles not in compiled[worker] else 0.0
+            compiled[worker].add(task.compiles)
+            heapq.heappush(busy, (now + warm_up + task.seconds, worker, task))
         if not busy:
             return now
         now, worker, task = heapq.heappop(busy)

@@ -20,13 +20,60 @@ def profile_folder(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("profile", ["smoke", "miniature", "thesis"])
+@pytest.mark.parametrize("profile", ["smoke", "miniature", "thesis", "thesis-fast"])
 @pytest.mark.parametrize("notebook", list(params.EXPERIMENTS))
 def test_every_profile_fits_every_notebook(profile, notebook):
     params.load_settings(profile)
     values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
     checked = params.check_notebook(notebook, values | params.overrides(profile, notebook))
     assert checked.profile == "miniature"
+
+
+def test_a_profile_is_its_base_but_for_what_it_sets(profile_folder):
+    profile_folder()
+    heir = params.PARAMS_FOLDER / "heir.yaml"
+    heir.write_text(
+        f"base: spoilt\ncommon: {{sampling: {{batch_size: 3}}}}\n{NAME}: {{num_draws: 9}}"
+    )
+    base, own = params.load_settings("spoilt"), params.load_settings("heir")
+    assert own.sampling.batch_size == 3 != base.sampling.batch_size
+    assert own.model_copy(update={"sampling": base.sampling}) == base
+    set_by_base = params.overrides("spoilt", NAME)
+    assert params.overrides("heir", NAME) == set_by_base | {"num_draws": 9}
+
+    heir.write_text("base: heir")
+    with pytest.raises(InputError, match=r"heir\.yaml: base: 'heir' is based on itself"):
+        params.load_settings("heir")
+    heir.write_text("base: nobody")
+    with pytest.raises(InputError, match="profile 'nobody' is unknown"):
+        params.load_settings("heir")
+
+
+def test_the_fast_profile_differs_from_the_thesis_in_what_its_treatment_says():
+    thesis, fast = (params.load_settings(name) for name in ("thesis", "thesis-fast"))
+    assert (thesis.treatment, fast.treatment) == (
+        "",
+        "20 steps of DPM-Solver++, DreamBooth by LoRA",
+    )
+    drawn = {"num_inference_steps": 20, "scheduler": "dpmsolver++"}
+    assert fast == thesis.model_copy(
+        update={
+            "treatment": fast.treatment,
+            "sampling": thesis.sampling.model_copy(update=drawn),
+            "controlnet": thesis.controlnet.model_copy(update=drawn),
+        }
+    )
+    for notebook in params.EXPERIMENTS:
+        values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
+        slow, own = (
+            params.check_notebook(notebook, values | params.overrides(name, notebook)).model_dump()
+            for name in ("thesis", "thesis-fast")
+        )
+        assert "'dreambooth'" not in str(own)
+        changed = {key for key, value in own.items() if value != slow[key]}
+        assert changed <= {"num_draws", "techniques", "rivals", "rows"}
+        if "num_draws" in own:
+            assert own["num_draws"] == slow["num_draws"] + 1
 
 
 def test_an_unknown_profile_lists_the_known():

@@ -5,9 +5,12 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import constants
@@ -23,12 +26,13 @@ from sdaug_utils import experiments, params, plan, tasks
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
-from sdaug_utils.evidence import claims, report
+from sdaug_utils.evidence import claims, figures, report
 from sdaug_utils.experiments import check_percents
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.generation.techniques import dreambooth_lora
 from sdaug_utils.registry import techniques
+from sdaug_utils.store import Store
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training import cells, features, segmenter
 
@@ -85,6 +89,77 @@ def test_hours_are_those_of_the_rates(world):
     assert tasks.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
     assert plan.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
     assert plan.thesis_hours("01-number-of-images") == 0
+
+
+def test_images_take_as_long_as_their_number_of_steps():
+    slow, fast = (params.load_settings(name) for name in ("thesis", "thesis-fast"))
+    for kind in ("image by a prompt", "image with a ControlNet", "image of a personalised model"):
+        whole, part = (plan.rates(settings)[1][kind] for settings in (slow, fast))
+        assert part == pytest.approx(whole * 20 / 50)
+    assert plan.rates(slow)[1]["feature"] == plan.rates(fast)[1]["feature"]
+
+
+@pytest.mark.parametrize("profile", ["thesis", "thesis-fast", "miniature", "smoke"])
+def test_no_rate_beats_the_peak_of_its_hardware(profile):
+    settings = params.load_settings(profile)
+    rates, limits = plan.rates(settings)[1], plan.limits(settings)
+    assert rates.keys() == limits.keys()
+    assert all(0 < limits[kind] < rates[kind] for kind in rates.keys() - {plan.COMPILATION})
+
+
+def test_compilation_is_planned_once_for_each_network(world):
+    needs = plan.Needs().ask(technique_requests(world, "dreambooth", 0, 2))
+    needs.ask(technique_requests(world, "stable-diffusion-prompt", 0, 2))
+    rates = plan.rates(world.settings)[1]
+    compiled = changed(world, compile=True)
+    more = tasks.hours(compiled, needs, rates) - tasks.hours(world, needs, rates)
+    # of the U-Net that makes images, and of its training
+    assert more * 3600 == pytest.approx(2 * rates[plan.COMPILATION])
+
+
+@pytest.fixture
+def captured_alone(monkeypatch):
+    """Networks that are compiled are captured as a whole, and run without a compiler."""
+    captured = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", captured)
+
+
+def test_a_compiled_network_makes_the_same_images_and_copies_share_its_code(world, captured_alone):
+    from torch._dynamo.utils import counters
+
+    world = changed(world, dreambooth={"max_train_steps": 1, "prior_loss_weight": 0.0})
+    elsewhere = Store(world.store.root / "compiled")
+    compiled = replace(changed(world, compile=True), store=elsewhere)
+    counters.clear()
+    for technique in ("dreambooth", "controlnet-canny"):
+        plain, other = (
+            pools.technique_pools(study, technique, 0, 2, progress=False)
+            for study in (world, compiled)
+        )
+        for pair in zip(plain, other, strict=True):
+            first, second = (np.stack(list(pool.images())).astype(float) for pool in pair)
+            assert np.abs(first - second).mean() < 0.5
+    # DreamBooth's copies of two classes: training, sampling; ControlNet: itself, and the U-Net
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
+    pools.loaded_pipelines.clear()
+
+
+def test_what_is_to_be_compiled_needs_a_compiler(monkeypatch):
+    settings = params.load_settings("smoke").model_copy(update={"compile": True})
+    monkeypatch.setattr(foundation.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"compile: there is no compiler here: none of g\+\+"):
+        foundation.check(settings)
+
+
+def test_every_table_says_what_was_not_done_as_in_the_thesis(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path))
+    figures.save_table("thesis-fast", "some", pd.DataFrame({"score": [1.0]}))
+    figures.save_table("thesis", "others", pd.DataFrame({"score": [1.0]}))
+    told = pd.read_csv(next(tmp_path.rglob("some.csv")))
+    assert told.to_dict("records") == [
+        {"treatment": params.load_settings("thesis-fast").treatment, "score": 1.0}
+    ]
+    assert list(pd.read_csv(next(tmp_path.rglob("others.csv")))) == ["score"]
 
 
 def test_a_model_that_is_not_kept_counts_again_for_a_pool_that_grows(world):
@@ -389,12 +464,41 @@ def test_tables_name_the_models_and_their_revision(world):
     assert named["classifier's backbone"].startswith("efficientnet-lite0 (579344")
 
 
-def test_a_gpu_check_runs_every_technique(monkeypatch):
+@pytest.fixture
+def gpu_check(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("gpu_check", BENCHMARKS / "gpu_check.py")
-    gpu_check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu_check)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)  # where its processes look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_full_size_check_makes_an_image_with_each_technique_in_a_process_of_its_own(gpu_check):
+    every = {"stable-diffusion-prompt": False, "dreambooth": False}
+    found = gpu_check.check_on_cpu(gpu_check.TINY, every)
+    assert found["techniques"].keys() == every.keys()
+    for measured in found["techniques"].values():
+        assert measured["seconds"] > 0
+        assert 0.2 < measured["peak memory GiB"] < 4
+
+
+def test_a_card_is_known_by_its_name(gpu_check, monkeypatch):
+    device = torch.device("cuda")
+    for name, tera in (
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 330),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert gpu_check.peak(device) == tera * 1e12
+    assert 1e8 < gpu_check.peak(torch.device("cpu")) < 1e14
+
+
+def test_a_gpu_check_runs_every_technique(gpu_check, captured_alone, monkeypatch):
     monkeypatch.setattr(gpu_check, "BATCH", 2)
+    monkeypatch.setattr(gpu_check, "BATCHES", (1,))
     monkeypatch.setattr(gpu_check, "PHOTOGRAPHS", 16)
     monkeypatch.setattr(gpu_check, "STEPS", {"sampling": 2, "training": 1})
     found = gpu_check.check(gpu_check.TINY, "cpu")
@@ -411,4 +515,7 @@ def test_a_gpu_check_runs_every_technique(monkeypatch):
         json.loads((plan.TABLES / "rates-a100.json").read_text())["seconds"]
     )
     assert all(value > 0 for value in found["seconds"].values())
+    assert set(found["model FLOPs utilisation"]) > {"latent, textual inversion", "feature"}
+    by_batch = found["seconds per image by a prompt, by batch"]
+    assert all(by_batch[way]["1"] > 0 for way in ("eager", "compiled"))
     assert found["precision"] == "torch.float32"  # on a CPU

@@ -43,8 +43,8 @@ class Work(tasks.Task):
             self.do()
 
 
-def work(key, seconds=1.0, after=(), home="", do=None):
-    return Work(name=key, key=key, seconds=seconds, after=frozenset(after), home=home, do=do)
+def work(key, seconds=1.0, after=(), **more):
+    return Work(name=key, key=key, seconds=seconds, after=frozenset(after), **more)
 
 
 def parameters(notebook, profile="smoke"):
@@ -118,6 +118,13 @@ def test_the_schedule_is_simulated():
     chain = [work("0", 2), *(work(f"{n}", 2, after={f"{n - 1}"}) for n in range(1, 5))]
     assert simulate(chain, 4) == 10
     assert simulate([], 3) == 0
+
+
+def test_each_worker_compiles_each_network_once():
+    some = [work(f"{number}", 2, compiles="the U-Net" if number % 2 else "") for number in range(8)]
+    assert [simulate(some, number, compilation=5) for number in (1, 8)] == [16 + 5, 2 + 5]
+    two = [work(f"{number}", 2, compiles=f"{number % 2}") for number in range(8)]
+    assert simulate(two, 1, compilation=5) == 16 + 2 * 5
 
 
 def test_a_failure_is_named_what_needs_it_is_left_out_and_the_others_go_on(capsys):
@@ -242,6 +249,24 @@ def test_workers_that_are_killed_cost_their_tasks_and_nothing_else(whole, store,
     outcome = make_everything(store, hire, meanwhile=kill)
     assert kills
     assert not outcome.failures
+    assert contents(store.root) == whole
+
+
+def test_a_process_that_stands_still_is_ended_and_its_task_made_again(whole, store, capsys):
+    still = []
+
+    def stop(crew):
+        while not still:
+            time.sleep(1.5)
+            if (store.root / "pools").exists():
+                for pid in crew.executors[0]._processes:
+                    os.kill(pid, signal.SIGSTOP)
+                    still.append(pid)
+
+    outcome = make_everything(store, processes(2), timeout=40, meanwhile=stop)
+    assert not outcome.failures
+    assert "not done after 1 minutes: once more" in capsys.readouterr().out
+    assert not any(Path(f"/proc/{pid}").exists() for pid in still)
     assert contents(store.root) == whole
 
 

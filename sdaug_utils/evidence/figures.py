@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sdaug_utils.evidence.claims import TABLES
+from sdaug_utils.params import load_settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import note, write_atomically
 from sdaug_utils.study import figures_folder
@@ -89,7 +90,9 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
 
 
 def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
-    """Write the numbers of a table as .csv."""
+    """Write the numbers of a table as .csv, with the profile's treatment in a first column."""
+    if treatment := load_settings(profile).treatment:
+        data = data.assign(treatment=treatment)[["treatment", *data.columns]]
     target = figures_folder(profile)
     target.mkdir(parents=True, exist_ok=True)
     write = partial(data.to_csv, index=False, float_format="%.6g", lineterminator="\n")

@@ -6,6 +6,7 @@ whoever only needs a key of the store does not wait for them.
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from sdaug_utils.store import digest_of, sha256, verify_checksums
 
 Pipeline = Any  # of diffusers: StableDiffusionPipeline or one of its kind
 TOKENIZING = Lock()  # a tokenizer keeps how it pads as a state, and threads share it
+COMPILERS = ("g++", "clang++", "c++", "cl")  # that torch.compile looks for
+GRAPHS = 64  # that may be compiled: one for each shape and kind of pass; torch stops at eight
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 PROJECT = Path(__file__).parents[2]
 MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
@@ -116,8 +119,8 @@ def check(settings: Settings) -> None:
     """Check what only the models and this machine can tell; nothing is loaded.
 
     Raises:
-        InputError: a resolution that the VAE does not divide; a device or an attention that this
-            machine has not got.
+        InputError: a resolution that the VAE does not divide; a device, a compiler or an attention
+            that this machine has not got.
     """
     config = json.loads((locate(settings.foundation) / "vae" / "config.json").read_text())
     factor = max(8, 2 ** (len(config["block_out_channels"]) - 1))  # of 8: diffusers' pipelines
@@ -132,6 +135,8 @@ def check(settings: Settings) -> None:
     }
     if settings.device in is_there and not is_there[settings.device]():
         raise InputError(f"device: there is no '{settings.device}' here: choose auto or cpu")
+    if settings.compile and not any(map(shutil.which, COMPILERS)):
+        raise InputError(f"compile: there is no compiler here: none of {', '.join(COMPILERS)}")
     if settings.attention == "xformers":
         try:
             import xformers.ops  # noqa: F401
@@ -182,6 +187,25 @@ def scale_condition(pipeline: Pipeline, count: int, scale: float = 1.0) -> Any:
     return embedded.to(pipeline.device)
 
 
+def compiled(settings: Settings, network: Any) -> Any:
+    """The same network, compiled when it is first called, if a profile says so.
+
+    The whole of it, not block by block. A copy has to be told again, and finds the code that was
+    made for the first.
+    """
+    if settings.compile:
+        torch._dynamo.config.recompile_limit = GRAPHS
+        network.compile(dynamic=False)
+    return network
+
+
+def laid_out(network: Any) -> Any:
+    """The same network with its weights where a GPU's convolutions are fastest."""
+    if network.device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    return network
+
+
 def load_pipeline(
     settings: Settings,
     sampling: Sampling | None = None,
@@ -213,6 +237,8 @@ def load_pipeline(
         requires_safety_checker=False,
         **({} if settings.sampling.safety_checker else {"safety_checker": None}),
     ).to(device_of(settings))
+    compiled(settings, laid_out(pipeline.unet))
+    laid_out(pipeline.vae)
     if kind != type(pipeline).__name__:
         every = pipeline.components | parts
         pipeline = getattr(diffusers, kind)(**every, requires_safety_checker=False)

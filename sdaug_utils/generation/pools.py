@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from sdaug_utils.compute import Batch, device_of, in_parallel
 from sdaug_utils.data.images import Images, read_listed
-from sdaug_utils.generation.foundation import TOKENIZING, Pipeline, takes_scale
+from sdaug_utils.generation.foundation import TOKENIZING, Pipeline, compiled, takes_scale
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling, Settings
@@ -113,6 +113,11 @@ def _listed(folder: Path) -> dict[int, Row]:
         return {int(row["file_name"].removesuffix(".png")): row for row in whole}
     except (KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
         return {}
+
+
+def number_given_up(pools: Iterable[Path]) -> int:
+    """How many images of some pools were rejected too often, so that others took their places."""
+    return sum(row["size"] == "0" for pool in pools for row in read_pool(pool).values())
 
 
 def is_given_up(row: Row, max_attempts: int) -> bool:
@@ -392,7 +397,9 @@ def fill(
     def personalised(request: Request) -> Pipeline:
         if request.model:
             learn_models(study, [request])  # unless it is there
-        return technique.apply(pipeline(), store.folder(technique.name, request.model))
+        made = technique.apply(pipeline(), store.folder(technique.name, request.model))
+        compiled(settings, made.unet)  # of a copy
+        return made
 
     def fill_group(key: str) -> None:
         group = [requests[position] for position in groups[key]]

@@ -58,6 +58,7 @@ class Technique:
     image i follows one of them, in turn."""
     learns: ClassVar[bool] = False  # a model for each set of inputs: see personalisation.py
     kind: ClassVar[str] = "StableDiffusionPipeline"  # the class of diffusers that makes its images
+    network: ClassVar[str] = "the U-Net"  # that makes them, for what it takes to compile it
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
 
     def of(self, settings: Settings) -> Any:

@@ -11,8 +11,16 @@ from pydantic import Field
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.data import control
 from sdaug_utils.data.images import Split
-from sdaug_utils.generation.foundation import Pipeline, load_pipeline, locate, revision
+from sdaug_utils.generation.foundation import (
+    Pipeline,
+    compiled,
+    laid_out,
+    load_pipeline,
+    locate,
+    revision,
+)
 from sdaug_utils.generation.technique import Request, Technique
+from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Sampling, Scheduler, Settings
 from sdaug_utils.registry import register
 from sdaug_utils.study import Study
@@ -34,6 +42,7 @@ def _once(embed: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """An embedding of control images that is made once for all steps of a thread's pass."""
     last = threading.local()
 
+    @torch.compiler.disable  # the rest of the network is compiled around it
     def embedded(images: Any) -> Any:
         if getattr(last, "images", None) is not images:
             last.images, last.embedded = images, embed(images)
@@ -48,6 +57,7 @@ class ControlNet(Technique):
     section: ClassVar = ("controlnet", ControlNetSettings)
     inputs: ClassVar = "all"
     kind: ClassVar = "StableDiffusionControlNetPipeline"
+    network: ClassVar = "the U-Net with a ControlNet"
     image_cost: ClassVar = "image with a ControlNet"
     control: ClassVar[str]  # the parameter that names the model
 
@@ -68,6 +78,7 @@ class ControlNet(Technique):
         ).to(device_of(settings))
         embedding = controlnet.controlnet_cond_embedding
         embedding.forward = _once(embedding.forward)
+        compiled(settings, laid_out(controlnet))
         return load_pipeline(settings, self.sampling(settings), self.kind, controlnet=controlnet)
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:

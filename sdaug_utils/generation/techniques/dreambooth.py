@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline, scale_condition
+from sdaug_utils.generation.foundation import Pipeline, compiled, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.pools import Sampler, grow, pipeline_sampler
 from sdaug_utils.generation.technique import Request, pool_spec, twin
@@ -53,6 +53,7 @@ class DreamBooth(Personalised):
     name, label, colour, marker = "dreambooth", "DreamBooth", "#c44e52", "v"
     section: ClassVar[tuple[str, type[Parameters]]] = ("dreambooth", DreamBoothSettings)
     model_bytes: ClassVar = 1.72e9  # in half precision
+    latent_cost: ClassVar = "latent, fine-tuning of the U-Net"
 
     def recipe(self, settings: Settings) -> DreamBoothSettings:
         return settings.dreambooth
@@ -125,6 +126,7 @@ class DreamBooth(Personalised):
         self.unfreeze(study.settings, unet, seed)
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        compiled(study.settings, unet)
         weights = [weight for weight in unet.parameters() if weight.requires_grad]
         adamw = (
             _adamw_8bit()
@@ -180,7 +182,7 @@ class DreamBooth(Personalised):
     def model_cost(self, settings: Settings) -> tuple[str, int]:
         recipe = self.recipe(settings)
         size = recipe.train_batch_size * (1 + (recipe.prior_loss_weight > 0))
-        return "latent, fine-tuning of the U-Net", recipe.max_train_steps * size
+        return self.latent_cost, recipe.max_train_steps * size
 
 
 def _adamw_8bit() -> Any:

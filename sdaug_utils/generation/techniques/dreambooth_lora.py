@@ -35,6 +35,8 @@ class DreamBoothLoRA(DreamBooth):
     colour, marker = "#e59a9c", "<"
     section: ClassVar = ("dreambooth_lora", LoRA)
     model_bytes: ClassVar = 0  # of a few megabytes
+    network: ClassVar = "the U-Net with adapters"
+    latent_cost: ClassVar = "latent, fine-tuning by LoRA"
 
     def recipe(self, settings: Settings) -> DreamBoothSettings:
         own = self.of(settings).model_dump(exclude={"rank"})
