@@ -87,6 +87,7 @@ def generation(parts: Mapping[str, Any], passes: int) -> dict[str, dict[str, flo
         "image by a prompt": {"step": plain, "once": decoded},
         "image of a personalised model": {"step": plain, "once": decoded},
         "image with a ControlNet": {"step": followed, "once": decoded},
+        "image, retrieved": {"once": 0},
         "latent, fine-tuning of the U-Net": {"once": everything},
         "latent, fine-tuning by LoRA": {"once": adapters},
         "latent, textual inversion": {"once": word},

@@ -58,6 +58,7 @@ def seconds(measured: dict[str, Any]) -> dict[str, float]:
         "image by a prompt": measured["images per second"][batch],
         "image of a personalised model": measured["images per second"][batch],
         "image with a ControlNet": measured["images with a ControlNet per second"][batch],
+        "image, retrieved": measured["retrieved images per second"],
         "latent, fine-tuning of the U-Net": latents[
             f"batch of {settings.dreambooth.train_batch_size}"
         ],
@@ -105,6 +106,10 @@ def main() -> None:
     result["images with a ControlNet per second"] = rates(
         {f"batch of {size}": (size, partial(sample, items, range(size)))}
     )
+
+    began = time.perf_counter()
+    pools.technique_pools(study, "retrieval", 0, 100, progress=False)
+    result["retrieved images per second"] = round(1000 / (time.perf_counter() - began), 1)
 
     example = NoisyLatents(pipeline, study.data.splits["train"].images(range(64)), 32, seed=0)
     embeddings = torch.zeros(1, 1, pipeline.unet.config.cross_attention_dim)

@@ -19,6 +19,7 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training import cells as training
 from sdaug_utils.training.cells import Cell, repeated
+from sdaug_utils.training.mixing import ALPHAS
 
 FEWEST_INPUTS = 3
 Arm = dict[str, Any]
@@ -270,6 +271,22 @@ def check(study: Study, p: params.Experiment) -> None:
         every = every_cell(study, p)
         percents = [cell.real_percent for cell in every if cell.real_percent]
         check_percents(study, percents, {cell.technique for cell in every if cell.technique})
+        require_whole_labels(study, every)
+
+
+def require_whole_labels(study: Study, every: list[Cell]) -> None:
+    """Check that labels are mixed only where a classifier learns by the controlled protocol.
+
+    Raises:
+        InputError: they are mixed elsewhere.
+    """
+    for cell in every:
+        is_mixed = training.share(study, cell) < 1 or cell.augmentation in ALPHAS
+        if is_mixed and (cell.task, cell.protocol) != ("classification", "controlled"):
+            raise InputError(
+                f"{cell.arm}: its labels are mixed, which is for classifiers of the controlled "
+                "protocol alone"
+            )
 
 
 def check_percents(study: Study, percents: list[float], names: set[str]) -> None:
@@ -288,9 +305,10 @@ def check_percents(study: Study, percents: list[float], names: set[str]) -> None
     smallest = subset_size(whole, fewest)
     for name in names:
         technique = techniques()[name]
-        if technique.inputs == "first":
+        if technique.learns:
             key, wanted = technique.num_inputs(study.settings)
-            if smallest < min(wanted, FEWEST_INPUTS, whole):
+            wanted = min(wanted, whole)
+            if smallest < min(wanted, FEWEST_INPUTS):
                 raise InputError(
                     f"{key}: {wanted}, but the smallest real subset ({fewest:g} %) has "
                     f"{smallest} of a class: choose at most that many"

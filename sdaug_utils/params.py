@@ -25,7 +25,8 @@ PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
 
 def _technique(name: str, learns: bool = False) -> str:
-    names = [known for known, one in techniques().items() if one.learns or not learns]
+    every = techniques().items()
+    names = [known for known, one in every if not learns or (one.learns and one.inputs == "first")]
     if name not in names:
         listed = ", ".join(map(repr, names))
         raise PydanticCustomError("technique", "Input should be {names}", {"names": listed})
@@ -35,7 +36,7 @@ def _technique(name: str, learns: bool = False) -> str:
 Technique = Annotated[str, AfterValidator(_technique)]
 Personalisation = Annotated[str, AfterValidator(partial(_technique, learns=True))]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
-Augmentation = Literal["none", "custom", "autoaugment", "randaugment"]
+Augmentation = Literal["none", "custom", "autoaugment", "randaugment", "mixup", "cutmix"]
 Protocol = Literal["published", "controlled"]
 Domain = Literal["main", "second"]
 Scheduler = Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]

@@ -81,7 +81,7 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
         rest.images[key], rest.requests[key] = new, request
         if new and request.model:
             technique, name = request.technique, digest(request.model)
-            folder = root / technique.name / name
+            folder = root / technique.shelf / name
             there = name in done.models or study.store.is_whole(folder)
             if not (there and technique.keeps_models(study.settings)):
                 rest.models[name] = technique
@@ -131,7 +131,7 @@ def _measured(settings: Settings) -> dict[str, Any]:
 def _steps(settings: Settings) -> dict[str, int]:
     """How many steps an image takes, by the kind of work that it is."""
     every = techniques().values()
-    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every}
+    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every if t.kind}
 
 
 def is_at_scale(settings: Settings) -> bool:
@@ -248,7 +248,7 @@ def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], 
         if cell.protocol != "controlled" or cell.task != "classification":
             continue
         pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
-        if cell.augmentation == "none":
+        if cell.augmentation in ("none", "mixup"):  # which mixes features
             here = classes * cell.synthetic_per_class
             views[pool] = max(views.get(pool, 0), here)  # all the images of one view
             continue

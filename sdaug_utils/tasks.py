@@ -81,7 +81,7 @@ class Models(Task):
         return not any(number_missing(self.study, request) for request in pools)
 
     def _folder(self, request: Request) -> Path:
-        return self.study.store.folder(request.technique.name, request.model)
+        return self.study.store.folder(request.technique.shelf, request.model)
 
     def left(self) -> int:
         return len(self._lacking())
@@ -96,7 +96,7 @@ class Models(Task):
             if technique.keeps_models(self.study.settings) or not self._folder(first).exists():
                 continue
             if self._is_served(pools):
-                self.study.store.drop(technique.name, first.model)
+                self.study.store.drop(technique.shelf, first.model)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -210,7 +210,7 @@ def _models(
 ) -> list[Models]:
     by_technique: dict[str, list[str]] = {}
     for key, technique in wanted.models.items():
-        by_technique.setdefault(technique.name, []).append(key)
+        by_technique.setdefault(technique.shelf, []).append(key)
     made = []
     for name, keys in by_technique.items():
         technique = techniques()[name]

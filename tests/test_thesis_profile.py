@@ -104,7 +104,7 @@ def test_no_rate_beats_the_peak_of_its_hardware(profile):
     settings = params.load_settings(profile)
     rates, limits = plan.rates(settings)[1], plan.limits(settings)
     assert rates.keys() == limits.keys()
-    assert all(0 < limits[kind] < rates[kind] for kind in rates.keys() - {plan.COMPILATION})
+    assert all(0 <= limits[kind] < rates[kind] for kind in rates)
 
 
 def test_compilation_is_planned_once_for_each_network(world):
@@ -510,6 +510,10 @@ def test_a_gpu_check_runs_every_technique(gpu_check, captured_alone, monkeypatch
         "textual-inversion",
         "controlnet-canny",
         "controlnet-segmentation",
+        "da-fusion",
+        "datadream",
+        "diff-mix",
+        "retrieval",
     }
     assert set(found["seconds"]) == set(
         json.loads((plan.TABLES / "rates-a100.json").read_text())["seconds"]

@@ -42,6 +42,8 @@ def build(name: Augmentation, image_size: int) -> Transform:
             return v2.Compose([resize, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)])
         case "randaugment":  # Cubuk et al., 2020: two operations of magnitude 9
             return v2.Compose([resize, v2.RandAugment(2, 9)])
+        case _:
+            raise ValueError(f"'{name}' mixes images: it is no transform of one of them")
 
 
 def view(image: np.ndarray, transform: Transform, seed: int) -> np.ndarray:

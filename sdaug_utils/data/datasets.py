@@ -112,11 +112,16 @@ def _fashion_mnist() -> Dataset:
     splits = {}
     for name in SPLITS:
         sheet = np.asarray(Image.open(MINIATURE_DATA / f"{name}.png"))
-        per_class = sheet.shape[1] // 28
-        tiles = sheet.reshape(10, 28, per_class, 28).swapaxes(1, 2).reshape(-1, 28, 28)
-        images = np.stack([pad_to_rgb(tile) for tile in tiles])
-        splits[name] = _on_black(images, np.repeat(np.arange(10), per_class))
+        by_class = tiles(sheet)
+        labels = np.repeat(np.arange(10), by_class.shape[1])
+        splits[name] = _on_black(np.concatenate(list(by_class)), labels)
     return Dataset("fashion-mnist", FASHION_CLASSES, splits)
+
+
+def tiles(sheet: np.ndarray) -> np.ndarray:
+    """A sheet with a row of 28x28 tiles per class: (classes, n, 32, 32, 3), 8-bit RGB."""
+    rows = sheet.reshape(sheet.shape[0] // 28, 28, sheet.shape[1] // 28, 28).swapaxes(1, 2)
+    return np.stack([np.stack([pad_to_rgb(tile) for tile in row]) for row in rows])
 
 
 def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:

@@ -29,6 +29,8 @@ REAL_ARMS = {
     "custom": ("Custom", "#8c8c8c", "s"),
     "autoaugment": ("AutoAugment", "#a1795a", "D"),
     "randaugment": ("RandAugment", "#c7a42e", "^"),
+    "mixup": ("mixup", "#7f9a65", "v"),
+    "cutmix": ("CutMix", "#657f9a", "^"),
     "hypernym": ("Bare name of the kind", "black", "x"),
 }
 

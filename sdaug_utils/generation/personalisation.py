@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ class Personalised(Technique):
     not by whom they are for: subjects with the same inputs share one.
     """
 
-    inputs: ClassVar = "first"
+    inputs: ClassVar[Literal["none", "first", "all"]] = "first"
     learns: ClassVar = True
     image_cost: ClassVar = "image of a personalised model"
     model_bytes: ClassVar[float] = 0  # of a model of Stable Diffusion 1.5's size, if it is large
@@ -88,7 +88,7 @@ class Personalised(Technique):
             unusual["precision"] = str(half_precision(device_of(settings)))
         return {
             "version": CODE_VERSION,
-            "technique": self.name,
+            "technique": self.shelf,
             "foundation": revision(settings.foundation),
             "dtype": f"torch.{dtype_name(settings)}",
             "settings": self.recipe(settings).model_dump(exclude=NOT_OF_THE_MODEL),

@@ -151,6 +151,7 @@ def grow(
     batch: Batch,
     max_attempts: int,
     progress: tqdm | None = None,
+    alike: Callable[[int], Any] = lambda index: 0,
 ) -> list[Pool]:
     """Make those images of some pools that are missing; the pools share a sampler and its passes.
 
@@ -161,6 +162,7 @@ def grow(
         requests: of each pool what determines its images (``class`` and ``prompt`` go into the
             metadata) and which images are asked for, ``range(50)`` for the first fifty.
         make_sampler: called only if an image is missing.
+        alike: what images of one pass must have in common, by their index.
 
     Raises:
         RuntimeError: all images of a pool were given up.
@@ -181,7 +183,9 @@ def grow(
         ]
         if not missing:
             break
-        made |= _make(store, requests, missing, sampler, batch, max_attempts, progress, verify)
+        made |= _make(
+            store, requests, missing, sampler, batch, max_attempts, progress, verify, alike
+        )
     pools = []
     for number, (folder, request) in enumerate(zip(folders, requests, strict=True)):
         store.record(
@@ -210,6 +214,7 @@ def _make(
     max_attempts: int,
     progress: tqdm | None,
     verify: bool,
+    alike: Callable[[int], Any],
 ) -> set[Item]:
     """Make images and list them; those that another process makes in the meantime are not its own.
 
@@ -247,7 +252,12 @@ def _make(
         for number, index in items:  # of a process that was killed while it wrote
             for leftover in folders[number].glob(f".{_file_name(index)}.*"):
                 leftover.unlink()
-        batch.run(make, items)
+
+        def kind(item: Item) -> Any:
+            return alike(item[1])
+
+        for _, group in itertools.groupby(sorted(items, key=kind), key=kind):
+            batch.run(make, list(group))
     return set(items)
 
 
@@ -352,6 +362,15 @@ def pipeline_sampler(
     return sample
 
 
+def found_sampler(images: Sequence[Sequence[np.ndarray]]) -> Sampler:
+    """A sampler over images of each pool that are there already."""
+
+    def sample(items: Sequence[Item], seeds: Sequence[int]) -> list[Image.Image | None]:
+        return [Image.fromarray(images[number][index]) for number, index in items]
+
+    return sample
+
+
 def technique_pools(
     study: Study,
     technique: str,
@@ -387,7 +406,7 @@ def fill(
         if lacks:
             lacking[key], total = request, total + lacks
         if request.model:
-            store.record("models", store.folder(technique.name, request.model), [0], [])
+            store.record("models", store.folder(technique.shelf, request.model), [0], [])
     if technique.learns and kept:
         learn_models(study, list(lacking.values()), label)
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
@@ -397,7 +416,7 @@ def fill(
     def personalised(request: Request) -> Pipeline:
         if request.model:
             learn_models(study, [request])  # unless it is there
-        made = technique.apply(pipeline(), store.folder(technique.name, request.model))
+        made = technique.apply(pipeline(), store.folder(technique.shelf, request.model))
         compiled(settings, made.unet)  # of a copy
         return made
 
@@ -406,12 +425,15 @@ def fill(
         ready = cache(partial(personalised, group[0]))
 
         def sampler() -> Sampler:
+            if technique.found(study, group[0]) is not None:
+                return found_sampler([technique.found(study, request) for request in group])
             prompts = [request.spec["prompt"] for request in group]
             arguments = [technique.arguments(study, request) for request in group]
             return pipeline_sampler(ready(), sampling, prompts, arguments)
 
         with nullcontext() if kept or key not in lacking else _passing(store, group[0]):
-            grown = grow(store, group, sampler, batch, sampling.max_attempts, bar)
+            alike = partial(technique.alike, settings)
+            grown = grow(store, group, sampler, batch, sampling.max_attempts, bar, alike)
         pools.update(zip(groups[key], grown, strict=True))
 
     with bar:
@@ -430,7 +452,7 @@ def number_missing(study: Study, request: Request) -> int:
 def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
     store = study.store
-    folders = [store.folder(request.technique.name, request.model) for request in requests]
+    folders = [store.folder(request.technique.shelf, request.model) for request in requests]
     lacking = [
         request
         for request, folder in zip(requests, folders, strict=True)
@@ -453,7 +475,7 @@ def learn_models(study: Study, requests: Sequence[Request], label: str | None = 
                 for folder in folders:
                     store.record("models", folder.with_suffix(""), [0], [0])
 
-            store.get_all(technique.name, [request.model for request in parts[number]], make)
+            store.get_all(technique.shelf, [request.model for request in parts[number]], make)
 
         in_parallel(study.settings, learn, range(len(parts)))
 
@@ -496,7 +518,7 @@ def _passing(store: Store, request: Request) -> Iterator[None]:
     """Keep a request's model for as long as one process uses it, then delete it."""
     with store.lock("passing-models", request.model):
         yield
-        store.drop(request.technique.name, request.model)
+        store.drop(request.technique.shelf, request.model)
 
 
 loaded_pipelines: dict[str, Pipeline] = {}  # on a GPU one: there may be no room for two

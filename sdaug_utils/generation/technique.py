@@ -61,6 +61,11 @@ class Technique:
     network: ClassVar[str] = "the U-Net"  # that makes them, for what it takes to compile it
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
 
+    @property
+    def shelf(self) -> str:
+        """The folder of the store where its models are; techniques may share what they learn."""
+        return self.name
+
     def of(self, settings: Settings) -> Any:
         """Its own section of the settings."""
         return getattr(settings, self.section[0]) if self.section else None
@@ -84,8 +89,30 @@ class Technique:
             InputError: a setting that does not go with it.
         """
 
-    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
-        """What else determines its images; ``rows`` of the train split are those they follow."""
+    def follows(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
+        """The rows of the train split that a class's images follow, given those of every class.
+
+        By default its own, in the draw's order.
+        """
+        return orders[label]
+
+    def share(self, settings: Settings) -> float:
+        """How much of an image's label is its class, in 0 to 1; the rest is of what it follows."""
+        return 1.0
+
+    def alike(self, settings: Settings, index: int) -> Any:
+        """What all images of one pass must have in common; 0 if nothing."""
+        return 0
+
+    def found(self, study: Study, request: Request) -> Sequence[np.ndarray] | None:
+        """The images themselves, 8-bit RGB, where they are found and not made."""
+        return None
+
+    def determined_by(self, study: Study, rows: Any) -> dict[str, Any]:
+        """What else determines its images.
+
+        ``rows`` of the train split are those that they follow; None if they follow none.
+        """
         return {}
 
     def load(self, settings: Settings) -> Pipeline:
@@ -167,7 +194,7 @@ def request(
         draw,
         technique.sampling(settings),
         **({"personalisation": digest(model)} if model else {}),
-        **(technique.determined_by(study, rows) if rows is not None else {}),
+        **technique.determined_by(study, rows),
     )
     return Request(spec, indices, technique, model, inputs, rows)
 
@@ -181,32 +208,36 @@ def technique_requests(
     that it looks at: nothing from outside a cell's subset leaks in. Where every subset holds all
     the inputs of a model, it learns the same at every percentage.
 
-    A pool that follows real images goes round all N of the class in the draw's order. Of p % of
-    them, the first n, a cell takes the rounds over the first n only: images 0 to n - 1, N to
+    A pool that follows real images goes round all N of them in the draw's order. Of p % of them,
+    for one class the first n, a cell takes the rounds over those only: images 0 to n - 1, N to
     N + n - 1, and so on. So cells of other percentages share what they have in common.
     """
     technique = techniques()[technique_name]
     train, prompt = study.data.splits["train"], study.settings.sampling.prompt
     names = study.data.class_names
-    if technique.inputs == "first":
-        _, number = technique.num_inputs(study.settings)
-        chosen = personalisation_inputs(train.labels, number, draw, real_percent)
-        return [
-            request(study, technique, name, prompt, range(count), draw, train.images(rows))
-            for name, rows in zip(names, chosen, strict=True)
-        ]
     if technique.inputs == "none":
         return [request(study, technique, name, prompt, range(count), draw) for name in names]
-    subset(train.labels, real_percent)  # refuses to leave a class empty
-    requests = []
-    for name, rows in zip(names, shuffled(train.labels, draw), strict=True):
-        inside = subset_size(len(rows), real_percent)
+    learnt_from: list[Sequence[np.ndarray]] = [()] * len(names)
+    if technique.learns:
+        _, number = technique.num_inputs(study.settings)
+        chosen = personalisation_inputs(train.labels, number, draw, real_percent)
+        learnt_from = [train.images(rows) for rows in chosen]
+    if technique.inputs == "first":
+        return [
+            request(study, technique, name, prompt, range(count), draw, inputs)
+            for name, inputs in zip(names, learnt_from, strict=True)
+        ]
+    allowed = subset(train.labels, real_percent, draw)  # it refuses to leave a class empty
+    orders, requests = shuffled(train.labels, draw), []
+    for label, (name, inputs) in enumerate(zip(names, learnt_from, strict=True)):
+        rows = technique.follows(orders, label)
+        inside = np.flatnonzero(np.isin(rows, allowed)).tolist()
 
-        def at(place: int, inside: int = inside, whole: int = len(rows)) -> int:
-            return place % inside + whole * (place // inside)
+        def at(place: int, inside: list[int] = inside, whole: int = len(rows)) -> int:
+            return inside[place % len(inside)] + whole * (place // len(inside))
 
         indices = [at(place) for place in range(count)]
-        asked = request(study, technique, name, prompt, indices, draw, rows=rows)
+        asked = request(study, technique, name, prompt, indices, draw, inputs, rows)
         requests.append(replace(asked, at=at))
     return requests
 

@@ -25,7 +25,7 @@ from sdaug_utils.params import Augmentation, Parameters, Protocol, Technique
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import digest, keep_digests
 from sdaug_utils.study import Study
-from sdaug_utils.training import classifier, features, segmenter
+from sdaug_utils.training import classifier, features, mixing, segmenter
 
 CODE_VERSION = 3
 STACK = 9  # heads that are trained side by side: more are not faster
@@ -62,6 +62,11 @@ def pool_percent(study: Study, cell: Cell) -> float:
     if not cell.technique or cell.controls_from_outside:
         return 100
     return inputs_percent(study, techniques()[cell.technique], cell.real_percent)
+
+
+def share(study: Study, cell: Cell) -> float:
+    """How much of a synthetic image's label is its class; the rest is of what it follows."""
+    return techniques()[cell.technique].share(study.settings) if cell.technique else 1.0
 
 
 def repeated(
@@ -230,6 +235,7 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         "rows": real_rows(study, cell).tolist(),
         "backbone": features.BACKBONES[backbone],
         "settings": recipe,
+        **({"share": share(study, cell)} if share(study, cell) < 1 else {}),
         "pools": pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
         if cell.technique
         else [],
@@ -324,10 +330,45 @@ class Trainer:
         images = self.splits["train"].images(rows) + synthetic
         return images, np.concatenate([self.splits["train"].labels[rows], labels])
 
+    def targets(self, cell: Cell) -> torch.Tensor:
+        """Labels of a cell's training images, or, if some are mixed, the shares of each class.
+
+        (n,), (n, classes) or, if each view has its own, (n, views, classes).
+        """
+        labels = torch.from_numpy(self.training_set(cell)[1])
+        own = share(self.study, cell)
+        if own == 1.0 and cell.augmentation not in mixing.ALPHAS:
+            return labels
+        whole = torch.nn.functional.one_hot(labels, self.num_classes).float()
+        if own < 1.0:
+            self._share(cell, whole, own)
+        return self._partners(cell).mixed(whole) if cell.augmentation in mixing.ALPHAS else whole
+
+    def _share(self, cell: Cell, whole: torch.Tensor, own: float) -> None:
+        """Give a part of synthetic images' labels to the class of the image that they follow."""
+        rows = [row for pool in self.cell_pools(cell) for row in pool.followed]
+        other = torch.from_numpy(self.splits["train"].labels[rows])
+        first = len(whole) - len(rows)  # of the synthetic images
+        whole[first:] *= own
+        whole[first:] += (1 - own) * torch.nn.functional.one_hot(other, self.num_classes)
+
+    def _partners(self, cell: Cell) -> mixing.Partners:
+        """What each view of a cell's training images is mixed with: the same for all its seeds."""
+        settings, number = self.study.settings.classifier, len(self.training_set(cell)[0])
+        views, side = settings.controlled.num_views(number), settings.image_size
+        return mixing.partners(cell.augmentation, number, views, cell.draw, side)
+
     def features(self, cell: Cell) -> torch.Tensor:
         """Features of a cell's training images, real ones first: (n, views, features)."""
         if cell.protocol == "pixels":
             return features.pixel_vectors(self.training_set(cell)[0])
+        if cell.augmentation == "cutmix":
+            chosen, side = self._partners(cell), self.study.settings.classifier.image_size
+            images = mixing.cut_and_pasted(self.training_set(cell)[0], chosen, side)
+            return features.image_features(self.study, images).view(*chosen.rows.shape, -1)
+        if cell.augmentation == "mixup":
+            plain = self.features(cell.model_copy(update={"augmentation": "none"}))
+            return self._partners(cell).mixed(plain[:, 0])
         if cell.augmentation != "none":
             return self._augmented(cell)
         real = self.features_of("train")[real_rows(self.study, cell)]
@@ -390,7 +431,7 @@ class Trainer:
 
         @cache
         def seen(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.features(cell), torch.from_numpy(self.training_set(cell)[1])
+            return self.features(cell), self.targets(cell)
 
         return [
             classifier.TrainingSet(*seen(cell.model_copy(update={"seed": 0})), training_seed(cell))

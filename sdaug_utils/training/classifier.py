@@ -58,7 +58,7 @@ class TrainingSet:
     """What one head learns from, on cached features."""
 
     features: torch.Tensor  # (n, views, features); whenever an image comes up, a view is drawn
-    labels: torch.Tensor  # (n,)
+    labels: torch.Tensor  # (n,), or mixed: (n, classes) or (n, views, classes) shares of each class
     seed: int  # of the head's first weights, of the order of images, of the views
 
 
@@ -101,7 +101,11 @@ def train_heads(
         rows = batches(num_images, settings.batch_size, settings.max_train_steps, data.seed)
         generator = torch.Generator().manual_seed(data.seed)
         views = torch.randint(num_views, rows.shape, generator=generator)
-        targets = torch.nn.functional.one_hot(data.labels, num_classes).float()
+        targets = data.labels
+        if targets.ndim == 1:
+            targets = torch.nn.functional.one_hot(targets, num_classes).float()
+        if targets.ndim == 2:
+            targets = targets[:, None].expand(-1, num_views, -1)
         drawn.append((data.features, targets, rows.split(UPDATES), views.split(UPDATES)))
     weight = torch.stack([head.weight.detach() for head in heads])  # (heads, classes, features)
     bias = torch.stack([head.bias.detach() for head in heads])  # (heads, classes)
@@ -111,7 +115,7 @@ def train_heads(
     with torch.no_grad():
         for part in range(len(drawn[0][2])):
             inputs = torch.stack([f[rows[part], views[part]] for f, _, rows, views in drawn], dim=1)
-            wanted = torch.stack([targets[rows[part]] for _, targets, rows, _ in drawn], dim=1)
+            wanted = torch.stack([t[rows[part], views[part]] for _, t, rows, views in drawn], dim=1)
             for x, target in zip(inputs, wanted, strict=True):  # (heads, batch, ...)
                 error = torch.baddbmm(bias[:, None], x, weight.mT).softmax(dim=2).sub_(target)
                 weight.baddbmm_(error.mT, x, alpha=-rate)

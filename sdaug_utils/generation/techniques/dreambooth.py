@@ -73,7 +73,7 @@ class DreamBooth(Personalised):
 
     def class_images_spec(self, settings: Settings, draw: int) -> Spec | None:
         """The pool of what the model itself makes of the class prompt, for prior preservation."""
-        own = settings.dreambooth
+        own = self.recipe(settings)
         if own.prior_loss_weight == 0:
             return None
         return pool_spec(settings, "class-images", "prior", own.class_prompt, draw)
@@ -118,7 +118,8 @@ class DreamBooth(Personalised):
             images = self.class_images(study, pipeline, prior)
             class_examples = NoisyLatents(pipeline, images, resolution, seed + 1)
         with torch.no_grad():
-            prompts = [settings.instance_prompt, settings.class_prompt]
+            named = settings.instance_prompt.replace("{}", request.spec["class"])
+            prompts = [named, settings.class_prompt]
             tokens = token_ids(pipeline.tokenizer, prompts, pipeline.device)
             embeddings = pipeline.text_encoder(tokens)[0]
 

@@ -33,7 +33,7 @@ class DreamBoothLoRA(DreamBooth):
 
     name, label = "dreambooth-lora", "DreamBooth by LoRA"
     colour, marker = "#e59a9c", "<"
-    section: ClassVar = ("dreambooth_lora", LoRA)
+    section: ClassVar[tuple[str, type[Parameters]]] = ("dreambooth_lora", LoRA)
     model_bytes: ClassVar = 0  # of a few megabytes
     network: ClassVar = "the U-Net with adapters"
     latent_cost: ClassVar = "latent, fine-tuning by LoRA"

@@ -50,13 +50,22 @@ class TextualInversion(Personalised):
     """One embedding for a placeholder token; many subjects learn in one batch."""
 
     name, label, colour, marker = "textual-inversion", "Textual inversion", "#3a6fb0", "P"
-    section: ClassVar = ("textual_inversion", TextualInversionSettings)
+    section: ClassVar[tuple[str, type[Parameters]]] = (
+        "textual_inversion",
+        TextualInversionSettings,
+    )
+
+    def recipe(self, settings: Settings) -> TextualInversionSettings:
+        return settings.textual_inversion
 
     def noun(self, settings: Settings, class_name: str) -> str:
-        return self.of(settings).placeholder_token
+        return self.recipe(settings).placeholder_token
+
+    def num_inputs(self, settings: Settings) -> tuple[str, int]:
+        return "textual_inversion.num_input_images", self.recipe(settings).num_input_images
 
     def at_once(self, settings: Settings) -> int:
-        return self.of(settings).subjects_at_once
+        return self.recipe(settings).subjects_at_once
 
     def learn(
         self,
@@ -68,7 +77,7 @@ class TextualInversion(Personalised):
     ) -> None:
         from safetensors.torch import save_file
 
-        token = self.of(study.settings).placeholder_token
+        token = self.recipe(study.settings).placeholder_token
         batch = Batch(self.at_once(study.settings), "textual_inversion.subjects_at_once")
 
         def invert(part: Sequence[tuple[Request, Path]]) -> Sequence[Path]:
@@ -96,7 +105,7 @@ class TextualInversion(Personalised):
         Raises:
             InputError: ``initializer_token`` is not one token of the model's vocabulary.
         """
-        settings, resolution = self.of(study.settings), study.settings.sampling.resolution
+        settings, resolution = self.recipe(study.settings), study.settings.sampling.resolution
         seeds = [self.seed(request) for request in requests]
         examples = [
             NoisyLatents(pipeline, request.inputs, resolution, seed)
@@ -165,7 +174,7 @@ class TextualInversion(Personalised):
         return made
 
     def check(self, settings: Settings) -> None:
-        own, known = self.of(settings), vocabulary(settings.foundation)
+        own, known = self.recipe(settings), vocabulary(settings.foundation)
         word = own.initializer_token.strip().lower()
         if f"{word}</w>" not in known and word not in known:
             raise InputError(
@@ -179,6 +188,6 @@ class TextualInversion(Personalised):
             )
 
     def model_cost(self, settings: Settings) -> tuple[str, int]:
-        own = self.of(settings)
+        own = self.recipe(settings)
         size = own.train_batch_size * own.gradient_accumulation_steps
         return "latent, textual inversion", own.max_train_steps * size

@@ -1,0 +1,75 @@
+"""DA-Fusion: noisy real images, drawn anew by a learnt word (Trabucco et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from sdaug_utils.data.images import digests
+from sdaug_utils.errors import InputError
+from sdaug_utils.generation.technique import Request
+from sdaug_utils.generation.techniques.textual_inversion import TextualInversion
+from sdaug_utils.params import Parameters, Settings
+from sdaug_utils.registry import register
+from sdaug_utils.store import digest
+from sdaug_utils.study import Study
+
+Strength = Annotated[float, Field(gt=0, le=1)]  # of the noise: 1 leaves nothing of the image
+
+
+class DAFusionSettings(Parameters):
+    """What is not here is as in textual inversion's section, whose words it uses."""
+
+    strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.0], min_length=1)
+
+
+@register
+class DAFusion(TextualInversion):
+    """Image i begins as a real one of the subset, in turn, with as much noise as a die says."""
+
+    name, label, colour, marker = "da-fusion", "DA-Fusion", "#5b7f3a", "X"
+    section: ClassVar[tuple[str, type[Parameters]]] = ("da_fusion", DAFusionSettings)
+    inputs: ClassVar = "all"
+    kind: ClassVar = "StableDiffusionImg2ImgPipeline"
+
+    @property
+    def shelf(self) -> str:
+        return TextualInversion.name
+
+    def strengths(self, settings: Settings) -> list[float]:
+        """One of them is drawn for each image."""
+        return self.of(settings).strengths
+
+    def alike(self, settings: Settings, index: int) -> float:
+        strengths = self.strengths(settings)
+        return strengths[int(digest({"strength of image": index})[:8], 16) % len(strengths)]
+
+    def check(self, settings: Settings) -> None:
+        super().check(settings)
+        least, steps = min(self.strengths(settings)), settings.sampling.num_inference_steps
+        if least * steps < 1:
+            assert self.section is not None
+            raise InputError(
+                f"{self.section[0]}: a strength of {least:g} leaves none of {steps} steps: choose "
+                f"at least {1 / steps:g}, or more steps"
+            )
+
+    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
+        real = study.data.splits["train"].images(rows)
+        return {"images": digests(real), "strengths": self.strengths(study.settings)}
+
+    def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
+        side = study.settings.sampling.resolution
+        real = study.data.splits["train"].images(request.rows)
+
+        def begin(index: int) -> Image.Image:
+            return Image.fromarray(real[index % len(real)]).resize((side, side))
+
+        return lambda some: {
+            "image": [begin(index) for index in some],
+            "strength": self.alike(study.settings, some[0]),
+        }

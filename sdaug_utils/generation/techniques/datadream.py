@@ -1,0 +1,45 @@
+"""DataDream: LoRA on all real images of a class, by its name (Kim et al., ECCV 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from sdaug_utils.generation.techniques.dreambooth import DreamBoothSettings
+from sdaug_utils.generation.techniques.dreambooth_lora import DreamBoothLoRA
+from sdaug_utils.params import Parameters, Settings
+from sdaug_utils.registry import register
+
+ALL = 10**9  # images: as many as the subset has
+
+
+class DataDreamSettings(Parameters):
+    """As in the authors' code, but for a rate that stays, and a text encoder that does not learn.
+
+    What is not here is as in DreamBooth's section.
+    """
+
+    instance_prompt: str = Field(default="a photo of a {}", pattern=r"\{\}")
+    rank: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    max_train_steps: int = Field(default=400, ge=1)  # 200 epochs of 16 images
+    train_batch_size: int = Field(default=8, ge=1)
+
+
+@register
+class DataDream(DreamBoothLoRA):
+    """Few weights learn what a class is from all that the subset has of it; no word is new."""
+
+    name, label, colour, marker = "datadream", "DataDream", "#a8456e", ">"
+    section: ClassVar = ("datadream", DataDreamSettings)
+
+    def recipe(self, settings: Settings) -> DreamBoothSettings:
+        own = {**self.of(settings).model_dump(exclude={"rank"}), "prior_loss_weight": 0.0}
+        return settings.dreambooth.model_copy(update=own)
+
+    def num_inputs(self, settings: Settings) -> tuple[str, int]:
+        return self.name, ALL
+
+    def noun(self, settings: Settings, class_name: str) -> str:
+        return class_name

@@ -1,0 +1,46 @@
+"""Diff-Mix: a real image of one class is turned into another (Wang et al., CVPR 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from sdaug_utils.generation.techniques.da_fusion import DAFusion, Strength
+from sdaug_utils.params import Parameters, Settings
+from sdaug_utils.registry import register
+
+
+class DiffMixSettings(Parameters):
+    """What is not here is as in textual inversion's section, whose words it uses."""
+
+    strength: Strength = 0.7
+    gamma: float = Field(default=0.5, gt=0)  # the image's own class has strength ** gamma
+
+
+@register
+class DiffMix(DAFusion):
+    """Images of the other classes, in turn, drawn anew by the class's learnt word.
+
+    The label is mixed: strength ** gamma of the class, the rest of the one that the image was of
+    (the paper's equation 4). The paper learns words and LoRA together; here they are words alone,
+    the same as those of textual inversion.
+    """
+
+    name, label, colour, marker = "diff-mix", "Diff-Mix", "#b0763c", "p"
+    section: ClassVar = ("diff_mix", DiffMixSettings)
+
+    def strengths(self, settings: Settings) -> list[float]:
+        return [self.of(settings).strength]
+
+    def follows(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
+        others = [order for number, order in enumerate(orders) if number != label]
+        longest = max(map(len, others))
+        turns = [order[turn] for turn in range(longest) for order in others if turn < len(order)]
+        return np.array(turns)
+
+    def share(self, settings: Settings) -> float:
+        own = self.of(settings)
+        return own.strength**own.gamma

@@ -1,0 +1,49 @@
+"""Retrieval: real images from what the foundation model learnt from (Burg et al., TMLR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sdaug_utils.data import corpus
+from sdaug_utils.data.images import shuffled
+from sdaug_utils.errors import InputError
+from sdaug_utils.generation.technique import Request, Technique
+from sdaug_utils.params import Parameters, Settings
+from sdaug_utils.registry import register
+from sdaug_utils.study import Study
+
+
+class RetrievalSettings(Parameters):
+    """Where real images with captions are."""
+
+    corpus: str = "miniature"  # or a folder as the hub's image folders are: see data/corpus.py
+
+
+@register
+class Retrieval(Technique):
+    """The images whose captions name the class: a reference that a generator has to beat."""
+
+    name, label, colour, marker = "retrieval", "Retrieval (real images)", "#444444", "*"
+    section: ClassVar = ("retrieval", RetrievalSettings)
+    kind: ClassVar = ""  # of no pipeline
+    image_cost: ClassVar = "image, retrieved"
+
+    def check(self, settings: Settings) -> None:
+        corpus.revision(self.of(settings).corpus)
+
+    def determined_by(self, study: Study, rows: np.ndarray | None) -> dict[str, Any]:
+        return {"corpus": corpus.revision(self.of(study.settings).corpus)}
+
+    def found(self, study: Study, request: Request) -> Sequence[np.ndarray]:
+        class_name = request.spec["class"]
+        images = corpus.naming(self.of(study.settings).corpus, class_name)
+        if max(request.indices, default=-1) >= len(images):
+            raise InputError(
+                f"retrieval.corpus: {len(images)} of its captions name '{class_name}': ask for at "
+                "most that many images per class, or choose another corpus"
+            )
+        [order] = shuffled(np.zeros(len(images)), request.spec["draw"])
+        return images.taken(order.tolist())
