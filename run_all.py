@@ -38,6 +38,7 @@ NOTEBOOKS = ROOT / "notebooks"
 MODULE, SOURCES = ROOT / "sdaug_utils", {".py", ".yaml", ".json", ".csv"}
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 FINE = ("ok", "up to date")
+BEYOND = ("10", "11")  # what the thesis did not do: only where they are asked for
 FOLDERS = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS")
 NEEDS_IMAGES = "needs-images"  # tag of the cells that shipped runs alone do not suffice for
 AHEAD = (  # what takes seconds to import
@@ -99,13 +100,15 @@ class Report:
 
 
 def chosen_notebooks(only: list[str] | None) -> list[Path]:
-    """The notebooks in order, or those whose names begin with one of ``only``."""
+    """The thesis's notebooks in order, or those whose names begin with one of ``only``."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
     for prefix in only or []:
         if not any(path.stem.startswith(prefix) for path in every):
             known = ", ".join(path.stem for path in every)
             raise InputError(f"--only: no notebook begins with '{prefix}': choose from {known}")
-    return [path for path in every if not only or path.stem.startswith(tuple(only))]
+    if only:
+        return [path for path in every if path.stem.startswith(tuple(only))]
+    return [path for path in every if path.stem[:2] not in BEYOND]
 
 
 def about(dataset: Path, paths: list[Path]) -> list[Path]:

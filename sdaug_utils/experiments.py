@@ -94,6 +94,16 @@ def cells(study: Study, p: params.Runs) -> list[Cell]:
             counts = counts_of(study, p.synthetic_percents)
             rows = baselines(p.synthetic_percents) + synthetic(["controlnet-segmentation"], counts)
             arms = [{**row, "task": "segmentation"} for row in rows]
+        case params.Selection():
+            arms = baselines(p.real_percents)
+            chosen = {"chosen_from": p.chosen_from}
+            counts = [(percent, [p.kept_per_class]) for percent in p.real_percents]
+            rows = synthetic(p.techniques, counts)
+            rows += synthetic(p.techniques[:1], [(min(p.real_percents), p.further_kept)])
+            arms += [{**row, **chosen, "rule": rule} for row in rows for rule in p.rules]
+        case params.Rivals():
+            counts = [(percent, [p.synthetic_per_class]) for percent in p.real_percents]
+            arms = baselines(p.real_percents, p.augmentations) + synthetic(p.techniques, counts)
         case _:
             raise TypeError(f"{type(p).__name__} trains nothing")
     return repeated(arms, p.protocol, p.num_draws, p.num_seeds)
@@ -127,7 +137,7 @@ class Beside:
 def beside(study: Study, p: params.Experiment) -> dict[str, Beside]:
     """What an experiment measures beside its main table, by the name that its runs are kept under.
 
-    ``03-convergence``: accuracy after some updates of a run of each arm, with the most and with the
+    ``11-shifts``: test images that differ from those trained on. ``03-convergence``: accuracy after some updates of a run of each arm, with the most and with the
     least real images. ``03-views``: other numbers of views, there. ``03-protocols``: the published
     protocol, and of each run a frozen twin. ``03-updates``: accuracy after some updates at both
     protocols' rates. ``08-updates``: other numbers of updates, for the setting with most images and
@@ -170,6 +180,14 @@ def beside(study: Study, p: params.Experiment) -> dict[str, Beside]:
         times = sum(p.update_numbers) / study.settings.segmenter.max_train_steps
         run = partial(training.with_updates, study, pair, p.update_numbers)
         return {"08-updates": Beside(pair, p.update_numbers, times, run)}
+    if isinstance(p, params.Rivals):
+        at_shifts = [
+            cell
+            for cell in cells(study, p)
+            if cell.real_percent in p.shifted_percents and cell.seed == 0
+        ]
+        run = partial(training.with_shifts, study, at_shifts)
+        return {"11-shifts": Beside(at_shifts, [], 1, run)}
     return {}
 
 

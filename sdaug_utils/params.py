@@ -37,6 +37,7 @@ Technique = Annotated[str, AfterValidator(_technique)]
 Personalisation = Annotated[str, AfterValidator(partial(_technique, learns=True))]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment", "mixup", "cutmix"]
+Rule = Literal["chance", "confidence", "agreement", "nearness", "diversity", "distribution"]
 Protocol = Literal["published", "controlled"]
 Domain = Literal["main", "second"]
 Scheduler = Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]
@@ -229,6 +230,12 @@ class Runs(Experiment):
     num_seeds: int = Field(ge=1)
 
 
+def _with_baseline(names: list[str]) -> list[str]:
+    if "none" not in names:
+        raise ValueError("'none' must be among them: it is the baseline")
+    return names
+
+
 class TrainingPercentage(Runs):
     """Experiment 03 (thesis, section 4.3.3)."""
 
@@ -242,12 +249,7 @@ class TrainingPercentage(Runs):
     curve_steps: Counts
     view_numbers: Counts
 
-    @field_validator("augmentations")
-    @classmethod
-    def _with_baseline(cls, names: list[str]) -> list[str]:
-        if "none" not in names:
-            raise ValueError("'none' must be among them: it is the baseline")
-        return names
+    _with_baseline = field_validator("augmentations")(_with_baseline)
 
 
 class GenerationPercentage(Runs):
@@ -295,6 +297,42 @@ class SecondDomain(GenerationPercentage):
     """Experiment 09 (thesis, section 4.3.9)."""
 
 
+class Selection(Runs):
+    """Experiment 10: which of the generated images to keep (thesis, future work)."""
+
+    techniques: list[Technique] = Field(min_length=1)
+    rules: list[Rule] = Field(min_length=2)
+    real_percents: list[Percent] = Field(min_length=1)
+    chosen_from: int = Field(ge=2)  # images per class
+    kept_per_class: int = Field(ge=1)
+    further_kept: Counts  # of the first technique, at the smallest percentage
+
+    @field_validator("rules")
+    @classmethod
+    def _with_the_control(cls, names: list[str]) -> list[str]:
+        if "chance" not in names:
+            raise ValueError("'chance' must be among them: it is the control")
+        return names
+
+    @pydantic.model_validator(mode="after")
+    def _keeps_no_more_than_there_are(self) -> "Selection":
+        if max(self.kept_per_class, *self.further_kept) > self.chosen_from:
+            raise ValueError(f"chosen_from: {self.chosen_from}, of which no more can be kept")
+        return self
+
+
+class Rivals(Runs):
+    """Experiment 11: what else one could do, techniques of the literature beside the thesis's."""
+
+    real_percents: list[Percent] = Field(min_length=1)
+    augmentations: list[Augmentation] = Field(min_length=1)
+    techniques: list[Technique] = Field(min_length=1)
+    synthetic_per_class: int = Field(ge=1)
+    shifted_percents: list[Percent] = Field(min_length=1)  # where shifted test images are tried
+
+    _with_baseline = field_validator("augmentations")(_with_baseline)
+
+
 EXPERIMENTS: dict[str, type[Experiment]] = {
     "01-number-of-images": NumberOfImages,
     "02-different-subjects": DifferentSubjects,
@@ -305,6 +343,8 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     "07-combinations": Combinations,
     "08-segmentation": Segmentation,
     "09-food-101": SecondDomain,
+    "10-selection": Selection,
+    "11-rivals": Rivals,
 }
 
 

@@ -200,7 +200,7 @@ def needs(study: Study, p: params.Experiment) -> Needs:
         if cell.technique:
             settings.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
             percent = cells.pool_percent(study, cell)
-            asked[cell.technique, cell.draw, cell.synthetic_per_class, percent] = None
+            asked[cell.technique, cell.draw, cell.num_made, percent] = None
     for arguments in asked:
         total.ask(technique_requests(study, *arguments))
     total.beside = experiments.beside(study, p)
@@ -249,7 +249,7 @@ def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], 
             continue
         pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
         if cell.augmentation in ("none", "mixup"):  # which mixes features
-            here = classes * cell.synthetic_per_class
+            here = classes * cell.num_made
             views[pool] = max(views.get(pool, 0), here)  # all the images of one view
             continue
         made = itertools.product(range(classes), range(cell.synthetic_per_class))
@@ -260,6 +260,33 @@ def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], 
             wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
             views[key] = max(views.get(key, 0), wanted_views)
     return sum(views.values()) - before
+
+
+def costs(study: Study, names: Iterable[str], count: int, real_percent: float) -> pd.DataFrame:
+    """What ``count`` images of each class cost by some techniques, for one draw: a row for each.
+
+    Columns: ``technique``, ``images``, ``models``, and by the rates in use ``learning`` and
+    ``sampling``, in seconds.
+    """
+    rates_in_use, rows = rates(study.settings)[1], []
+    for name in names:
+        technique = techniques()[name]
+        needed = Needs().ask(technique_requests(study, name, 0, count, real_percent))
+        num_images, num_models, _ = needed.counts()
+        learning = 0.0
+        if technique.learns:
+            kind, number = technique.model_cost(study.settings)
+            learning = num_models * number * rates_in_use[kind]
+        rows.append(
+            {
+                "technique": name,
+                "images": num_images,
+                "models": num_models,
+                "learning": learning,
+                "sampling": num_images * rates_in_use[technique.image_cost],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def pool_keys(study: Study, cell: Cell) -> list[str]:

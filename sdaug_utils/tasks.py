@@ -115,7 +115,7 @@ class Features(Task):
 
     def make(self) -> None:
         trainer = cells.trainer_of(self.study)
-        for cell in sorted(self.cells, key=lambda cell: -cell.synthetic_per_class):
+        for cell in sorted(self.cells, key=lambda cell: -cell.num_made):
             trainer.prepare(cell)
         for name in self.study.data.splits if not self.cells else ():
             trainer.features_of(name)

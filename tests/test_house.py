@@ -10,11 +10,17 @@ from sdaug_utils.registry import techniques
 MODULE = Path(__file__).parents[1] / "sdaug_utils"
 FLOW = [
     *("errors", "lazy", "registry", "params", "compute", "store"),
-    *(f"data.{room}" for room in ("control", "images", "augment", "photos", "datasets", "corpus")),
+    *(
+        f"data.{room}"
+        for room in ("control", "images", "augment", "photos", "datasets", "corpus", "shifts")
+    ),
     "study",
     *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pools")),
     "generation.techniques",
-    *(f"training.{room}" for room in ("features", "classifier", "segmenter", "mixing", "cells")),
+    *(
+        f"training.{room}"
+        for room in ("features", "classifier", "segmenter", "mixing", "selection", "cells")
+    ),
     *(f"evidence.{room}" for room in ("records", "metrics", "subjects", "claims", "figures")),
     *(f"evidence.{room}" for room in ("prose", "report")),
     *("experiments", "plan", "tasks", "workers"),

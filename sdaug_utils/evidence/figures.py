@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,14 +36,24 @@ REAL_ARMS = {
 }
 
 
+RULES = {
+    "chance": ("Chance", "black", "o"),
+    "confidence": ("Confidence", "#c44e52", "v"),
+    "agreement": ("Agreement", "#d98b4a", "^"),
+    "nearness": ("Nearness to real", "#3a6fb0", "s"),
+    "diversity": ("Diversity", "#5b7f3a", "D"),
+    "distribution": ("Distribution", "#8a5aa8", "P"),
+}
+
+
 def arm_style(arm: str) -> tuple[str, str, str]:
     """Label, colour and marker of an arm, the same in every figure.
 
     An arm is ``baseline``, an augmentation or a technique; what a ``+`` adds makes it paler.
     """
     first, *more = arm.split("+")
-    if first in REAL_ARMS:
-        return REAL_ARMS[first]
+    if first in REAL_ARMS | RULES:
+        return (REAL_ARMS | RULES)[first]
     known = techniques()[first]
     added = [", controls from outside" if x == "outside" else f" + {label_of(x)}" for x in more]
     colour = to_hex(1 - (1 - np.array(to_rgb(known.colour))) * 0.5 ** len(more))
@@ -184,6 +195,33 @@ def amounts(
     handles = axes.flat[-1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5)
     return figure
+
+
+def dots(
+    axes: Axes,
+    table: pd.DataFrame,
+    order: Sequence[str],
+    by: str = "arm",
+    value: str = "gain_points",
+    offset: float = 0.0,
+    **style: Any,
+) -> None:
+    """A point with its interval per row of a table, from above in the order of a column's values.
+
+    Columns ``<value>_low`` and ``<value>_high`` hold the intervals. What ``offset`` moves down
+    stands beside what does not.
+    """
+    for place, name in enumerate(order):
+        _, colour, marker = arm_style(name)
+        for _, row in table[table[by] == name].iterrows():
+            own = {"color": colour, "marker": marker} | style
+            height = place + offset
+            axes.plot(row[value], height, ls="", markersize=6, **own)
+            ends = (row[f"{value}_low"], row[f"{value}_high"])
+            axes.hlines(height, *ends, color=own["color"], lw=1.3)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_yticks(range(len(order)), [label_of(name) for name in order])
+    axes.set_ylim(len(order) - 0.5, -0.5)
 
 
 def update_curves(axes: Axes, curve: pd.DataFrame) -> None:

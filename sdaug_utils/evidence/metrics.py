@@ -199,3 +199,56 @@ def diversity(features: np.ndarray) -> float:
     cosines = similarity(features, features)
     n = len(features)
     return float(1 - (cosines.sum() - np.trace(cosines)) / (n * (n - 1)))
+
+
+def calibration_error(confidences: np.ndarray, is_right: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., ICML 2017): how far certainty is from accuracy.
+
+    Predictions are put into bins of equal width by their probability (n,), in 0 to 1; the error is
+    the mean of the bins' |accuracy - mean probability|, by their number of predictions.
+    """
+    bins = np.minimum((confidences * num_bins).astype(int), num_bins - 1)
+    gaps = [
+        (bins == number).mean() * abs(is_right[own].mean() - confidences[own].mean())
+        for number in range(num_bins)
+        if (own := bins == number).any()
+    ]
+    return float(sum(gaps))
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Euclidean distances of features (n, d) and (m, d): (n, m)."""
+    return scipy.spatial.distance.cdist(first, second)
+
+
+def prdc(real: np.ndarray, made: np.ndarray, nearest: int = 5) -> dict[str, float]:
+    """Precision, recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020).
+
+    Features are (n, d) of real and (m, d) of synthetic images; ``nearest`` is the k of the
+    neighbourhoods. Precision: the share of synthetic images inside any real one's neighbourhood;
+    recall: of real ones inside any synthetic one's; density: in how many real neighbourhoods a
+    synthetic image is, over k; coverage: the share of real ones with a synthetic neighbour.
+    """
+    k = min(nearest, len(real) - 1, len(made) - 1)
+    between = distances(real, made)
+    radii = np.sort(distances(real, real), axis=1)[:, k]  # without itself, at distance 0
+    radii_made = np.sort(distances(made, made), axis=1)[:, k]
+    inside = between < radii[:, None]
+    return {
+        "precision": float(inside.any(axis=0).mean()),
+        "recall": float((between < radii_made).any(axis=1).mean()),
+        "density": float(inside.sum(axis=0).mean() / k),
+        "coverage": float((between.min(axis=1) < radii).mean()),
+    }
+
+
+def copies(made: np.ndarray, known: np.ndarray) -> float:
+    """The share of images nearer to a known one than that is to any other known one.
+
+    One minus authenticity (Alaa et al., ICML 2022). Features are (n, d) of synthetic images and
+    (m, d) of those that the model has learnt from.
+    """
+    between, among = distances(made, known), distances(known, known)
+    np.fill_diagonal(among, np.inf)
+    closest = between.argmin(axis=1)
+    return float((between.min(axis=1) < among.min(axis=1)[closest]).mean())

@@ -10,7 +10,12 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.store import note, write_atomically
 from sdaug_utils.study import results_folder
 
-SMALL = {"predictions": np.int16, "scores": np.float32, "mean_iou": np.float32}
+SMALL = {
+    "predictions": np.int16,
+    "scores": np.float32,
+    "mean_iou": np.float32,
+    "confidences": np.float16,
+}
 """Columns with a value per test image, and as what they are written."""
 
 

@@ -15,17 +15,17 @@ from pydantic import Field
 from tqdm import tqdm
 
 from sdaug_utils.compute import device_of, in_parallel
-from sdaug_utils.data import augment
+from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import first_per_class, subset
 from sdaug_utils.data.images import Images
 from sdaug_utils.generation.pools import Pool, images_of, technique_pools
 from sdaug_utils.generation.technique import inputs_percent, technique_requests
 from sdaug_utils.lazy import torch
-from sdaug_utils.params import Augmentation, Parameters, Protocol, Technique
+from sdaug_utils.params import Augmentation, Parameters, Protocol, Rule, Technique
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import digest, keep_digests
 from sdaug_utils.study import Study
-from sdaug_utils.training import classifier, features, mixing, segmenter
+from sdaug_utils.training import classifier, features, mixing, segmenter, selection
 
 CODE_VERSION = 3
 STACK = 9  # heads that are trained side by side: more are not faster
@@ -45,6 +45,8 @@ class Cell(Parameters):
     technique: Technique | None = None
     synthetic_per_class: int = 0
     controls_from_outside: bool = False  # as in the thesis: a leak, shown as such in experiment 06
+    rule: Rule | None = None  # by which the synthetic images are chosen ...
+    chosen_from: int = 0  # ... from so many of each class
 
     @property
     def arm(self) -> str:
@@ -53,8 +55,18 @@ class Cell(Parameters):
             self.technique,
             self.augmentation if self.augmentation != "none" else None,
             "outside" if self.controls_from_outside else None,
+            self.rule,
         ]
         return "+".join(part for part in parts if part) or "baseline"
+
+    @property
+    def num_made(self) -> int:
+        """Synthetic images of each class that there have to be."""
+        return self.chosen_from if self.rule else self.synthetic_per_class
+
+    def fields(self) -> dict[str, Any]:
+        """All that it says; of a rule only if there is one."""
+        return self.model_dump(exclude=set() if self.rule else {"rule", "chosen_from"})
 
 
 def pool_percent(study: Study, cell: Cell) -> float:
@@ -152,7 +164,7 @@ def make(
     missing = [cell for cell in cells if not is_made(study, cell)]
     trainer = trainer or Trainer(study)
     # The largest pools first: a model that is not kept makes all its images at once.
-    for cell in sorted(missing, key=lambda cell: -cell.synthetic_per_class):
+    for cell in sorted(missing, key=lambda cell: -cell.num_made):
         trainer.prepare(cell)
     with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
 
@@ -178,7 +190,7 @@ def _row(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
         }
     else:
         result |= {name: np.load(folder / f"{name}.npy") for name in ("scores", "mean_iou")}
-    return {**cell.model_dump(), "arm": cell.arm, **result}
+    return {**cell.fields(), "arm": cell.arm, **result}
 
 
 def examples(study: Study, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +242,7 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         versions.append(segmenter.CODE_VERSION)
     return {
         "version": versions,
-        "cell": cell.model_dump(),
+        "cell": cell.fields(),
         "data": data_digest(study, cell.task == "segmentation"),
         "rows": real_rows(study, cell).tolist(),
         "backbone": features.BACKBONES[backbone],
@@ -295,6 +307,7 @@ class Trainer:
         self.num_classes = len(study.data.class_names)
         self.pools = cache(partial(technique_pools, study, progress=False))
         self.features_of = cache(self._features_of)  # of images as they are
+        self.kept_of = cache(self._kept)  # rows of pools' images
         self.pixels_of = cache(lambda name: features.pixel_vectors(self.splits[name].images()))
         self.maps = cache(lambda: segmenter.FeatureMaps(study))
 
@@ -303,7 +316,38 @@ class Trainer:
         if not cell.technique:
             return []
         percent = pool_percent(self.study, cell)
-        return self.pools(cell.technique, cell.draw, cell.synthetic_per_class, percent)
+        return self.pools(cell.technique, cell.draw, cell.num_made, percent)
+
+    def kept(self, cell: Cell) -> np.ndarray:
+        """Which of the pools' images, one pool after the other, a cell's rule keeps."""
+        return self.kept_of(cell.model_copy(update={"seed": 0}))
+
+    def _kept(self, cell: Cell) -> np.ndarray:
+        assert cell.rule
+        rows, pools = real_rows(self.study, cell), self.cell_pools(cell)
+        labels = self.splits["train"].labels[rows]
+        real = self.features_of("train")[rows]
+        made = self.features_of(tuple(pools))[:, 0]
+        judge = classifier.judge(
+            classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(cell)),
+            self.study.settings.classifier.controlled,
+            self.num_classes,
+        )
+        with torch.no_grad():
+            probabilities = judge(made).softmax(dim=1).numpy()
+        kept = []
+        for label in range(self.num_classes):
+            first = label * cell.chosen_from
+            own = slice(first, first + cell.chosen_from)
+            candidates = selection.Candidates(
+                made[own].numpy(),
+                probabilities[own],
+                label,
+                real[labels == label, 0].numpy(),
+                np.random.default_rng((cell.draw, label)),
+            )
+            kept.append(first + selection.RULES[cell.rule](candidates, cell.synthetic_per_class))
+        return np.concatenate(kept)
 
     def _features_of(self, part: str | tuple[Pool, ...]) -> torch.Tensor:
         """Features of a split, by its name, or of pools: (n, 1, features)."""
@@ -326,6 +370,8 @@ class Trainer:
         """The images that a cell trains on, real ones first, and their labels."""
         rows = real_rows(self.study, cell)
         synthetic = images_of(self.cell_pools(cell))
+        if cell.rule:
+            synthetic = synthetic.taken(self.kept(cell).tolist())
         labels = np.repeat(np.arange(self.num_classes), cell.synthetic_per_class)
         images = self.splits["train"].images(rows) + synthetic
         return images, np.concatenate([self.splits["train"].labels[rows], labels])
@@ -374,7 +420,8 @@ class Trainer:
         real = self.features_of("train")[real_rows(self.study, cell)]
         if not (pools := self.cell_pools(cell)):
             return real
-        return torch.cat([real, self.features_of(tuple(pools))])
+        made = self.features_of(tuple(pools))
+        return torch.cat([real, made[self.kept(cell)] if cell.rule else made])
 
     def _augmented(self, cell: Cell) -> torch.Tensor:
         """Views of real and of synthetic images; where they have fewer, each counts more often."""
@@ -438,13 +485,18 @@ class Trainer:
             for cell in some
         ]
 
-    def controlled(self, some: Sequence[Cell]) -> list[classifier.Outcome]:
-        """Classifiers under the controlled protocol, on kept features or all of them on pixels."""
+    def controlled(
+        self, some: Sequence[Cell], test: torch.Tensor | None = None
+    ) -> list[classifier.Outcome]:
+        """Classifiers under the controlled protocol, on kept features or all of them on pixels.
+
+        ``test``: features (n, d) of other test images than the study's.
+        """
         held_out = self.pixels_of if some[0].protocol == "pixels" else self.features_of
         return classifier.train_controlled(
             self.head_sets(some),
             (held_out("validation")[:, 0], self.splits["validation"].labels),
-            held_out("test")[:, 0],
+            held_out("test")[:, 0] if test is None else test,
             self.study.settings.classifier.controlled,
             self.num_classes,
         )
@@ -518,6 +570,52 @@ def with_updates(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) ->
         made = run(replace(study, settings=changed), cells, progress=False)
         rows.append(made.assign(step=number))
     return pd.concat(rows, ignore_index=True)
+
+
+def with_shifts(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
+    """Classifiers of the controlled protocol on test images as they are and on shifted ones.
+
+    Rows are as those of :func:`run`, one for each cell and shift: its name, or ``none``, is in the
+    column ``shift``; ``confidences`` are the probabilities of the classes predicted.
+    """
+    test = study.data.splits["test"]
+    names = ("none", *shifts.SHIFTS)
+    specs = [{**spec(study, cell), "shifts": [shifts.CODE_VERSION, *names]} for cell in cells]
+    trainer = Trainer(study)
+    is_made = [study.store.is_whole(study.store.folder("shifts", one)) for one in specs]
+    for cell, made in zip(cells, is_made, strict=True):
+        if not made:
+            trainer.prepare(cell)
+
+    @cache
+    def tested() -> torch.Tensor:
+        every = [features.image_features(study, shifts.shifted(test, name)) for name in names[1:]]
+        return torch.cat([trainer.features_of("test"), *every])[:, 0]
+
+    if not all(is_made):
+        tested()
+
+    def train(start: int) -> list[Path]:
+        some = slice(start, start + STACK)
+
+        def make(positions: list[int], folders: list[Path]) -> None:
+            outcomes = trainer.controlled([cells[some][i] for i in positions], tested())
+            for outcome, folder in zip(outcomes, folders, strict=True):
+                shape = (len(names), len(test))
+                assert outcome.confidences is not None
+                np.save(folder / "predictions.npy", outcome.predictions.reshape(shape))
+                np.save(folder / "confidences.npy", outcome.confidences.reshape(shape))
+
+        return study.store.get_all("shifts", specs[some], make)
+
+    parts = in_parallel(study.settings, train, range(0, len(cells), STACK))
+    rows = []
+    for cell, folder in zip(cells, [folder for part in parts for folder in part], strict=True):
+        predictions, sure = (np.load(folder / f"{x}.npy") for x in ("predictions", "confidences"))
+        for name, classes, confidences in zip(names, predictions, sure, strict=True):
+            own = {**cell.fields(), "arm": cell.arm, "shift": name, "confidences": confidences}
+            rows.append({**own, "predictions": classes, "scores": classes == test.labels})
+    return pd.DataFrame(rows)
 
 
 def _changed(study: Study, controlled: dict[str, Any], **changes: Any) -> Study:

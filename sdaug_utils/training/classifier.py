@@ -33,6 +33,7 @@ class Outcome:
     validation_score: float  # of the weights that made the predictions
     num_updates: int
     selected_step: int  # the update after which those weights were taken
+    confidences: np.ndarray | None = None  # (n_test,) probability that a class is given, in 0 to 1
 
 
 def new_head(num_features: int, num_classes: int, seed: int) -> torch.nn.Linear:
@@ -126,6 +127,14 @@ def train_heads(
     return step
 
 
+def judge(data: TrainingSet, settings: Controlled, num_classes: int) -> torch.nn.Linear:
+    """A head trained on some images alone: nothing else decides when it is good."""
+    heads = []
+    last = settings.max_train_steps
+    train_head(data, settings, num_classes, last, lambda _, head: heads.append(head))
+    return heads[0]
+
+
 def accuracy(head: torch.nn.Module, features: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of images that a head puts in the right class."""
     return (head(features).argmax(dim=1) == labels).double().mean().item()
@@ -146,8 +155,9 @@ def train_controlled(
         for number, (head, so_far) in enumerate(zip(heads, best, strict=True)):
             score = accuracy(head, validation[0], validation_labels)
             if so_far is None or score > so_far.validation_score:
-                predictions = head(test_features).argmax(dim=1).numpy()
-                best[number] = Outcome(predictions, score, step, step)
+                logits = head(test_features)
+                predictions, sure = logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
+                best[number] = Outcome(predictions.numpy(), score, step, step, sure.numpy())
 
     every = min(settings.validation_steps, settings.max_train_steps)
     updates = train_heads(sets, settings, num_classes, every, evaluate)
