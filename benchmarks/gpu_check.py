@@ -164,6 +164,7 @@ def open_check(folder: Path, sizes: dict[str, Any], device: str) -> Study:
                 update={**steps_of_training, "keep_models": True}
             ),
             "dreambooth_lora": thesis.dreambooth_lora.model_copy(update=steps_of_training),
+            "datadream": thesis.datadream.model_copy(update=steps_of_training),
             "textual_inversion": thesis.textual_inversion.model_copy(
                 update={**steps_of_training, "initializer_token": "product"}
             ),
@@ -191,7 +192,7 @@ def fill(study: Study, technique: str, draw: int, count: int) -> tuple[float, li
 
 def with_steps(study: Study, steps: int) -> Study:
     """The same study with so many steps of whatever fine-tuning."""
-    methods = ("dreambooth", "dreambooth_lora", "textual_inversion")
+    methods = ("dreambooth", "dreambooth_lora", "datadream", "textual_inversion")
     update = {
         name: getattr(study.settings, name).model_copy(update={"max_train_steps": steps})
         for name in methods
@@ -356,6 +357,7 @@ def at_once(folder: Path, sizes: dict[str, Any], technique: str, compiled: bool)
         "controlnet": {"num_inference_steps": 1},
         "dreambooth": learning | saving,
         "dreambooth_lora": learning,
+        "datadream": learning | {"train_batch_size": 1},
         "textual_inversion": learning | {"subjects_at_once": 1},
     }
     update = {

@@ -137,11 +137,11 @@ class Beside:
 def beside(study: Study, p: params.Experiment) -> dict[str, Beside]:
     """What an experiment measures beside its main table, by the name that its runs are kept under.
 
-    ``11-shifts``: test images that differ from those trained on. ``03-convergence``: accuracy after some updates of a run of each arm, with the most and with the
+    ``03-convergence``: accuracy after some updates of a run of each arm, with the most and with the
     least real images. ``03-views``: other numbers of views, there. ``03-protocols``: the published
     protocol, and of each run a frozen twin. ``03-updates``: accuracy after some updates at both
     protocols' rates. ``08-updates``: other numbers of updates, for the setting with most images and
-    its baseline.
+    its baseline. ``11-shifts``: test images that differ from those trained on.
     """
     if isinstance(p, params.TrainingPercentage):
         ends, main = (max(p.real_percents), min(p.real_percents)), cells(study, p)

@@ -239,7 +239,7 @@ def _images(
     """Whole blocks of pools, in tasks that are neither large nor long."""
     technique = requests[0].technique
     each = rates[technique.image_cost]
-    most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / each)))
+    most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / max(each, 1e-9))))
     blocks = [
         replace(request, indices=list(some))
         for request in requests

@@ -21,7 +21,10 @@ FLOW = [
         f"training.{room}"
         for room in ("features", "classifier", "segmenter", "mixing", "selection", "cells")
     ),
-    *(f"evidence.{room}" for room in ("records", "metrics", "subjects", "claims", "figures")),
+    *(
+        f"evidence.{room}"
+        for room in ("records", "metrics", "subjects", "likeness", "claims", "figures")
+    ),
     *(f"evidence.{room}" for room in ("prose", "report")),
     *("experiments", "plan", "tasks", "workers"),
 ]

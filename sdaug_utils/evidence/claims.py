@@ -18,7 +18,7 @@ from sdaug_utils.evidence import metrics
 from sdaug_utils.training.cells import SETTING, scores
 
 TABLES = Path(__file__).parent / "tables"
-OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget")
+OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget", "shift")
 NOTHING = metrics.Estimate(  # of what has no runs
     np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan)
 )
@@ -66,7 +66,7 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
         number = claim["id"].split("-")[0]
         of_notebook = number.isdigit() and experiment.startswith(number)
         if of_notebook or claim["id"].startswith(experiment):
-            section = f"4.3.{int(number) if number.isdigit() else 3}"
+            section = claim.get("source") or f"4.3.{int(number) if number.isdigit() else 3}"
             same = {key: claim[key] for key in ("expect", "margin") if key in claim}
             parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
             parts += [{**same, **part, "primary": False} for part in claim.get("beside", [])]

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,19 @@ def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
 
 
 def write_claims(profile: str) -> None:
-    """``claims.csv``: the notebooks' verdicts in one table, and as Holm's rule leaves them."""
-    files = sorted(figures_folder(profile).glob("verdicts-*.csv"))
-    if files:
-        every = pd.concat(map(pd.read_csv, files), ignore_index=True)
-        save_table(profile, "claims", holm(every))
+    """``claims.csv``: the notebooks' verdicts in one table, and as Holm's rule leaves them.
+
+    The literature's claims, of notebooks 10 on, are a table and a family of their own.
+    """
+    for name, pattern in (("claims", "verdicts-0*.csv"), ("claims-beyond", "verdicts-1*.csv")):
+        if files := sorted(figures_folder(profile).glob(pattern)):
+            every = pd.concat(map(pd.read_csv, files), ignore_index=True)
+            save_table(profile, name, holm(every))
 
 
 def write_deviations(profile: str) -> None:
-    """``deviations.csv``: what makes gains vary, for each notebook that has a baseline."""
-    files = sorted(results_folder(profile).glob("[0-9][0-9].parquet"))
+    """``deviations.csv``: what makes gains vary, for each of the thesis's experiments."""
+    files = sorted(results_folder(profile).glob("0[0-9].parquet"))
     tables = [
         deviations(runs).assign(experiment=path.stem)
         for path in files
@@ -141,7 +144,7 @@ def verdict_table(claims: pd.DataFrame) -> str:
     it; beside one that is decided, whether it stays so by Holm's rule.
     """
     rows = [
-        "| | claim of the thesis | difference [95 %] | verdict | by Holm's rule, or lacking |",
+        "| | claim | difference [95 %] | verdict | by Holm's rule, or lacking |",
         "|---|---|---|---|---|",
     ]
     primary = claims[claims["primary"]]
@@ -163,7 +166,12 @@ def renew(path: Path, profile: str = "miniature") -> None:
     """Put tables between their marks, if there are any, and the numbers in prose."""
     if path.suffix == ".md":
         text = path.read_text()
-        for name, table in {"claims": verdict_table, "deviations": deviation_table}.items():
+        tables: dict[str, Callable[[pd.DataFrame], str]] = {
+            "claims": verdict_table,
+            "claims-beyond": verdict_table,
+            "deviations": deviation_table,
+        }
+        for name, table in tables.items():
             start, end = (mark.format(name) for mark in TABLE)
             if start in text:
                 made = table(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
