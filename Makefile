@@ -1,10 +1,13 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study test notebooks figures lab mutants faults bench pets-check gpu-check lock clean
+.PHONY: study beyond test notebooks figures lab mutants faults bench pets-check gpu-check lock clean
 
 study: .venv/installed          ## run every notebook at the miniature profile
 	$(BIN)/python run_all.py --workers auto
+
+beyond: .venv/installed         ## what the thesis did not ask: notebooks 10 and 11
+	$(BIN)/python run_all.py --only 10 11 --workers auto
 
 test: .venv/installed           ## lint, types, unit tests, notebooks at the smoke profile
 	$(BIN)/ruff check .

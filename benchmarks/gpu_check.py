@@ -359,6 +359,9 @@ def at_once(folder: Path, sizes: dict[str, Any], technique: str, compiled: bool)
         "dreambooth_lora": learning,
         "datadream": learning | {"train_batch_size": 1},
         "textual_inversion": learning | {"subjects_at_once": 1},
+        "da_fusion": {"strengths": [1.0]},  # less would leave none of one step
+        "diff_mix": {"strength": 1.0},
+        "real_guidance": {"strength": 1.0},
     }
     update = {
         name: getattr(study.settings, name).model_copy(update=values)

@@ -210,8 +210,9 @@ def every_cell(study: Study, p: params.Runs) -> list[Cell]:
 def fitted(study: Study, p: params.Experiment) -> dict[str, Any]:
     """What of an experiment's parameters must change for the data to allow it, and to what.
 
-    Real percentages that leave too few images of a class are left out; there are no more subjects
-    than classes, and no more images of a subject than half the smallest class.
+    Real percentages that leave too few images of a class are left out, and techniques that have
+    none of it; there are no more subjects than classes, and no more images of a subject than half
+    the smallest class.
     """
     labels = study.data.splits["train"].labels
     smallest, values = int(np.bincount(labels).min()), dict(p)
@@ -234,6 +235,10 @@ def fitted(study: Study, p: params.Experiment) -> dict[str, Any]:
         return [percent for percent in value if fits(percent)] or [100.0]
 
     new: dict[str, Any] = {}
+    if isinstance(p, params.Rivals):
+        numbers = numbers_made(every_cell(study, p))
+        new["techniques"] = [name for name in p.techniques if can_have(study, name, numbers[name])]
+        new["shifted_percents"] = fitting(p.shifted_percents)
     if isinstance(p, params.Subjects):
         new["num_subjects"] = min(p.num_subjects, len(study.data.class_names))
     if isinstance(p, params.NumberOfImages):
@@ -254,6 +259,15 @@ def fitted(study: Study, p: params.Experiment) -> dict[str, Any]:
             own = values[key]
             new[key] = own if own in among else min(among)
     return {key: value for key, value in new.items() if value != values[key]}
+
+
+def can_have(study: Study, name: str, count: int) -> bool:
+    """Whether there can be so many images of each class by a technique."""
+    try:
+        techniques()[name].require(study, count)
+    except InputError:
+        return False
+    return True
 
 
 def check(study: Study, p: params.Experiment) -> None:
@@ -290,6 +304,17 @@ def check(study: Study, p: params.Experiment) -> None:
         percents = [cell.real_percent for cell in every if cell.real_percent]
         check_percents(study, percents, {cell.technique for cell in every if cell.technique})
         require_whole_labels(study, every)
+        for name, most in numbers_made(every).items():
+            techniques()[name].require(study, most)
+
+
+def numbers_made(every: list[Cell]) -> dict[str, int]:
+    """The most images of a class that cells need of each technique."""
+    most: dict[str, int] = {}
+    for cell in every:
+        if cell.technique:
+            most[cell.technique] = max(cell.num_made, most.get(cell.technique, 0))
+    return most
 
 
 def require_whole_labels(study: Study, every: list[Cell]) -> None:

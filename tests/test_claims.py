@@ -8,7 +8,7 @@ from sdaug_utils.training import cells
 NAME = "03-training-percentage"
 COLUMNS = {
     *(*cells.SETTING, *claims.OF_SUBJECTS),
-    *("augmentation", "technique", "weight", "reduce"),
+    *("augmentation", "technique", "rule", "weight", "reduce"),
 }
 ARMS = (
     "baseline",

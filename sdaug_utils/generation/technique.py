@@ -104,6 +104,13 @@ class Technique:
         """What all images of one pass must have in common; 0 if nothing."""
         return 0
 
+    def require(self, study: Study, count: int) -> None:
+        """Check that there can be so many images of each class; by default there always can.
+
+        Raises:
+            InputError: there cannot.
+        """
+
     def found(self, study: Study, request: Request) -> Sequence[np.ndarray] | None:
         """The images themselves, 8-bit RGB, where they are found and not made."""
         return None

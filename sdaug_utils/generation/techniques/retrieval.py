@@ -37,13 +37,17 @@ class Retrieval(Technique):
     def determined_by(self, study: Study, rows: np.ndarray | None) -> dict[str, Any]:
         return {"corpus": corpus.revision(self.of(study.settings).corpus)}
 
+    def require(self, study: Study, count: int) -> None:
+        for class_name in study.data.class_names:
+            number = len(corpus.naming(self.of(study.settings).corpus, class_name))
+            if number < count:
+                raise InputError(
+                    f"retrieval.corpus: {number} of its captions name '{class_name}': ask for at "
+                    "most that many images per class, or choose another corpus"
+                )
+
     def found(self, study: Study, request: Request) -> Sequence[np.ndarray]:
-        class_name = request.spec["class"]
-        images = corpus.naming(self.of(study.settings).corpus, class_name)
-        if max(request.indices, default=-1) >= len(images):
-            raise InputError(
-                f"retrieval.corpus: {len(images)} of its captions name '{class_name}': ask for at "
-                "most that many images per class, or choose another corpus"
-            )
+        self.require(study, max(request.indices, default=-1) + 1)
+        images = corpus.naming(self.of(study.settings).corpus, request.spec["class"])
         [order] = shuffled(np.zeros(len(images)), request.spec["draw"])
         return images.taken(order.tolist())
