@@ -31,7 +31,7 @@ class DAFusionSettings(Parameters):
 class DAFusion(TextualInversion):
     """Image i begins as a real one of the subset, in turn, with as much noise as a die says."""
 
-    name, label, colour, marker = "da-fusion", "DA-Fusion", "#5b7f3a", "X"
+    name, label, colour, marker = "da-fusion", "DA-Fusion", "#5b7f3a", "H"
     section: ClassVar[tuple[str, type[Parameters]]] = ("da_fusion", DAFusionSettings)
     inputs: ClassVar = "all"
     kind: ClassVar = "StableDiffusionImg2ImgPipeline"
