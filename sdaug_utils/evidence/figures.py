@@ -344,7 +344,9 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     whole = np.hstack([part for group in groups for part in (group, between)])
     inches = 0.62 / side
     last = groups[-1].shape[1] * inches
-    names = max(1.2, 0.3 + 0.09 * max(map(len, rows)), 0.2 + 0.09 * len(titles[-1]) - last)
+    longest = max(map(len, rows))
+    beside = 0.3 + 0.09 * longest + 0.03 * max(0, longest - 12)
+    names = max(1.2, beside, 0.2 + 0.09 * len(titles[-1]) - last)
     figure, axes = plt.subplots(
         figsize=(whole.shape[1] * inches + names, whole.shape[0] * inches + 0.3),
         dpi=64,  # on screen; files are finer

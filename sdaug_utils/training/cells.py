@@ -328,11 +328,13 @@ class Trainer:
         labels = self.splits["train"].labels[rows]
         real = self.features_of("train")[rows]
         made = self.features_of(tuple(pools))[:, 0]
-        judge = classifier.judge(
-            classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(cell)),
-            self.study.settings.classifier.controlled,
-            self.num_classes,
-        )
+        data = classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(cell))
+        recipe = self.study.settings.classifier.controlled
+
+        def train(_: int) -> torch.nn.Linear:
+            return classifier.judge(data, recipe, self.num_classes)
+
+        [judge] = in_parallel(self.study.settings, train, [0])  # on one core: it is small
         with torch.no_grad():
             probabilities = judge(made).softmax(dim=1).numpy()
         kept = []
