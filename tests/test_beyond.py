@@ -7,7 +7,7 @@ import pytest
 import run_all
 from sdaug_utils import experiments, params, plan
 from sdaug_utils.data import shifts
-from sdaug_utils.evidence import figures, likeness, metrics
+from sdaug_utils.evidence import claims, figures, likeness, metrics
 from sdaug_utils.training import cells, selection
 from sdaug_utils.training.cells import Cell, Trainer, run, with_shifts
 from sdaug_utils.training.selection import RULES, Candidates
@@ -173,6 +173,28 @@ def test_classifiers_see_shifted_images_and_those_as_they_are(world):
     assert all((c >= 0.5).all() and (c <= 1).all() for c in rows["confidences"])  # two classes
     again = with_shifts(world, grid)
     pd.testing.assert_frame_equal(rows, again)
+
+
+def test_gains_on_shifted_images_are_over_the_baseline_on_the_same(world):
+    grid = [
+        chosen().model_copy(update={"draw": draw, "chosen_from": 0, **arm})
+        for draw in (0, 1)
+        for arm in ({}, {"technique": None, "synthetic_per_class": 0})
+    ]
+    rows = with_shifts(world, grid)
+    table = claims.by_shift(rows)
+    assert len(table) == 2 * (1 + len(shifts.SHIFTS))
+    assert (table[table["arm"] == "baseline"]["gain_points"] == 0).all()
+    [noisy] = table[(table["arm"] != "baseline") & (table["shift"] == "noise")].to_dict("records")
+    own, base = (
+        np.mean(
+            [s.mean() for s in rows[(rows["arm"] == arm) & (rows["shift"] == "noise")]["scores"]]
+        )
+        for arm in (noisy["arm"], "baseline")
+    )
+    assert noisy["accuracy"] == pytest.approx(own)
+    assert noisy["gain_points"] == pytest.approx(100 * (own - base))
+    assert 0 <= noisy["calibration_error"] <= 1
 
 
 def test_the_calibration_error_is_how_far_certainty_is_off():

@@ -414,6 +414,35 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
     return pd.DataFrame(rows)
 
 
+def by_shift(results: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy, gain and calibration on each kind of test images: a row per setting and ``shift``.
+
+    Accuracies and calibration errors are in 0 to 1; gains over the baseline at the same real
+    percentage, on the same images, with their 95 % intervals, in absolute points.
+    """
+    rows = []
+    for (arm, percent, shift), group in results.groupby(
+        ["arm", "real_percent", "shift"], sort=False
+    ):
+        own = scores(group)
+        baseline = scores(results, arm="baseline", real_percent=percent, shift=shift)
+        errors = [
+            metrics.calibration_error(confidences.astype(float), is_right)
+            for confidences, is_right in zip(group["confidences"], group["scores"], strict=True)
+        ]
+        rows.append(
+            {
+                "arm": arm,
+                "real_percent": percent,
+                "shift": shift,
+                "accuracy": own.mean(),
+                **_gain("gain_", own, baseline),
+                "calibration_error": float(np.mean(errors)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _published_values(dataset: str = "oxford-iiit-pet") -> pd.Series:
     """The thesis's values by task, technique, real % and synthetic images per class."""
     keys = ["task", "technique", "real_percent", "synthetic_per_class"]
