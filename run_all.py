@@ -712,7 +712,6 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: what is wrong, before any work has started.
     """
     from sdaug_utils import plan
-    from sdaug_utils.evidence import report
 
     if arguments.ray:
         from sdaug_utils import workers
@@ -728,6 +727,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print_plan(jobs, arguments.gpus or [])
         return 0
+    from sdaug_utils.evidence import report  # takes seconds, and an error needs none of it
+
     if arguments.from_results:
         remake(jobs)
         report.write_claims(profile)
