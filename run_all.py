@@ -530,12 +530,14 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
     Where the models are those of the thesis, the hours in the thesis's own logs stand beside. How
     long it takes so many workers is found by going through their schedule.
     """
+    import numpy as np
     import pandas as pd
 
     from sdaug_utils import plan, tasks
 
     settings = jobs[0].study.settings
     (source, rates), limits = plan.rates(settings), plan.limits(settings)
+    both = {kind: np.array([rates[kind], limits[kind]]) for kind in limits if kind in rates}
     at_scale = plan.is_at_scale(settings)
     unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
     rows, together = [], dict[str, plan.Needs]()
@@ -544,8 +546,7 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         counts = zip(missing.counts(), needed.counts(), strict=True)
         texts = (f"{rest} / {whole}" for rest, whole in counts)
         row: dict[str, Any] = dict(zip(KINDS, texts, strict=True))
-        row[unit] = tasks.hours(job.study, missing, rates) * per_hour
-        row["at least"] = tasks.hours(job.study, missing, limits) * per_hour
+        row[unit], row["at least"] = tasks.hours(job.study, missing, both) * per_hour
         row["GiB"] = plan.gibibytes(job.study, missing)
         row["thesis, hours"] = plan.thesis_hours(job.path.stem)
         rows.append(row)

@@ -6,10 +6,12 @@ The list is the same on every machine, whatever its store has got: a task is kno
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sdaug_utils import params, plan
 from sdaug_utils.experiments import Beside
@@ -23,7 +25,7 @@ from sdaug_utils.training import cells, features
 from sdaug_utils.training.cells import Cell
 
 MOST_IMAGES, LONGEST = 500, 120  # of a task: images, and the seconds that their generation takes
-Rates = dict[str, float]
+Rates = Mapping[str, Any]  # seconds, by kind of work
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,9 +175,10 @@ def work_list(pairs: Iterable[tuple[Study, params.Experiment]]) -> list[Task]:
     ]
 
 
-def hours(study: Study, wanted: Needs, rates: Rates) -> float:
+def hours(study: Study, wanted: Needs, rates: Rates) -> Any:
     """How long it takes to make what is wanted, one piece after the other, where the rates are of.
 
+    Rates may be arrays: several in one go.
     Start of the notebooks and drawing of the figures are left out.
     """
     every = tasks(study, wanted, rates)
@@ -239,7 +242,7 @@ def _images(
     """Whole blocks of pools, in tasks that are neither large nor long."""
     technique = requests[0].technique
     each = rates[technique.image_cost]
-    most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / max(each, 1e-9))))
+    most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / max(np.max(each), 1e-9))))
     blocks = [
         replace(request, indices=list(some))
         for request in requests
