@@ -92,7 +92,7 @@ VALUES = [
     ("03.num_draws", "1", SOME),
     ("03.num_seeds", "0", SOME),
     ("03.augmentations", "[custom]", "'none' must be among them"),
-    ("03.augmentations", "[none, mixup]", "Input should be"),
+    ("03.augmentations", "[none, jitter]", "Input should be"),
     ("03.techniques", "[deep-dream]", "Input should be"),
     ("03.protocol", "loose", "Input should be"),
     ("04.synthetic_per_class", "{100: [0]}", SOME),

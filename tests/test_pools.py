@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -336,7 +337,7 @@ def test_an_image_does_not_depend_on_its_company_nor_on_kills(profile, name, tmp
     opened = open_study(profile)
     changes = {
         section: getattr(opened.settings, section).model_copy(update={"max_train_steps": 3})
-        for section in ("dreambooth", "dreambooth_lora", "textual_inversion")
+        for section in ("dreambooth", "dreambooth_lora", "datadream", "textual_inversion")
     }
     settings = opened.settings.model_copy(update=changes)
     grown, whole = (
@@ -345,9 +346,9 @@ def test_an_image_does_not_depend_on_its_company_nor_on_kills(profile, name, tmp
     requests = techniques.technique_requests(whole, name, 0, 50)[:2]
     together = pools.fill(whole, requests)[0]
 
-    make_sampler, passes = pools.pipeline_sampler, itertools.count(1)
+    passes = itertools.count(1)
 
-    def killed_now_and_then(*arguments):
+    def killed_now_and_then(make_sampler, *arguments):
         sampler = make_sampler(*arguments)
 
         def sample(indices, seeds):
@@ -357,7 +358,9 @@ def test_an_image_does_not_depend_on_its_company_nor_on_kills(profile, name, tmp
 
         return sample
 
-    monkeypatch.setattr(pools, "pipeline_sampler", killed_now_and_then)
+    for kind in ("pipeline_sampler", "found_sampler"):
+        killed = partial(killed_now_and_then, getattr(pools, kind))
+        monkeypatch.setattr(pools, kind, killed)
     kills = 0
     for count in (1, 4, 14, 50):
         request, done = dataclasses.replace(requests[0], indices=requests[0].indices[:count]), None

@@ -12,7 +12,9 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation
 
 CODE_VERSION = 1
-GLOBAL_GENERATOR = Lock()  # torchvision draws from it, and there is one for all threads
+GLOBAL_GENERATOR = Lock()
+"""For what torch has once for all threads: its generator, from which torchvision draws, and how new
+layers are made, which whoever loads a model changes for a moment."""
 Transform = Callable[[Image.Image], Image.Image]
 
 

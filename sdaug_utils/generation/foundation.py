@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any
 
 from sdaug_utils.compute import device_of, dtype_of
+from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.errors import InputError
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling, Settings
@@ -230,13 +231,14 @@ def load_pipeline(
     transformers.utils.logging.disable_progress_bar()
     # It warns of how a new token's embedding is initialised, though the learnt one follows at once.
     transformers.utils.logging.set_verbosity_error()
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-        locate(settings.foundation),
-        dtype=dtype_of(settings),
-        use_safetensors=True,
-        requires_safety_checker=False,
-        **({} if settings.sampling.safety_checker else {"safety_checker": None}),
-    ).to(device_of(settings))
+    with GLOBAL_GENERATOR:
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+            locate(settings.foundation),
+            dtype=dtype_of(settings),
+            use_safetensors=True,
+            requires_safety_checker=False,
+            **({} if settings.sampling.safety_checker else {"safety_checker": None}),
+        ).to(device_of(settings))
     compiled(settings, laid_out(pipeline.unet))
     laid_out(pipeline.vae)
     if kind != type(pipeline).__name__:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.data import control
+from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation.foundation import (
     Pipeline,
@@ -73,9 +74,10 @@ class ControlNet(Technique):
         import diffusers
 
         [model] = self.models(settings).values()
-        controlnet = diffusers.ControlNetModel.from_pretrained(
-            locate(*model), dtype=dtype_of(settings), use_safetensors=True
-        ).to(device_of(settings))
+        with GLOBAL_GENERATOR:
+            controlnet = diffusers.ControlNetModel.from_pretrained(
+                locate(*model), dtype=dtype_of(settings), use_safetensors=True
+            ).to(device_of(settings))
         embedding = controlnet.controlnet_cond_embedding
         embedding.forward = _once(embedding.forward)
         compiled(settings, laid_out(controlnet))

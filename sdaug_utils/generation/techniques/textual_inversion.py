@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from sdaug_utils.compute import Batch
+from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, scale_condition, vocabulary
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
@@ -160,7 +161,8 @@ class TextualInversion(Personalised):
             )
         first = len(tokenizer)
         tokenizer.add_tokens(tokens)
-        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with GLOBAL_GENERATOR:
+            text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         text_encoder.requires_grad_(False)
         with torch.no_grad():
             table = text_encoder.get_input_embeddings().weight
@@ -170,7 +172,8 @@ class TextualInversion(Personalised):
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         names = ("tokenizer", "text_encoder")
         made = twin(pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names})
-        made.load_textual_inversion(folder, weight_name=FILE)
+        with GLOBAL_GENERATOR:
+            made.load_textual_inversion(folder, weight_name=FILE)
         return made
 
     def check(self, settings: Settings) -> None:
