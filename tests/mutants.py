@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "synthetic images with another image's trimap",
         f"{TRAINING}/cells.py",
-        "for pool in self.cell_pools(cell) for row in pool.followed]",
-        "for pool in self.cell_pools(cell) for row in pool.followed[::-1]]",
+        "followed = [row for pool in self.cell_pools(cell) for row in pool.followed]",
+        "followed = [row for pool in self.cell_pools(cell) for row in pool.followed[::-1]]",
         "trimap_that_it_follows",
     ),
     Fault(
