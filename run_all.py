@@ -537,7 +537,7 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
 
     settings = jobs[0].study.settings
     (source, rates), limits = plan.rates(settings), plan.limits(settings)
-    both = {kind: np.array([rates[kind], limits[kind]]) for kind in limits if kind in rates}
+    both = {kind: np.array([rates[kind], limits[kind]]) for kind in limits}
     at_scale = plan.is_at_scale(settings)
     unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
     rows, together = [], dict[str, plan.Needs]()
@@ -577,7 +577,7 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         alone = sum(task.seconds for task in left)
         print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours':>7} efficiency")
         for number in workers:
-            seconds = simulate(left, number, rates.get(plan.COMPILATION, 0.0)) or 1.0
+            seconds = simulate(left, number, rates[plan.COMPILATION]) or 1.0
             share = alone / (number * seconds)
             print(f"{number:>8} {seconds / 3600:>7.1f} {share:>10.0%}")
 

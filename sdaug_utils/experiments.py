@@ -57,7 +57,7 @@ def counts_of(study: Study, synthetic_percents: dict[float, list[int]]) -> Count
 def cells(study: Study, p: params.Runs) -> list[Cell]:
     """All cells of an experiment's main table: its settings, each for every draw and seed."""
     match p:
-        case params.TrainingPercentage():
+        case params.AtPercentages():  # experiments 03 and 11
             counts = [(percent, [p.synthetic_per_class]) for percent in p.real_percents]
             arms = baselines(p.real_percents, p.augmentations) + synthetic(p.techniques, counts)
         case params.GenerationPercentage():  # and experiment 09
@@ -101,9 +101,6 @@ def cells(study: Study, p: params.Runs) -> list[Cell]:
             rows = synthetic(p.techniques, counts)
             rows += synthetic(p.techniques[:1], [(min(p.real_percents), p.further_kept)])
             arms += [{**row, **chosen, "rule": rule} for row in rows for rule in p.rules]
-        case params.Rivals():
-            counts = [(percent, [p.synthetic_per_class]) for percent in p.real_percents]
-            arms = baselines(p.real_percents, p.augmentations) + synthetic(p.techniques, counts)
         case _:
             raise TypeError(f"{type(p).__name__} trains nothing")
     return repeated(arms, p.protocol, p.num_draws, p.num_seeds)

@@ -230,26 +230,30 @@ class Runs(Experiment):
     num_seeds: int = Field(ge=1)
 
 
-def _with_baseline(names: list[str]) -> list[str]:
-    if "none" not in names:
-        raise ValueError("'none' must be among them: it is the baseline")
-    return names
-
-
-class TrainingPercentage(Runs):
-    """Experiment 03 (thesis, section 4.3.3)."""
+class AtPercentages(Runs):
+    """What experiments 03 and 11 share: arms with as many synthetic images at each real %."""
 
     real_percents: list[Percent] = Field(min_length=1)
     augmentations: list[Augmentation] = Field(min_length=1)
     techniques: list[Technique] = Field(min_length=1)
     synthetic_per_class: int = Field(ge=1)
+
+    @field_validator("augmentations")
+    @classmethod
+    def _with_baseline(cls, names: list[str]) -> list[str]:
+        if "none" not in names:
+            raise ValueError("'none' must be among them: it is the baseline")
+        return names
+
+
+class TrainingPercentage(AtPercentages):
+    """Experiment 03 (thesis, section 4.3.3)."""
+
     pixels_at_percents: list[Percent]  # where a second classifier is tried
     protocols_at_percent: Percent
     protocols_num_draws: int = Field(ge=2)  # of the published protocol, which takes long
     curve_steps: Counts
     view_numbers: Counts
-
-    _with_baseline = field_validator("augmentations")(_with_baseline)
 
 
 class GenerationPercentage(Runs):
@@ -321,16 +325,10 @@ class Selection(Runs):
         return self
 
 
-class Rivals(Runs):
+class Rivals(AtPercentages):
     """Experiment 11: what else one could do, techniques of the literature beside the thesis's."""
 
-    real_percents: list[Percent] = Field(min_length=1)
-    augmentations: list[Augmentation] = Field(min_length=1)
-    techniques: list[Technique] = Field(min_length=1)
-    synthetic_per_class: int = Field(ge=1)
     shifted_percents: list[Percent] = Field(min_length=1)  # where shifted test images are tried
-
-    _with_baseline = field_validator("augmentations")(_with_baseline)
 
 
 EXPERIMENTS: dict[str, type[Experiment]] = {

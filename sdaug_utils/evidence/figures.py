@@ -46,14 +46,17 @@ RULES = {
 }
 
 
+NOT_TECHNIQUES = REAL_ARMS | RULES
+
+
 def arm_style(arm: str) -> tuple[str, str, str]:
     """Label, colour and marker of an arm, the same in every figure.
 
     An arm is ``baseline``, an augmentation or a technique; what a ``+`` adds makes it paler.
     """
     first, *more = arm.split("+")
-    if first in REAL_ARMS | RULES:
-        return (REAL_ARMS | RULES)[first]
+    if first in NOT_TECHNIQUES:
+        return NOT_TECHNIQUES[first]
     known = techniques()[first]
     added = [", controls from outside" if x == "outside" else f" + {label_of(x)}" for x in more]
     colour = to_hex(1 - (1 - np.array(to_rgb(known.colour))) * 0.5 ** len(more))

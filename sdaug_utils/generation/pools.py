@@ -425,8 +425,9 @@ def fill(
         ready = cache(partial(personalised, group[0]))
 
         def sampler() -> Sampler:
-            if technique.found(study, group[0]) is not None:
-                return found_sampler([technique.found(study, request) for request in group])
+            found = [technique.found(study, request) for request in group]
+            if found[0] is not None:
+                return found_sampler(found)
             prompts = [request.spec["prompt"] for request in group]
             arguments = [technique.arguments(study, request) for request in group]
             return pipeline_sampler(ready(), sampling, prompts, arguments)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sdaug_utils.data import corpus
-from sdaug_utils.data.images import shuffled
+from sdaug_utils.data.images import Images, shuffled
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.params import Parameters, Settings
@@ -39,15 +39,18 @@ class Retrieval(Technique):
 
     def require(self, study: Study, count: int) -> None:
         for class_name in study.data.class_names:
-            number = len(corpus.naming(self.of(study.settings).corpus, class_name))
-            if number < count:
-                raise InputError(
-                    f"retrieval.corpus: {number} of its captions name '{class_name}': ask for at "
-                    "most that many images per class, or choose another corpus"
-                )
+            self._naming(study, class_name, count)
 
     def found(self, study: Study, request: Request) -> Sequence[np.ndarray]:
-        self.require(study, max(request.indices, default=-1) + 1)
-        images = corpus.naming(self.of(study.settings).corpus, request.spec["class"])
+        images = self._naming(study, request.spec["class"], max(request.indices, default=-1) + 1)
         [order] = shuffled(np.zeros(len(images)), request.spec["draw"])
         return images.taken(order.tolist())
+
+    def _naming(self, study: Study, class_name: str, count: int) -> Images:
+        images = corpus.naming(self.of(study.settings).corpus, class_name)
+        if len(images) < count:
+            raise InputError(
+                f"retrieval.corpus: {len(images)} of its captions name '{class_name}': ask for at "
+                "most that many images per class, or choose another corpus"
+            )
+        return images
