@@ -11,7 +11,6 @@ write without the study's module: each as its authors do it, with the same steps
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from machine import describe
+from machine import describe, peak_memory
 
 from sdaug_utils.evidence import figures
 from sdaug_utils.generation import pools
@@ -250,7 +249,7 @@ def measured(study: Study, folder: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def peak_memory(count: int) -> float:
+def pool_memory(count: int) -> float:
     """GiB at most while a pool of ``count`` images is made and read, in a process of its own."""
     command = [sys.executable, __file__, "--pool", str(count)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -265,7 +264,7 @@ def grow_pool(count: int) -> None:
         [request, *_] = technique_requests(own, PLAIN, 0, count)
         [pool] = pools.fill(own, [request])
         assert sum(image.shape[0] > 0 for image in pool.images()) == count
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
+    print(peak_memory())
 
 
 def scaling(study: Study, folder: str) -> dict[str, dict[int, float]]:
@@ -342,7 +341,7 @@ def main() -> None:
         result = {
             "machine": describe(),
             "side by side": measured(study, folder),
-            "peak memory by images of a pool, GiB": {n: peak_memory(n) for n in (100, 10_000)},
+            "peak memory by images of a pool, GiB": {n: pool_memory(n) for n in (100, 10_000)},
             "seconds by size": scaling(study, folder),
         }
     plot(result["seconds by size"])  # type: ignore[arg-type]

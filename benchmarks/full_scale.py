@@ -12,7 +12,6 @@ Memory should grow with what has to be known of each image, not with the images.
 import csv
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from machine import describe
+from machine import describe, peak_memory
 from PIL import Image
 
 from sdaug_utils import params
@@ -144,9 +143,8 @@ def measured(work: Callable[[], None]) -> dict[str, float]:
     """Seconds of a piece of work, and the peak of this process's memory."""
     began = time.perf_counter()
     work()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     seconds = time.perf_counter() - began
-    return {"seconds": float(f"{seconds:.3g}"), "peak memory GiB": round(most / 2**20, 2)}
+    return {"seconds": float(f"{seconds:.3g}"), "peak memory GiB": round(peak_memory(), 2)}
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ process of its own, so that every call, shape and peak of memory is that of the 
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from machine import describe
+from machine import describe, peak_memory
 from torchvision.models import resnet34
 from torchvision.models.segmentation import deeplabv3_resnet101
 from transformers import (
@@ -377,8 +376,7 @@ def at_once(folder: Path, sizes: dict[str, Any], technique: str, compiled: bool)
     assert len(pool.files) == 1
     if techniques()[technique].kind:
         assert pool.images()[0].shape == (side, side, 3)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-    return {"seconds": round(seconds, 1), "peak memory GiB": round(most / 2**20, 2)}
+    return {"seconds": round(seconds, 1), "peak memory GiB": round(peak_memory(), 2)}
 
 
 def check_on_cpu(sizes: dict[str, Any], chosen: dict[str, bool]) -> dict[str, Any]:
