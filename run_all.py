@@ -162,6 +162,8 @@ def check(
     if dry and absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not dry:
+        for job in jobs:
+            experiments.require_settings(job.study, job.parameters)
         for one in opened.values():
             require_models(one.settings)
     for folder in (output, study.figures_folder(profile), study.results_folder(profile)):

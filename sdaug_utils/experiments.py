@@ -178,9 +178,10 @@ def beside(study: Study, p: params.Experiment) -> dict[str, Beside]:
         run = partial(training.with_updates, study, pair, p.update_numbers)
         return {"08-updates": Beside(pair, p.update_numbers, times, run)}
     if isinstance(p, params.Rivals):
+        arms = baselines(p.shifted_percents, p.shifted_augmentations)
         at_shifts = [
             cell
-            for cell in cells(study, p)
+            for cell in cells(study, p) + repeated(arms, p.protocol, p.num_draws, 1)
             if cell.real_percent in p.shifted_percents and cell.seed == 0
         ]
         run = partial(training.with_shifts, study, at_shifts)
@@ -260,11 +261,12 @@ def fitted(study: Study, p: params.Experiment) -> dict[str, Any]:
 
 def can_have(study: Study, name: str, count: int) -> bool:
     """Whether there can be so many images of each class by a technique."""
+    technique = techniques()[name]
     try:
-        techniques()[name].require(study, count)
+        technique.require(study, count)
     except InputError:
         return False
-    return True
+    return not technique.lacking(study.settings)
 
 
 def check(study: Study, p: params.Experiment) -> None:
@@ -303,6 +305,20 @@ def check(study: Study, p: params.Experiment) -> None:
         require_whole_labels(study, every)
         for name, most in numbers_made(every).items():
             techniques()[name].require(study, most)
+
+
+def require_settings(study: Study, p: params.Experiment) -> None:
+    """Check that all is set which the techniques of an experiment need to make images.
+
+    Raises:
+        InputError: something is only planned with.
+    """
+    names: Iterable[str] = p.techniques if isinstance(p, params.Subjects) else ()
+    if isinstance(p, params.Runs):
+        names = numbers_made(every_cell(study, p))
+    for name in names:
+        if lacking := techniques()[name].lacking(study.settings):
+            raise InputError(f"{lacking}, or leave '{name}' out of `techniques`")
 
 
 def numbers_made(every: list[Cell]) -> dict[str, int]:

@@ -329,6 +329,7 @@ class Rivals(AtPercentages):
     """Experiment 11: what else one could do, techniques of the literature beside the thesis's."""
 
     shifted_percents: list[Percent] = Field(min_length=1)  # where shifted test images are tried
+    shifted_augmentations: list[Augmentation]  # there alone, and on real images only
 
 
 EXPERIMENTS: dict[str, type[Experiment]] = {

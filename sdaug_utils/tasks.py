@@ -294,12 +294,14 @@ def _training(
     if not wanted.runs:
         return []
     first, every = _of_splits(study, rates), list(wanted.runs.values())
+    others = (cell for beside in wanted.beside.values() for cell in beside.cells)
+    with_features = list(dict.fromkeys([*every, *others]))
     before: dict[Cell, set[str]] = {}  # keys of the tasks whose results a cell's run needs
-    for cell in every:
+    for cell in with_features:
         pools = plan.pool_keys(study, cell)
         before[cell] = {first.key}.union(*(of_pool.get(key, ()) for key in pools))
     prepared, views = [], dict[tuple[Any, ...], int]()
-    for alike in _with_features_in_common(study, every):
+    for alike in _with_features_in_common(study, with_features):
         key = digest({"features": [cell.model_dump() for cell in alike]})
         number = plan.num_views(study, alike, views)
         shared = Features(

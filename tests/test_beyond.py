@@ -269,3 +269,16 @@ def test_the_plan_knows_what_is_chosen_from(world):
 def test_rules_have_names_in_figures():
     assert figures.label_of("distribution") == "Distribution"
     assert set(figures.RULES) == set(RULES)
+
+
+def test_one_sentence_says_what_helps():
+    rows = [("baseline", 0.5, 0, 0, 0), ("mixup", 0.6, 10, 4, 16), ("cutmix", 0.5, 1, -2, 4)]
+    columns = ["arm", "score_low", "gain_points", "gain_points_low", "gain_points_high"]
+    gains = pd.DataFrame(rows, columns=columns).assign(real_percent=5.0)
+    assert claims.what_helps(gains, 10, str.title) == (
+        "At 5 % real images the highest mean has Mixup, +10.0 points [4.0, 16.0]. "
+        "Better than real images alone, by their 95 % intervals: Mixup."
+    )
+    without = claims.what_helps(gains[gains["arm"] != "mixup"], 10, str.title)
+    assert "nothing is shown to help: the highest mean has Cutmix, +1.0 points" in without
+    assert "at chance" in claims.what_helps(gains, 2, str.title)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import run_all
 from sdaug_utils import experiments, params
 from sdaug_utils.data import corpus, datasets
 from sdaug_utils.errors import InputError
@@ -285,3 +286,17 @@ def test_whole_labels_are_learnt_bit_for_bit_however_they_are_given(world):
         )
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[0], heads[2])
+
+
+def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, monkeypatch):
+    unnamed = changed(world, retrieval={"corpus": None})
+    assert technique_requests(unnamed, "retrieval", 0, 500)
+    with pytest.raises(InputError, match=r"retrieval\.corpus: null: name a folder"):
+        pools.technique_pools(unnamed, "retrieval", 0, 1, progress=False)
+    values = params.parameters_cell(run_all.NOTEBOOKS / "11-rivals.ipynb")
+    p = params.check_notebook("11-rivals", values | params.overrides("smoke", "11-rivals"))
+    experiments.check(unnamed, p)
+    with pytest.raises(InputError, match="leave 'retrieval' out of `techniques`"):
+        experiments.require_settings(unnamed, p)
+    assert "retrieval" not in experiments.fitted(unnamed, p)["techniques"]
+    experiments.require_settings(world, p)

@@ -6,7 +6,7 @@ The claims are data (``tables/claims.yaml``), as are the thesis's own results
 
 import itertools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -412,6 +412,32 @@ def summary(results: pd.DataFrame, dataset: str | None = "oxford-iiit-pet") -> p
             }
         )
     return pd.DataFrame(rows)
+
+
+def what_helps(gains: pd.DataFrame, num_classes: int, name: Callable[[str], str]) -> str:
+    """One sentence on which arms beat the baseline at one real percentage.
+
+    Args:
+        gains: rows of :func:`summary`, the baseline's among them.
+        name: how an arm is called.
+    """
+    baseline = gains[gains["arm"] == "baseline"].iloc[0]
+    others = gains[gains["arm"] != "baseline"].sort_values("gain_points", ascending=False)
+    best = others.iloc[0]
+    where = f"At {best['real_percent']:g} % real images"
+    gain = (
+        f"{name(best['arm'])}, {best['gain_points']:+.1f} points "
+        f"[{best['gain_points_low']:.1f}, {best['gain_points_high']:.1f}]"
+    )
+    helping = [name(arm) for arm in others.loc[others["gain_points_low"] > 0, "arm"]]
+    if baseline["score_low"] <= 1 / num_classes:
+        return f"{where} the baseline may be at chance: nothing can be compared with it."
+    if not helping:
+        return f"{where} nothing is shown to help: the highest mean has {gain}."
+    return (
+        f"{where} the highest mean has {gain}. Better than real images alone, by their 95 % "
+        f"intervals: {', '.join(helping)}."
+    )
 
 
 def by_shift(results: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from functools import cache
+from logging import LogRecord, getLogger
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -207,6 +208,17 @@ def laid_out(network: Any) -> Any:
     return network
 
 
+_TOLD = set[str]()
+
+
+def _not_told(record: LogRecord) -> bool:
+    """Let a message pass once."""
+    message = record.getMessage()
+    is_new = message not in _TOLD
+    _TOLD.add(message)
+    return is_new
+
+
 def load_pipeline(
     settings: Settings,
     sampling: Sampling | None = None,
@@ -244,6 +256,8 @@ def load_pipeline(
     if kind != type(pipeline).__name__:
         every = pipeline.components | parts
         pipeline = getattr(diffusers, kind)(**every, requires_safety_checker=False)
+    # It tells of a prompt too long for the text encoder, at each of thousands of passes.
+    getLogger(type(pipeline).__module__).addFilter(_not_told)
     scheduler = (sampling or settings.sampling).scheduler
     if scheduler != "default":
         name, options = SCHEDULERS[scheduler]

@@ -82,6 +82,10 @@ class Technique:
         """The models that it needs beside the foundation: name and part, by label."""
         return {}
 
+    def lacking(self, settings: Settings) -> str:
+        """What a user has yet to set before images can be made, in a line; "" if nothing."""
+        return ""
+
     def check(self, settings: Settings) -> None:
         """Check what only the foundation model can tell.
 

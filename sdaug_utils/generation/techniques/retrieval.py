@@ -19,7 +19,8 @@ from sdaug_utils.study import Study
 class RetrievalSettings(Parameters):
     """Where real images with captions are."""
 
-    corpus: str = "miniature"  # or a folder as the hub's image folders are: see data/corpus.py
+    corpus: str | None = "miniature"  # or a folder as the hub's image folders are: data/corpus.py
+    """None where it is still to be named: it can be planned for, and not be searched."""
 
 
 @register
@@ -31,15 +32,19 @@ class Retrieval(Technique):
     kind: ClassVar = ""  # of no pipeline
     image_cost: ClassVar = "image, retrieved"
 
-    def check(self, settings: Settings) -> None:
-        corpus.revision(self.of(settings).corpus)
+    def lacking(self, settings: Settings) -> str:
+        if self.of(settings).corpus is not None:
+            return ""
+        return f"retrieval.corpus: null: name a folder of images with captions in {corpus.LISTING}"
 
     def determined_by(self, study: Study, rows: np.ndarray | None) -> dict[str, Any]:
-        return {"corpus": corpus.revision(self.of(study.settings).corpus)}
+        named = self.of(study.settings).corpus
+        return {"corpus": named and corpus.revision(named)}
 
     def require(self, study: Study, count: int) -> None:
-        for class_name in study.data.class_names:
-            self._naming(study, class_name, count)
+        if not self.lacking(study.settings):
+            for class_name in study.data.class_names:
+                self._naming(study, class_name, count)
 
     def found(self, study: Study, request: Request) -> Sequence[np.ndarray]:
         images = self._naming(study, request.spec["class"], max(request.indices, default=-1) + 1)
@@ -47,6 +52,8 @@ class Retrieval(Technique):
         return images.taken(order.tolist())
 
     def _naming(self, study: Study, class_name: str, count: int) -> Images:
+        if lacking := self.lacking(study.settings):
+            raise InputError(lacking)
         images = corpus.naming(self.of(study.settings).corpus, class_name)
         if len(images) < count:
             raise InputError(
