@@ -183,8 +183,8 @@ def hours(study: Study, wanted: Needs, rates: Rates) -> Any:
     """
     every = tasks(study, wanted, rates)
     compiled = {task.compiles for task in every} - {""}
-    warm_up = len(compiled) * rates[plan.COMPILATION] if compiled else 0.0
-    return (sum(task.seconds for task in every) + warm_up) / 3600
+    parts = [task.seconds for task in every] + [rates[plan.COMPILATION]] * len(compiled)
+    return sum(parts, start=0.0 * next(iter(rates.values()))) / 3600
 
 
 def tasks(study: Study, wanted: Needs, rates: Rates) -> list[Task]:

@@ -87,6 +87,8 @@ def test_hours_are_those_of_the_rates(world):
     rates = {"image by a prompt": 2.0, "feature": 0.0}
     needs = plan.Needs().ask(technique_requests(world, "stable-diffusion-prompt", 0, 9))
     assert tasks.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
+    both = {kind: np.array([seconds, seconds]) for kind, seconds in rates.items()}
+    assert tasks.hours(world, plan.Needs(), both).tolist() == [0.0, 0.0]
     assert plan.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
     assert plan.thesis_hours("01-number-of-images") == 0
 
