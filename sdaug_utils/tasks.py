@@ -183,7 +183,7 @@ def hours(study: Study, wanted: Needs, rates: Rates) -> Any:
     """
     every = tasks(study, wanted, rates)
     compiled = {task.compiles for task in every} - {""}
-    parts = [task.seconds for task in every] + [rates[plan.COMPILATION]] * len(compiled)
+    parts = [task.seconds for task in every] + [rates[plan.COMPILATION] for _ in compiled]
     return sum(parts, start=0.0 * next(iter(rates.values()))) / 3600
 
 
