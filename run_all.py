@@ -504,6 +504,70 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
     print(f"figures and their numbers: {_relative(figures_folder(profile))}")
 
 
+def expected_shares(jobs: list[Job]) -> dict[str, float]:
+    """How much of what is to be made each notebook is the first to need, in 0 to 1, by the plan."""
+    from sdaug_utils import plan, tasks
+
+    if not jobs:
+        return {}
+    _, rates = plan.rates(jobs[0].study.settings)
+    missing = [missing for _, missing in planned(jobs)]
+    hours = [tasks.hours(job.study, one, rates) for job, one in zip(jobs, missing, strict=True)]
+    return {
+        job.path.stem: one / sum(hours) if one else 0.0
+        for job, one in zip(jobs, hours, strict=True)
+    }
+
+
+def write_record(
+    output: Path,
+    profile: str,
+    reports: list[Report],
+    outcome: Any,
+    shares: Mapping[str, float],
+    minutes: float,
+) -> None:
+    """``run.json``: what ran, on which commit, how long, and what it used; the report reads it.
+
+    What was up to date keeps the minutes of the run that it is from. The time of making what
+    several notebooks need is the first one's, in the proportions of the plan.
+    """
+    import resource
+
+    from sdaug_utils.evidence.report import revision
+
+    file = output / "run.json"
+    earlier = json.loads(file.read_text()).get("notebooks", {}) if file.exists() else {}
+    notebooks = {}
+    for report in reports:
+        making = outcome.seconds / 60 * shares.get(report.notebook, 0.0)
+        facts = {
+            "minutes": round(report.minutes + making, 1),
+            "of which making": round(making, 1),
+            **{kind: sum(map(len, report.used.get(kind, {}).values())) for kind in KINDS},
+            "status": report.status,
+            "pools": sorted(report.used.get("images", {})),
+        }
+        if report.status == "up to date" and report.notebook in earlier:
+            facts |= {key: earlier[report.notebook][key] for key in ("minutes", "of which making")}
+        notebooks[report.notebook] = facts
+    everyone = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in everyone)
+    per_gib = 2**30 if sys.platform == "darwin" else 2**20
+    record = {
+        "profile": profile,
+        **revision(),
+        "ended": time.strftime("%Y-%m-%d %H:%M"),
+        "minutes": round(minutes, 1),
+        "of which making": round(outcome.seconds / 60, 1),
+        "workers": len(outcome.busy),
+        "peak memory of a process, GiB": round(peak / per_gib, 2),
+        "notebooks": earlier | notebooks,
+    }
+    text = json.dumps(record, indent=1)
+    store.write_atomically(file, lambda path: path.write_text(text))
+
+
 def print_given_up(pools: Iterable[Path]) -> None:
     """Tell of images that were rejected too often, if some of these pools' were."""
     from sdaug_utils.generation.pools import number_given_up
@@ -741,14 +805,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if jobs and plan.is_at_scale(jobs[0].study.settings):
         require_disk(jobs)
+    began = time.time()
     recalled = [recall(job, output, profile, arguments.force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
+    shares = expected_shares(waiting)
     outcome = make_all(waiting, arguments)
     reports = execute_all(jobs, recalled, output, profile, arguments.keep_going)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root
     report.write_tables(profile, [root / artefact for artefact in used])
     print_summary(reports, profile, outcome)
+    write_record(output, profile, reports, outcome, shares, (time.time() - began) / 60)
     return 0 if all(each.status in FINE for each in reports) and not outcome.failures else 1
 
 

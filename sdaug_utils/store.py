@@ -26,6 +26,7 @@ from sdaug_utils.compute import made_with
 from sdaug_utils.errors import InputError
 
 Spec = Mapping[str, Any]
+PARTIAL = ".partial"  # of a folder that is being made
 FILES = "files.json"
 
 
@@ -197,7 +198,7 @@ class Store:
             return folders
         with self.lock(kind, *specs):
             missing = [i for i, folder in enumerate(folders) if not self.is_whole(folder, True)]
-            partial = [folders[i].with_suffix(".partial") for i in missing]
+            partial = [folders[i].with_suffix(PARTIAL) for i in missing]
             for i, folder in zip(missing, partial, strict=True):
                 shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
                 folder.mkdir(parents=True)
@@ -213,9 +214,14 @@ class Store:
     def drop(self, kind: str, spec: Spec) -> None:
         """Delete an artefact that can be made again."""
         with self.lock(kind, spec):
-            folder = self.folder(kind, spec)
-            if folder.exists():
-                shutil.rmtree(folder.replace(folder.with_suffix(".partial")))
+            if (folder := self.folder(kind, spec)).exists():
+                self.remove(folder)
+
+    def remove(self, folder: Path) -> None:
+        """Delete what is in a folder: nobody finds it half gone."""
+        if folder.suffix != PARTIAL:
+            folder = folder.replace(folder.with_suffix(PARTIAL))
+        shutil.rmtree(folder)
 
 
 def _list_files(folder: Path) -> None:

@@ -17,6 +17,7 @@ FLOW = [
     "study",
     *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pools")),
     "generation.techniques",
+    "generation.export",
     *(
         f"training.{room}"
         for room in ("features", "classifier", "segmenter", "mixing", "selection", "cells")
@@ -27,6 +28,7 @@ FLOW = [
     ),
     *(f"evidence.{room}" for room in ("prose", "report")),
     *("experiments", "plan", "tasks", "workers"),
+    *("site.gallery", "site.pages", "__main__"),
 ]
 FILES = {
     ".".join(path.relative_to(MODULE).with_suffix("").parts): path

@@ -329,7 +329,25 @@ def show(figure: Figure, num_colours: int = 64) -> None:
     figure.savefig(drawn, dpi=figure.dpi)
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(num_colours).save(small, "PNG", optimize=True)
-    display(DisplayedImage(small.getvalue()))
+    display(DisplayedImage(small.getvalue(), alt=described(figure)))
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, for those who do not see it: panels, axes, rows or series."""
+    parts, series = [], dict[str, None]()
+    for axes in figure.axes:
+        rows = [label.get_text() for label in axes.get_yticklabels()]
+        if axes.images:
+            columns = [label.get_text() for label in axes.get_xticklabels()]
+            parts.append(f"images in rows ({', '.join(rows)}), columns: {', '.join(columns)}")
+            continue
+        pair = [text for text in (axes.get_ylabel(), axes.get_xlabel()) if text]
+        parts.append(": ".join(filter(None, [axes.get_title(), " against ".join(pair)])))
+        labels = axes.get_legend_handles_labels()[1]
+        series |= dict.fromkeys(labels or rows)
+    shown = "; ".join(filter(None, dict.fromkeys(parts)))
+    named = [name for name in series if name and not name.lstrip("−-").replace(".", "").isdigit()]
+    return f"{shown}. Shown: {', '.join(named)}." if named else f"{shown}."
 
 
 def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[str]) -> Figure:

@@ -8,6 +8,7 @@ renews a table of verdicts and every number in prose between marks (``sdaug_util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -19,6 +20,7 @@ import pandas as pd
 import yaml
 
 from sdaug_utils.compute import LIBRARIES, TOOLS, made_with, processor
+from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.evidence import prose
 from sdaug_utils.evidence.claims import TABLES, deviations, holm
 from sdaug_utils.evidence.figures import lacking, save_table
@@ -52,6 +54,21 @@ def hardware() -> dict[str, object]:
                 "multiprocessors": gpu.multi_processor_count,
             }
     return facts
+
+
+def revision() -> dict[str, str | int | None]:
+    """The commit that this project is at, and how many of its files differ from it."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=PROJECT, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"commit": git("rev-parse", "HEAD"), "files changed since": len(changed)}
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        return {"commit": None, "files changed since": None}
 
 
 def software(artefacts: Iterable[Path] = ()) -> dict[str, str]:
@@ -137,16 +154,14 @@ def deviation_table(table: pd.DataFrame) -> str:
     return "\n".join(rows)
 
 
-def verdict_table(claims: pd.DataFrame) -> str:
-    """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim, in points.
+def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
+    """What tables show of each claim of ``claims.csv``, in points: ``id``, ``claim``,
+    ``difference``, ``verdict`` and ``holm``.
 
     Only the primary comparisons are shown, which decide. Beside an open one is what would decide
     it; beside one that is decided, whether it stays so by Holm's rule.
     """
-    rows = [
-        "| | claim | difference [95 %] | verdict | by Holm's rule, or lacking |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     primary = claims[claims["primary"]]
     for (name, claim), parts in primary.groupby(["id", "claim"], sort=False):
         differences = [
@@ -158,8 +173,16 @@ def verdict_table(claims: pd.DataFrame) -> str:
         beside = {"inconclusive": "; ".join(filter(None, lacking(parts))), "not tested": ""}.get(
             found, "the same" if strict == found else f"{strict} (p = {first['p_holm']:.2f})"
         )
-        rows.append(f"| {name} | {claim} | {'; '.join(differences)} | **{found}** | {beside} |")
-    return "\n".join(rows)
+        shown = {"difference": "; ".join(differences), "verdict": found, "holm": beside}
+        rows.append({"id": str(name), "claim": str(claim), **shown})
+    return rows
+
+
+def verdict_table(claims: pd.DataFrame) -> str:
+    """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim."""
+    head = "| | claim | difference [95 %] | verdict | by Holm's rule, or lacking |"
+    row = "| {id} | {claim} | {difference} | **{verdict}** | {holm} |"
+    return "\n".join([head, "|---|---|---|---|---|", *(row.format(**x) for x in verdicts(claims))])
 
 
 def renew(path: Path, profile: str = "miniature") -> None:

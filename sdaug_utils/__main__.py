@@ -1,0 +1,214 @@
+"""What is no notebook: images for one's own use, the store, the raw runs, the report.
+
+    python -m sdaug_utils techniques
+    python -m sdaug_utils make stable-diffusion-prompt --class bag coat --count 50 --into images
+    python -m sdaug_utils store ls
+    python -m sdaug_utils results 03
+    python -m sdaug_utils report
+
+What is slow to import is imported where it is needed: --help takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from sdaug_utils import params, store
+from sdaug_utils.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def list_techniques(arguments: argparse.Namespace) -> None:
+    """Every technique: what it sees of the real images, whether it learns, what may be set."""
+    from sdaug_utils.registry import techniques
+
+    settings = params.load_settings(arguments.profile)
+    seen = {"none": "no real image", "first": "some real images", "all": "all real images"}
+    for name, technique in techniques().items():
+        learns = ", learns a model for each class" if technique.learns else ""
+        print(f"{name:<26} {technique.label}: {seen[technique.inputs]}{learns}")
+        if technique.section:
+            values = technique.of(settings).model_dump()
+            shown = ", ".join(f"{key}: {value}" for key, value in values.items())
+            print(f"{'':<26} {technique.section[0]}: {shown}")
+
+
+def make_images(arguments: argparse.Namespace) -> None:
+    """Images of some classes by a technique, as an image folder with ``metadata.csv``."""
+    from sdaug_utils.generation import export
+    from sdaug_utils.study import open_study
+
+    if arguments.dataset:
+        os.environ["SDAUG_DATASET"] = str(arguments.dataset.resolve())
+    study = open_study(arguments.profile)
+    number = export.write_images(
+        study,
+        arguments.technique,
+        arguments.classes,
+        arguments.count,
+        arguments.into,
+        arguments.draw,
+        arguments.real_percent,
+    )
+    print(f"{arguments.into}: {number} images, {arguments.into / export.LISTING}")
+
+
+def list_store(arguments: argparse.Namespace) -> None:
+    """What the store has: kinds, or the artefacts of one."""
+    root = store.default_root()
+    kinds = [path for path in sorted(root.glob("*")) if path.is_dir() and path.name != "locks"]
+    if not arguments.kind:
+        print(f"{root}\n{'kind':<22} {'artefacts':>9} {'MiB':>9}")
+        for kind in kinds:
+            folders = [path for path in kind.iterdir() if path.suffix != store.PARTIAL]
+            print(f"{kind.name:<22} {len(folders):>9} {_bytes(folders) / 2**20:>9.1f}")
+        return
+    if arguments.kind not in {kind.name for kind in kinds}:
+        known = ", ".join(kind.name for kind in kinds) or "none"
+        raise InputError(f"{arguments.kind}: no such kind in {root}: choose from {known}")
+    for folder in sorted((root / arguments.kind).iterdir()):
+        spec = _spec(folder)
+        named = [str(spec[key]) for key in ("technique", "class", "draw", "prompt") if key in spec]
+        print(f"{arguments.kind}/{folder.name}  {_bytes([folder]) / 2**10:>9.1f} KiB", *named)
+
+
+def show_artefact(arguments: argparse.Namespace) -> None:
+    """What determines an artefact, and its files."""
+    root = store.default_root()
+    found = sorted(root.glob(f"*/{Path(arguments.key).name}*"))
+    found = [path for path in found if path.is_dir()]
+    if len(found) != 1:
+        names = ", ".join(path.relative_to(root).as_posix() for path in found[:5]) or "none"
+        raise InputError(f"{arguments.key}: not one artefact of {root}: {names}")
+    print(json.dumps(_spec(found[0]), indent=2))
+    for file in sorted(found[0].iterdir()):
+        print(f"{file.stat().st_size:>10}  {file.name}")
+
+
+def prune_store(arguments: argparse.Namespace) -> None:
+    """Delete what killed runs left and what is damaged; on request, what was long not made."""
+    kept, removed, size = store.Store(), 0, 0
+    before = time.time() - 86400 * (arguments.older_than or float("inf"))
+    for folder in sorted(kept.root.glob("*/*")):
+        if not folder.is_dir() or folder.parent.name == "locks":
+            continue
+        if folder.suffix == store.PARTIAL:
+            why = "left by a run that was killed"
+        elif (folder / store.FILES).exists() and not kept.is_whole(folder):
+            why = "damaged"
+        elif folder.stat().st_mtime < before:
+            why = f"not touched for {arguments.older_than} days"
+        else:
+            continue
+        removed, size = removed + 1, size + _bytes([folder])
+        print(f"{folder.relative_to(kept.root)}: {why}")
+        if not arguments.dry_run:
+            kept.remove(folder)
+    verb = "would be deleted" if arguments.dry_run else "deleted"
+    print(f"{removed} artefacts, {size / 2**20:.1f} MiB {verb}")
+
+
+def show_results(arguments: argparse.Namespace) -> None:
+    """The raw runs: which there are, one experiment's table, or the verdicts."""
+    import pandas as pd
+
+    from sdaug_utils.evidence import claims, report
+    from sdaug_utils.study import figures_folder, results_folder
+
+    folder, what = results_folder(arguments.profile), arguments.what
+    known = [path.stem for path in sorted(folder.glob("*.parquet"))]
+    if what is None:
+        for name in known:
+            print(f"{name:<18} {len(pd.read_parquet(folder / f'{name}.parquet'))} rows")
+    elif what == "claims":
+        for path in sorted(figures_folder(arguments.profile).glob("claims*.csv")):
+            for row in report.verdicts(pd.read_csv(path)):
+                print(f"{row['id']:<5} {row['verdict']:<13} {row['difference']:<22} {row['claim']}")
+    elif what in known:
+        runs = pd.read_parquet(folder / f"{what}.parquet")
+        settings = {"task", "real_percent", "synthetic_per_class", "scores"}
+        table = claims.summary(runs, None) if settings <= set(runs) else runs
+        print(table.to_string(index=False, float_format="{:.3f}".format))
+    else:
+        raise InputError(f"results: '{what}': choose from claims, {', '.join(known)}")
+
+
+def write_report(arguments: argparse.Namespace) -> None:
+    """The static site of a profile's executed notebooks."""
+    from sdaug_utils.site.pages import write_site
+
+    print(write_site(arguments.profile, arguments.runs or ROOT / "runs" / arguments.profile))
+
+
+def _bytes(folders: list[Path]) -> int:
+    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def _spec(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "spec.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The commands and what they take."""
+    parser = argparse.ArgumentParser(prog="python -m sdaug_utils", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, among: argparse._SubParsersAction = commands):  # type: ignore[no-untyped-def]
+        text = (run.__doc__ or "").strip()
+        made = among.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
+        made.set_defaults(run=run)
+        made.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
+        return made
+
+    command("techniques", list_techniques)
+    make = command("make", make_images)
+    make.add_argument("technique", metavar="TECHNIQUE", help="a name, as 'techniques' lists them")
+    make.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="default: all")
+    make.add_argument("--count", type=int, required=True, help="images of each class")
+    make.add_argument("--into", type=Path, required=True, metavar="FOLDER")
+    make.add_argument("--dataset", type=Path, metavar="FOLDER", help="a folder of class folders")
+    make.add_argument("--draw", type=int, default=0, help="which draw of the real subset")
+    make.add_argument("--real-percent", type=float, default=100, help="of the real images it sees")
+    shelf = commands.add_parser("store", help="what was made, and what of it may go")
+    actions = shelf.add_subparsers(required=True, metavar="ACTION")
+    command("ls", list_store, actions).add_argument("kind", nargs="?", help="of artefacts")
+    command("show", show_artefact, actions).add_argument("key", help="or the beginning of one")
+    prune = command("prune", prune_store, actions)
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="what is this old, too")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go; delete nothing")
+    results = command("results", show_results)
+    results.add_argument("what", nargs="?", help="a name of the list, or 'claims'")
+    report = command("report", write_report)
+    report.add_argument("--runs", type=Path, metavar="FOLDER", help="of the executed notebooks")
+    return parser
+
+
+def main() -> int:
+    """The exit code: 2 where something was wrong from the start, 130 after Ctrl-C."""
+    arguments = command_line().parse_args()
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"sdaug_utils: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

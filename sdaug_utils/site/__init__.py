@@ -1,0 +1,1 @@
+"""A profile's executed notebooks, figures, verdicts and pools as one static site."""

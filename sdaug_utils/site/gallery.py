@@ -1,0 +1,87 @@
+"""The first images of pools, each with what it comes from and the real image nearest to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdaug_utils.data.images import Images, read_listed
+from sdaug_utils.evidence.figures import label_of
+from sdaug_utils.generation.pools import read_pool
+from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training.features import feature_arrays
+
+PER_POOL = 6
+LARGEST = 192  # pixels of an image's side
+
+
+def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[str, Any]]:
+    """A sheet of images for each pool in ``site/pools``, and what there is to say of them.
+
+    A sheet has a column for each of the first ``PER_POOL`` images, and below it the training image
+    of the class whose features have the highest cosine similarity with its own; without one, where
+    the pool's class is none of the study's.
+    """
+    (site / "pools").mkdir(exist_ok=True)
+    real = study.data.splits["train"]
+    directions = _directions(study, real.images())
+    found = []
+    for folder in pools:
+        spec = json.loads((folder / "spec.json").read_text())
+        rows = [(i, row) for i, row in sorted(read_pool(folder).items()) if row["size"] != "0"]
+        rows = rows[:PER_POOL]
+        if not rows or spec["technique"] not in techniques():
+            continue
+        files = [folder / row["file_name"] for _, row in rows]
+        images = read_listed(files, [row["digest"] for _, row in rows])
+        nearest = list[int]()
+        similarity: list[float | None] = [None] * len(rows)
+        if spec["class"] in study.data.class_names:
+            own = np.flatnonzero(real.labels == study.data.class_names.index(spec["class"]))
+            cosines = _directions(study, images) @ directions[own].T
+            nearest = [int(row) for row in own[cosines.argmax(axis=1)]]
+            similarity = [round(float(value), 3) for value in cosines.max(axis=1)]
+        sheet = f"pools/{folder.name}.png"
+        _sheet(list(images), [real.load(row) for row in nearest]).save(site / sheet, optimize=True)
+        found.append(
+            {
+                "technique": label_of(spec["technique"]),
+                "class": spec["class"],
+                "draw": spec["draw"],
+                "prompt": spec["prompt"],
+                "sheet": sheet,
+                "images": [
+                    {
+                        "index": index,
+                        "seed": row["seed"],  # a text: it exceeds what JavaScript can count to
+                        "attempts": int(row["attempts"]),
+                        "similarity": like,
+                    }
+                    for (index, row), like in zip(rows, similarity, strict=True)
+                ],
+            }
+        )
+    return found
+
+
+def _directions(study: Study, images: Images) -> np.ndarray:
+    """Features of images, (n, features), each of length 1."""
+    features = feature_arrays(study, images)[:, 0]
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def _sheet(made: list[np.ndarray], nearest: list[np.ndarray]) -> Image.Image:
+    """Images above, real ones below."""
+    side = min(LARGEST, *(image.shape[0] for image in made))
+    sheet = Image.new("RGB", (side * len(made), 2 * side), "white")
+    for height, row in enumerate((made, nearest)):
+        for column, image in enumerate(row):
+            small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(small, (column * side, height * side))
+    return sheet

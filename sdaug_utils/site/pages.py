@@ -1,0 +1,182 @@
+"""The pages of the site: a front page, a page per notebook, a gallery.
+
+All that they show is beside them: the site opens from a disk, without a network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import nbformat
+import pandas as pd
+
+from sdaug_utils import params
+from sdaug_utils.errors import InputError
+from sdaug_utils.evidence import report
+from sdaug_utils.site.gallery import write_gallery
+from sdaug_utils.store import Store
+from sdaug_utils.study import figures_folder, open_study
+
+TEMPLATES = Path(__file__).parent / "templates"
+RECORD = "run.json"  # what run_all.py leaves beside the executed notebooks
+MAIN_FIGURE = "fig-4-08-training-percentage.png"
+CHAPTERS = {"X": "03", "Y": "11"}  # where claims are judged that are named after no notebook
+Rows = list[list[Any]]
+
+
+def write_site(profile: str, runs: Path) -> Path:
+    """Make the site of what a run of a profile left in a folder.
+
+    Returns:
+        The front page, ``report/index.html`` in that folder.
+
+    Raises:
+        InputError: there is no executed notebook in the folder.
+    """
+    executed = sorted(runs.glob("[0-9][0-9]-*.ipynb"))
+    if not executed:
+        raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
+    site = runs / "report"
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir()
+    record = json.loads((runs / RECORD).read_text()) if (runs / RECORD).exists() else {}
+    numbers = [path.stem[:2] for path in executed]
+    pages = [
+        ("index.html", "Report"),
+        *((f"{path.stem}.html", number) for path, number in zip(executed, numbers, strict=True)),
+        ("gallery.html", "Gallery"),
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
+    )
+
+    def write(place: int, template: str, title: str, **values: Any) -> None:
+        """One of the pages; the first and the last have one neighbour only."""
+        around = {
+            "previous": pages[place - 1] if place else None,
+            "next": pages[place + 1] if place + 1 < len(pages) else None,
+        }
+        here = pages[place][0]
+        shown = {"title": title, "pages": pages, "here": here, **around, **values}
+        (site / here).write_text(environment.get_template(template).render(shown))
+
+    for file in ("filters.js", "gallery.js"):
+        shutil.copyfile(TEMPLATES / file, site / file)
+    (site / "style.css").write_text((TEMPLATES / "style.css").read_text() + code_style())
+    questions = []
+    for place, path in enumerate(executed, start=1):
+        notebook = nbformat.read(path, as_version=4)
+        title, question = heading(notebook)
+        questions.append((f"{path.stem}.html", title, question))
+        write(place, "notebook.html.j2", title, body=jinja2.utils.markupsafe.Markup(body(notebook)))
+    pools = [
+        pool
+        for domain, folders in pools_of(record).items()
+        for pool in write_gallery(open_study(profile, domain=domain), folders, site)
+    ]
+    (site / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
+    write(len(pages) - 1, "gallery.html.j2", "Gallery", number=len(pools))
+    verdicts = verdict_rows(profile, [path.stem for path in executed])
+    figure = figures_folder(profile) / MAIN_FIGURE
+    if figure.exists():
+        shutil.copyfile(figure, site / figure.name)
+    write(
+        *(0, "front.html.j2", f"Subject-driven data augmentation: {profile}"),
+        profile=profile,
+        figure=figure.name if figure.exists() else "",
+        figure_alt="Test accuracy of each technique against the percentage of real training data.",
+        verdicts=verdicts,
+        chapters=sorted({row["chapter"] for row in verdicts}),
+        outcomes=list(dict.fromkeys(row["verdict"] for row in verdicts)),
+        notebooks=questions,
+        card=card(profile, record),
+    )
+    return site / "index.html"
+
+
+def heading(notebook: Any) -> tuple[str, str]:
+    """A notebook's title, and its question."""
+    first = notebook.cells[0].source
+    title = first.splitlines()[0].lstrip("# ")
+    asked = re.search(r"\*\*Question\.\*\* (.*)", first)
+    return title, asked.group(1) if asked else ""
+
+
+def body(notebook: Any) -> str:
+    """A notebook as HTML, its code a click away; links to others lead to their pages."""
+    from nbconvert import HTMLExporter
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    exporter = HTMLExporter(
+        template_name="basic", template_file="outputs.html.j2", extra_loaders=[loader]
+    )
+    exporter.exclude_anchor_links = True
+    made, _ = exporter.from_notebook_node(notebook)
+    made = re.sub(r'href="(?:\.\./notebooks/)?([0-9]{2}-[\w-]+)\.ipynb', r'href="\1.html', made)
+    return re.sub(r'<div class="output_html', '<div tabindex="0" class="output_html', made)
+
+
+def code_style() -> str:
+    """Colours of code, by day and by night."""
+    from pygments.formatters import HtmlFormatter
+
+    day, night = (
+        HtmlFormatter(style=name).get_style_defs(".highlight")
+        for name in ("default", "github-dark")
+    )
+    return f"{day}\n@media (prefers-color-scheme: dark) {{\n{night}\n}}\n"
+
+
+def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
+    """The folders of the pools that a run's notebooks used, by the domain that they are about."""
+    root, found = Store().root, dict[params.Domain, dict[Path, None]]()
+    for notebook, facts in record.get("notebooks", {}).items():
+        of_domain = found.setdefault(params.domain_of(notebook), {})
+        of_domain |= dict.fromkeys(root / pool for pool in facts["pools"])
+    return {
+        domain: [folder for folder in folders if (folder / "spec.json").exists()]
+        for domain, folders in found.items()
+    }
+
+
+def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
+    """What the table of claims shows of each, whole, in points."""
+    pages = {stem[:2]: f"{stem}.html" for stem in executed}
+    rows = []
+    for name in ("claims", "claims-beyond"):
+        table = figures_folder(profile) / f"{name}.csv"
+        if not table.exists():
+            continue
+        for one in report.verdicts(pd.read_csv(table)):
+            chapter = one["id"].split("-")[0]
+            page = pages.get(CHAPTERS.get(chapter, chapter), "")
+            rows.append(one | {"chapter": chapter, "page": page})
+    return rows
+
+
+def card(profile: str, record: Mapping[str, Any]) -> dict[str, Rows]:
+    """The report card: tables by title, each with its head."""
+    found: dict[str, Rows] = {}
+    if record:
+        facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
+        found["The run"] = [["what", "value"], *map(list, facts.items())]
+        columns = ["minutes", "of which making", "images", "models", "runs", "status"]
+        found["Experiments"] = [["notebook", *columns]] + [
+            [name, *(facts[column] for column in columns)]
+            for name, facts in record["notebooks"].items()
+        ]
+    for title, name in (
+        ("Hardware", "table-a-1-hardware"),
+        ("Software and models", "table-b-1-software"),
+    ):
+        file = figures_folder(profile) / f"{name}.csv"
+        if file.exists():
+            table = pd.read_csv(file, dtype=str).fillna("–")
+            found[title] = [list(table.columns), *table.to_numpy().tolist()]
+    return found
