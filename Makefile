@@ -1,13 +1,21 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: study beyond test notebooks figures lab mutants faults bench pets-check gpu-check lock clean
+.PHONY: help study beyond report test notebooks figures lab mutants faults bench pets-check \
+        gpu-check lock clean
 
-study: .venv/installed          ## run every notebook at the miniature profile
+help:                           ## list what there is to make
+	@sed -nE 's/^([a-z-]+):.*##( .*)/  make \1#\2/p' Makefile | column -ts '#'
+
+study: .venv/installed          ## run every notebook at the miniature profile, and its report
 	$(BIN)/python run_all.py --workers auto
+	$(BIN)/python -m sdaug_utils report
 
 beyond: .venv/installed         ## what the thesis did not ask: notebooks 10 and 11
 	$(BIN)/python run_all.py --only 10 11 --workers auto
+
+report: .venv/installed         ## what was run as a site: runs/miniature/report/index.html
+	$(BIN)/python -m sdaug_utils report
 
 test: .venv/installed           ## lint, types, unit tests, notebooks at the smoke profile
 	$(BIN)/ruff check .
@@ -23,8 +31,9 @@ figures: .venv/installed        ## figures, tables, verdicts and numbers in pros
 	$(BIN)/python run_all.py --from-results
 	$(BIN)/python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
 
-lab: .venv/installed            ## open the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: .venv/installed            ## open the notebooks in JupyterLab
+	JUPYTER_CONFIG_PATH=$(CURDIR)/notebooks/.jupyter \
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/README.md
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv

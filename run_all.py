@@ -457,8 +457,9 @@ def settings_digest(profile: str, notebook: str) -> str:
 def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     """Take out of an executed notebook what only the machine that ran it cares for.
 
-    Progress bars keep their last state, and metadata lose times and paths. In their stead they say
-    which code and settings, and which numbers behind the figures, the outputs belong to.
+    Progress bars keep their last state, widgets leave the picture that stands in for them, and
+    metadata lose times and paths. In their stead they say which code and settings, and which
+    numbers behind the figures, the outputs belong to.
     """
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -470,6 +471,9 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
         "settings": settings_digest(profile, path.stem),
         "numbers": {file.name: store.file_digest(file) for file in sorted(numbers)},
     }
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     for part in (notebook, *notebook.cells):
         for key in ("papermill", "widgets", "execution"):
             part.metadata.pop(key, None)

@@ -103,7 +103,7 @@ def prune_store(arguments: argparse.Namespace) -> None:
         elif (folder / store.FILES).exists() and not kept.is_whole(folder):
             why = "damaged"
         elif folder.stat().st_mtime < before:
-            why = f"not touched for {arguments.older_than} days"
+            why = f"not touched for {arguments.older_than:g} days"
         else:
             continue
         removed, size = removed + 1, size + _bytes([folder])

@@ -24,6 +24,7 @@ from sdaug_utils.study import Study
 from sdaug_utils.training import cells, features
 from sdaug_utils.training.cells import Cell
 
+COUNTED = ("images", "personalised models", "training runs")
 MOST_IMAGES, LONGEST = 500, 120  # of a task: images, and the seconds that their generation takes
 Rates = Mapping[str, Any]  # seconds, by kind of work
 
@@ -185,6 +186,23 @@ def hours(study: Study, wanted: Needs, rates: Rates) -> Any:
     compiled = {task.compiles for task in every} - {""}
     parts = [task.seconds for task in every] + [rates[plan.COMPILATION] for _ in compiled]
     return sum(parts, start=0.0 * next(iter(rates.values()))) / 3600
+
+
+def left_to_make(study: Study, p: params.Experiment) -> str:
+    """One line: what of an experiment is still to be made, and about how long that takes here."""
+    needed = plan.needs(study, p)
+    missing = plan.missing(study, needed, plan.Needs())
+    counts = dict(zip(COUNTED, zip(missing.counts(), needed.counts(), strict=True), strict=True))
+    if not any(lacking for lacking, _ in counts.values()):
+        made = ", ".join(f"{whole:,} {what}" for what, (_, whole) in counts.items() if whole)
+        return f"All made already: {made}."
+    lacks = ", ".join(
+        f"{lacking:,} of {whole:,} {what}" for what, (lacking, whole) in counts.items() if whole
+    )
+    source, rates = plan.rates(study.settings)
+    took = hours(study, missing, rates)
+    shown = f"{took:.1f} hours" if took > 1 else f"{60 * took:.1f} minutes"
+    return f"To be made: {lacks}: about {shown} in one process (rates: {source})."
 
 
 def tasks(study: Study, wanted: Needs, rates: Rates) -> list[Task]:

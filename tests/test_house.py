@@ -26,7 +26,7 @@ FLOW = [
         f"evidence.{room}"
         for room in ("records", "metrics", "subjects", "likeness", "claims", "figures")
     ),
-    *(f"evidence.{room}" for room in ("prose", "report")),
+    *(f"evidence.{room}" for room in ("gallery", "prose", "report")),
     *("experiments", "plan", "tasks", "workers"),
     *("site.gallery", "site.pages", "__main__"),
 ]

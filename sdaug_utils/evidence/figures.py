@@ -325,11 +325,17 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
 
 def show(figure: Figure, num_colours: int = 64) -> None:
     """Display a figure in a notebook, in few colours: notebooks stay small enough to commit."""
+    alt = described(figure)
+    display(DisplayedImage(png_of(figure, num_colours), alt=alt))
+
+
+def png_of(figure: Figure, num_colours: int) -> bytes:
+    """A figure as a PNG file, in few colours; it is closed."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=figure.dpi)
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(num_colours).save(small, "PNG", optimize=True)
-    display(DisplayedImage(small.getvalue(), alt=described(figure)))
+    return small.getvalue()
 
 
 def described(figure: Figure) -> str:

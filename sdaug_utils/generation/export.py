@@ -44,8 +44,13 @@ def write_images(
     """
     if technique not in techniques():
         raise InputError(f"{technique}: unknown: choose from {', '.join(techniques())}")
-    if count < 1:
-        raise InputError(f"--count: {count}: choose at least 1")
+    for name, value, valid, range_ in (
+        ("--count", count, count >= 1, "at least 1"),
+        ("--draw", draw, draw >= 0, "0 or more"),
+        ("--real-percent", real_percent, 0 < real_percent <= 100, "more than 0, at most 100"),
+    ):
+        if not valid:
+            raise InputError(f"{name}: {value:g}: choose {range_}")
     if into.exists() and any(into.iterdir()) and not (into / LISTING).exists():
         raise InputError(f"--into: {into}: has other files in it: choose an empty folder")
     require_writable(into)

@@ -67,7 +67,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
                 ],
             }
         )
-    return found
+    return sorted(found, key=lambda pool: [str(pool[key]) for key in ("class", "draw", "prompt")])
 
 
 def _directions(study: Study, images: Images) -> np.ndarray:

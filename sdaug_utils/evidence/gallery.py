@@ -1,0 +1,93 @@
+"""Pools to page through: a widget where a notebook is at work, a sheet where it is only read."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sdaug_utils.evidence.figures import described, label_of, mosaic, png_of
+from sdaug_utils.generation.pools import Pool
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PER_PAGE = 10  # images of each technique
+SIDE = 64  # pixels on screen, at least
+
+
+class Gallery:
+    """Techniques side by side: the same class, the same places in their pools' sequences."""
+
+    def __init__(self, pools: Mapping[str, Sequence[Pool]], sheet: Figure, num_colours: int):
+        self.pools, self.alt = dict(pools), described(sheet)
+        self.sheet = base64.b64encode(png_of(sheet, num_colours)).decode()
+        every = [pool for of_classes in self.pools.values() for pool in of_classes]
+        self.class_names = list(dict.fromkeys(pool.class_name for pool in every))
+        self.num_pages = -(-max(len(pool.files) for pool in every) // PER_PAGE)
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The widget, and the sheet for whoever cannot show it."""
+        shown = {"image/png": self.sheet, "text/plain": self.alt}
+        widget = self.widget()._repr_mimebundle_()
+        return shown | {WIDGET: widget[WIDGET]}, {"image/png": {"alt": self.alt}}
+
+    def widget(self) -> Any:
+        """What chooses a class and a page, and the images of that page."""
+        import ipywidgets
+
+        names = ipywidgets.Dropdown(options=self.class_names, description="class")
+        pages = ipywidgets.IntSlider(min=1, max=self.num_pages, value=1, description="page")
+        picture = ipywidgets.Image(format="png")
+        text = ipywidgets.HTML()
+
+        def turn(_: Any = None) -> None:
+            picture.value = self.page(names.value, pages.value - 1)
+            text.value = self.caption(names.value, pages.value - 1)
+
+        for control in (names, pages):
+            control.observe(turn, names="value")
+        turn()
+        return ipywidgets.VBox([ipywidgets.HBox([names, pages]), picture, text])
+
+    def _chosen(self, class_name: str, page: int) -> dict[str, tuple[Pool, range]]:
+        """The pool of each technique that has one of the class, and its images on the page."""
+        found = {}
+        for technique, of_classes in self.pools.items():
+            for pool in of_classes:
+                if pool.class_name == class_name:
+                    last = min((page + 1) * PER_PAGE, len(pool.files))
+                    found[technique] = (pool, range(page * PER_PAGE, last))
+        return found
+
+    def page(self, class_name: str, page: int) -> bytes:
+        """A row of images per technique, as a PNG file."""
+        rows = [
+            list(pool.images().taken(list(places)))
+            for pool, places in self._chosen(class_name, page).values()
+        ]
+        side = max(SIDE, rows[0][0].shape[0] if rows[0] else SIDE)
+        file = io.BytesIO()
+        Image.fromarray(mosaic([row for row in rows if row], gap=2, side=side)).save(file, "PNG")
+        return file.getvalue()
+
+    def caption(self, class_name: str, page: int) -> str:
+        """What the rows are, with the seeds of their images, as HTML."""
+        lines = []
+        for technique, (pool, places) in self._chosen(class_name, page).items():
+            seeds = ", ".join(str(pool.seeds[place]) for place in places)
+            shown = f"images {places.start} to {places[-1]}, seeds {seeds}" if places else "no more"
+            lines.append(f"<b>{label_of(technique)}</b>: {shown}")
+        return "<br>".join(lines)
+
+
+def show(pools: Mapping[str, Sequence[Pool]], sheet: Figure, num_colours: int = 64) -> None:
+    """Display pools of some techniques: a gallery in JupyterLab, ``sheet`` on the web.
+
+    Args:
+        pools: of each technique, a pool per class.
+    """
+    display(Gallery(pools, sheet, num_colours))
