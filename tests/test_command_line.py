@@ -89,7 +89,9 @@ def test_techniques_and_classes_gather_in_one_folder_and_fewer_replace_more(call
     ],
 )
 def test_what_cannot_be_made_is_said_in_a_line(call, tmp_path, arguments, message):
-    code, printed = call("make", "--profile", "smoke", "--count", 2, "--into", tmp_path / "images", *arguments)
+    code, printed = call(
+        "make", "--profile", "smoke", "--count", 2, "--into", tmp_path / "images", *arguments
+    )
     assert code == 2
     assert message in printed
     assert len(printed.splitlines()) == 1

@@ -128,16 +128,31 @@ def seen():
     return []
 
 
-def segmented(world, protocol="controlled", **changes):
+def segmented(world, protocol="controlled", trimaps=range(8), which=None, **changes):
     study, train = changed(world, "segmenter", **changes), world.data.splits["train"]
     return segmenter.train(
         segmenter.FeatureMaps(study),
         train.images(np.arange(8)),
-        [train.trimap(row) for row in range(8)],
+        [train.trimap(row) for row in trimaps],
         dict.fromkeys(("validation", "test"), world.data.splits["test"]),
         protocol,
-        seed=0,
+        0,
+        which,
     )
+
+
+def test_images_that_share_a_trimap_need_it_once(world):
+    shared = (5, 2, 2, 5, 5, 2, 5, 2)
+    alone, together, others = (
+        segmented(world, **more).labels
+        for more in (
+            {"trimaps": shared},
+            {"trimaps": (2, 5), "which": [(2, 5).index(row) for row in shared]},
+            {"trimaps": (2, 5), "which": [0] * 8},
+        )
+    )
+    np.testing.assert_array_equal(together, alone)
+    assert (others != alone).any()
 
 
 def test_a_segmenter_is_tested_with_its_best_weights(world, losses, seen):

@@ -519,13 +519,15 @@ class Trainer:
         )
 
     def _segmentation(self, cell: Cell) -> segmenter.Segmented:
-        """Synthetic images share the trimap of the image that they follow."""
+        """Synthetic images share the trimap of the image that they follow: it is kept once."""
         followed = [row for pool in self.cell_pools(cell) for row in pool.followed]
-        rows = (*real_rows(self.study, cell), *followed)
+        rows, which = np.unique([*real_rows(self.study, cell), *followed], return_inverse=True)
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
-        seed, images = training_seed(cell), self.training_set(cell)[0]
-        assert cell.protocol != "pixels"
-        return segmenter.train(self.maps(), images, trimaps, self.splits, cell.protocol, seed)
+        images, protocol = self.training_set(cell)[0], cell.protocol
+        assert protocol != "pixels"
+        return segmenter.train(
+            self.maps(), images, trimaps, self.splits, protocol, training_seed(cell), which.tolist()
+        )
 
 
 def with_twins(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:

@@ -113,6 +113,7 @@ def train(
     splits: Mapping[str, Split],
     protocol: Protocol,
     seed: int,
+    which: Sequence[int] | None = None,
 ) -> Segmented:
     """Train a head by Adam; the validation loss decides.
 
@@ -123,13 +124,15 @@ def train(
 
     Args:
         images: n 8-bit RGB arrays.
-        trimaps: n arrays (height, width) of labels 1 to 3; they are brought to one size by nearest
+        trimaps: arrays (height, width) of labels 1 to 3; they are brought to one size by nearest
             neighbour.
         splits: ``validation`` and ``test`` are used.
+        which: of the trimaps each image has; by default there are n, one for each.
     """
     settings, device = maps.settings, maps.device
     side = settings.label_size
     targets = _targets(trimaps, side)
+    of_image = torch.as_tensor(range(len(images)) if which is None else which)
     held_out = {name: _held_out(maps, splits[name], side) for name in ("validation", "test")}
     epoch = -(-len(images) // settings.batch_size)
     if protocol == "controlled":
@@ -149,7 +152,8 @@ def train(
     step = 0
     for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
         head.train()
-        logits, wanted = _upsampled(head, features(rows.tolist()), side), targets[rows].to(device)
+        logits = _upsampled(head, features(rows.tolist()), side)
+        wanted = targets[of_image[rows]].to(device)
         loss = torch.nn.functional.cross_entropy(logits, wanted.long())
         optimizer.zero_grad()
         loss.backward()
