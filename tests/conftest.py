@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,8 @@ import torch
 import run_all
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study, open_study
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +48,15 @@ def contents():
         return [path.read_bytes(), *([shown.stdout] if shown.returncode == 0 else [])]
 
     return read
+
+
+@pytest.fixture
+def browser():
+    """Chromium without a window; tests of what a reader sees are skipped where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()

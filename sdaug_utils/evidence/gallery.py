@@ -11,7 +11,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sdaug_utils.evidence.figures import described, label_of, mosaic, png_of
+from sdaug_utils.evidence import figures
 from sdaug_utils.generation.pools import Pool
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -23,8 +23,8 @@ class Gallery:
     """Techniques side by side: the same class, the same places in their pools' sequences."""
 
     def __init__(self, pools: Mapping[str, Sequence[Pool]], sheet: Figure, num_colours: int):
-        self.pools, self.alt = dict(pools), described(sheet)
-        self.sheet = base64.b64encode(png_of(sheet, num_colours)).decode()
+        self.pools, self.alt = dict(pools), figures.described(sheet)
+        self.sheet = base64.b64encode(figures.png_of(sheet, num_colours)).decode()
         every = [pool for of_classes in self.pools.values() for pool in of_classes]
         self.class_names = list(dict.fromkeys(pool.class_name for pool in every))
         self.num_pages = -(-max(len(pool.files) for pool in every) // PER_PAGE)
@@ -71,7 +71,9 @@ class Gallery:
         ]
         side = max(SIDE, rows[0][0].shape[0] if rows[0] else SIDE)
         file = io.BytesIO()
-        Image.fromarray(mosaic([row for row in rows if row], gap=2, side=side)).save(file, "PNG")
+        Image.fromarray(figures.mosaic([row for row in rows if row], gap=2, side=side)).save(
+            file, "PNG"
+        )
         return file.getvalue()
 
     def caption(self, class_name: str, page: int) -> str:
@@ -80,7 +82,7 @@ class Gallery:
         for technique, (pool, places) in self._chosen(class_name, page).items():
             seeds = ", ".join(str(pool.seeds[place]) for place in places)
             shown = f"images {places.start} to {places[-1]}, seeds {seeds}" if places else "no more"
-            lines.append(f"<b>{label_of(technique)}</b>: {shown}")
+            lines.append(f"<b>{figures.label_of(technique)}</b>: {shown}")
         return "<br>".join(lines)
 
 

@@ -109,7 +109,10 @@ def heading(notebook: Any) -> tuple[str, str]:
 
 
 def body(notebook: Any) -> str:
-    """A notebook as HTML, its code a click away; links to others lead to their pages."""
+    """A notebook as HTML, its code a click away.
+
+    Links to other notebooks lead to their pages, those to files to the project around the site.
+    """
     from nbconvert import HTMLExporter
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
@@ -119,6 +122,7 @@ def body(notebook: Any) -> str:
     exporter.exclude_anchor_links = True
     made, _ = exporter.from_notebook_node(notebook)
     made = re.sub(r'href="(?:\.\./notebooks/)?([0-9]{2}-[\w-]+)\.ipynb', r'href="\1.html', made)
+    made = made.replace('href="../', 'href="../../../')
     return re.sub(r'<div class="output_html', '<div tabindex="0" class="output_html', made)
 
 
