@@ -162,10 +162,10 @@ def check(
     if dry and absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not dry:
-        for job in jobs:
-            experiments.require_settings(job.study, job.parameters)
         for one in opened.values():
             require_models(one.settings)
+        for job in jobs:
+            experiments.require_techniques(job.study, job.parameters)
     for folder in (output, study.figures_folder(profile), study.results_folder(profile)):
         store.require_writable(folder)
     return jobs
@@ -184,14 +184,11 @@ def require_models(settings: params.Settings) -> None:
     """
     from sdaug_utils import plan
     from sdaug_utils.generation import foundation
-    from sdaug_utils.registry import techniques
     from sdaug_utils.training import features
 
     for model in plan.models(settings):
         foundation.revision(*model)
     foundation.check(settings)
-    for technique in techniques().values():
-        technique.check(settings)
     for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
         if backbone != "efficientnet-lite0":  # whose weights come with the packages
             features.load_backbone(backbone)

@@ -162,6 +162,7 @@ def open_check(folder: Path, sizes: dict[str, Any], device: str) -> Study:
             "dreambooth": thesis.dreambooth.model_copy(
                 update={**steps_of_training, "keep_models": True}
             ),
+            "retrieval": thesis.retrieval.model_copy(update={"corpus": "miniature"}),
             "dreambooth_lora": thesis.dreambooth_lora.model_copy(update=steps_of_training),
             "datadream": thesis.datadream.model_copy(update=steps_of_training),
             "textual_inversion": thesis.textual_inversion.model_copy(

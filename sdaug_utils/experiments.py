@@ -307,11 +307,11 @@ def check(study: Study, p: params.Experiment) -> None:
             techniques()[name].require(study, most)
 
 
-def require_settings(study: Study, p: params.Experiment) -> None:
-    """Check that all is set which the techniques of an experiment need to make images.
+def require_techniques(study: Study, p: params.Experiment) -> None:
+    """Check that all is set, and goes with the models, which an experiment's techniques need.
 
     Raises:
-        InputError: something is only planned with.
+        InputError: something is only planned with, or does not go with the foundation model.
     """
     names: Iterable[str] = p.techniques if isinstance(p, params.Subjects) else ()
     if isinstance(p, params.Runs):
@@ -319,6 +319,7 @@ def require_settings(study: Study, p: params.Experiment) -> None:
     for name in names:
         if lacking := techniques()[name].lacking(study.settings):
             raise InputError(f"{lacking}, or leave '{name}' out of `techniques`")
+        techniques()[name].check(study.settings)
 
 
 def numbers_made(every: list[Cell]) -> dict[str, int]:

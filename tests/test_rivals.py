@@ -297,6 +297,6 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
     p = params.check_notebook("11-rivals", values | params.overrides("smoke", "11-rivals"))
     experiments.check(unnamed, p)
     with pytest.raises(InputError, match="leave 'retrieval' out of `techniques`"):
-        experiments.require_settings(unnamed, p)
+        experiments.require_techniques(unnamed, p)
     assert "retrieval" not in experiments.fitted(unnamed, p)["techniques"]
-    experiments.require_settings(world, p)
+    experiments.require_techniques(world, p)
