@@ -25,11 +25,11 @@ test: .venv/installed           ## lint, types, unit tests, notebooks at the smo
 
 notebooks: study                ## renew the outputs of the committed notebooks
 	cp runs/miniature/*.ipynb notebooks/
-	$(BIN)/python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
+	$(BIN)/python -m sdaug_utils.evidence.report README.md CLAIMS.md notebooks/*.ipynb
 
 figures: .venv/installed        ## figures, tables, verdicts and numbers in prose, from results/ alone
 	$(BIN)/python run_all.py --from-results
-	$(BIN)/python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
+	$(BIN)/python -m sdaug_utils.evidence.report README.md CLAIMS.md notebooks/*.ipynb
 
 lab: .venv/installed            ## open the notebooks in JupyterLab
 	JUPYTER_CONFIG_PATH=$(CURDIR)/notebooks/.jupyter \

@@ -66,18 +66,18 @@ def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path
         assert digest in found, f"{path.stem}: {name} {stale}"
 
 
-def test_the_readme_shows_the_verdicts_that_the_notebooks_found(contents):
+def test_the_page_of_claims_shows_the_verdicts_that_the_notebooks_found(contents):
     folder = FIGURES / "miniature"
     for family, files in (("claims", "verdicts-0*.csv"), ("claims-beyond", "verdicts-1*.csv")):
         verdicts = pd.concat(map(pd.read_csv, sorted(folder.glob(files))))
         whole = pd.read_csv(folder / f"{family}.csv")
         expected = claims.holm(verdicts.reset_index(drop=True))
         pd.testing.assert_frame_equal(expected, whole, rtol=1e-4)
-    readme = (run_all.ROOT / "README.md").read_text()
+    page = (run_all.ROOT / "CLAIMS.md").read_text()
     for name, table in {
         "claims": report.verdict_table,
         "claims-beyond": report.verdict_table,
         "deviations": report.deviation_table,
     }.items():
         shown = [table(pd.read_csv(io.BytesIO(x))) for x in contents(folder / f"{name}.csv")]
-        assert any(text in readme for text in shown), name
+        assert any(text in page for text in shown), name

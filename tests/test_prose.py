@@ -73,7 +73,7 @@ def test_numbers_in_prose_are_those_of_the_results(path, contents):
 
 def test_no_result_is_typed_by_hand_at_the_top_of_the_readme():
     [readme] = texts(run_all.ROOT / "README.md")
-    top = re.sub(r"<!--.*?-->", "", prose.emptied(readme.split("## What is in it")[0]))
+    top = re.sub(r"<!--.*?-->", "", prose.emptied(readme.split("## Notebooks")[0]))
     typed = re.sub(r"(Python|Diffusion|[Ff]igure) \d+\.\d+", "", top)
     assert not re.search(r"\d\.\d", typed), typed
 

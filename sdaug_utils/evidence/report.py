@@ -1,6 +1,6 @@
 """What a whole run leaves: the verdict on every claim, and the machine that it ran on.
 
-python -m sdaug_utils.evidence.report README.md notebooks/*.ipynb
+python -m sdaug_utils.evidence.report README.md CLAIMS.md notebooks/*.ipynb
 
 renews a table of verdicts and every number in prose between marks (``sdaug_utils.evidence.prose``).
 """
