@@ -16,12 +16,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sdaug_utils import params, store
 from sdaug_utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
+Command = Callable[[argparse.Namespace], None]
 
 
 def list_techniques(arguments: argparse.Namespace) -> None:
@@ -164,7 +167,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, among: argparse._SubParsersAction = commands):  # type: ignore[no-untyped-def]
+    def command(name: str, run: Command, among: Any = commands) -> argparse.ArgumentParser:
         text = (run.__doc__ or "").strip()
         made = among.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
         made.set_defaults(run=run)
