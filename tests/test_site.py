@@ -17,16 +17,15 @@ from sdaug_utils.site import pages
 def site(tmp_path_factory):
     """The report of experiments 03 and 05 at smoke."""
     folder = tmp_path_factory.mktemp("site")
-    environment = os.environ | {
-        "SDAUG_STORE": str(folder / "store"),
-        "SDAUG_FIGURES": str(folder / "figures"),
-        "SDAUG_RESULTS": str(folder / "results"),
-    }
-    for command in (
-        ["run_all.py", "--profile", "smoke", "--only", "03", "05", "--output", folder / "runs"],
-        ["-m", "sdaug_utils", "report", "--profile", "smoke", "--runs", folder / "runs"],
-    ):
-        subprocess.run([sys.executable, *command], cwd=run_all.ROOT, env=environment, check=True)
+    store = {"SDAUG_STORE": str(folder / "store")}
+    own = {f"SDAUG_{name.upper()}": str(folder / name) for name in ("figures", "results")}
+    run = ["run_all.py", "--profile", "smoke", "--only", "03", "05", "--output", folder / "runs"]
+    report = ["-m", "sdaug_utils", "report", "--profile", "smoke", "--runs", folder / "runs"]
+    there = {name: value for name, value in os.environ.items() if name not in own}
+    for command, more in ((run, own), (report, {})):  # the run's record says where its figures are
+        subprocess.run(
+            [sys.executable, *command], cwd=run_all.ROOT, env=there | store | more, check=True
+        )
     return folder / "runs" / "report"
 
 

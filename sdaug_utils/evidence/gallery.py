@@ -69,7 +69,8 @@ class Gallery:
             list(pool.images().taken(list(places)))
             for pool, places in self._chosen(class_name, page).values()
         ]
-        side = max(SIDE, rows[0][0].shape[0] if rows[0] else SIDE)
+        largest = max((image.shape[0] for row in rows for image in row), default=SIDE)
+        side = min(max(SIDE, largest), figures.LARGEST)
         file = io.BytesIO()
         Image.fromarray(figures.mosaic([row for row in rows if row], gap=2, side=side)).save(
             file, "PNG"

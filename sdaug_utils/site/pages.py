@@ -6,6 +6,7 @@ All that they show is beside them: the site opens from a disk, without a network
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,7 @@ def write_site(profile: str, runs: Path) -> Path:
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir()
     record = json.loads((runs / RECORD).read_text()) if (runs / RECORD).exists() else {}
+    os.environ.update(record.get("environment", {}))
     numbers = [path.stem[:2] for path in executed]
     pages = [
         ("index.html", "Report"),
@@ -78,7 +80,7 @@ def write_site(profile: str, runs: Path) -> Path:
     pools = [
         pool
         for domain, folders in pools_of(record).items()
-        for pool in write_gallery(open_study(profile, domain=domain), folders, site)
+        for pool in write_gallery(open_study(profile, None, domain, False), folders, site)
     ]
     (site / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
     write(len(pages) - 1, "gallery.html.j2", "Gallery", number=len(pools))
