@@ -8,9 +8,10 @@ from torchvision.models import ResNet34_Weights, resnet34
 
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images
+from sdaug_utils.generation import pools
 from sdaug_utils.params import Controlled, Published
 from sdaug_utils.store import array_digest
-from sdaug_utils.training import classifier, features
+from sdaug_utils.training import classifier, features, segmenter
 
 CONTROLLED = Controlled(
     learning_rate=0.1,
@@ -365,3 +366,30 @@ def test_images_that_do_not_fit_into_memory_are_resized_as_they_come(world, monk
     kept = predictions()
     monkeypatch.setattr(classifier, "KEPT_BYTES", 0)
     assert predictions() == kept
+
+
+def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypatch):
+    """A network's first weights are drawn from it; a view that another thread seeds it for is not
+    the same again if they are drawn in between."""
+    outside, drawn = [], []
+    for name in ("uniform_", "normal_"):
+        own = getattr(torch.Tensor, name)
+
+        def draw(self, *limits, generator=None, own=own, **more):
+            if generator is None:
+                drawn.append(self.shape)
+                outside.extend([] if augment.GLOBAL_GENERATOR.locked() else [self.shape])
+            return own(self, *limits, generator=generator, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, draw)
+    for backbone, stride in (("efficientnet-lite0", 32), ("efficientnet-lite0", 8)):
+        features.load_backbone.__wrapped__(backbone, stride)
+    assert len(drawn) > 100
+    for technique in ("dreambooth-lora", "textual-inversion", "controlnet-canny"):
+        pools.technique_pools(world, technique, 0, 1, progress=False)
+    train = world.data.splits["train"]
+    held_out = dict.fromkeys(("validation", "test"), world.data.splits["test"])
+    maps = segmenter.FeatureMaps(world)
+    trimaps = [train.trimap(row) for row in range(4)]
+    segmenter.train(maps, train.images(np.arange(4)), trimaps, held_out, "controlled", 0)
+    assert outside == []

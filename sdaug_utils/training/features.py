@@ -62,9 +62,12 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
         )
     import timm  # takes seconds, and a study whose features are all in the store needs none
 
-    model = timm.create_model(
-        "tf_efficientnet_lite0", pretrained=False, output_stride=output_stride
-    )
+    with (
+        augment.GLOBAL_GENERATOR
+    ):  # of which its first weights are drawn, though others follow at once
+        model = timm.create_model(
+            "tf_efficientnet_lite0", pretrained=False, output_stride=output_stride
+        )
     tensors = torch.load(io.BytesIO(content), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.reset_classifier(0)
@@ -86,15 +89,18 @@ def _torchvision_backbone(name: str) -> torch.nn.Module:
             f"backbone '{name}': {weights.url} is not in torch's cache ({torch.hub.get_dir()}) "
             "and cannot be downloaded; fetch it where there is internet"
         ) from error
+    with augment.GLOBAL_GENERATOR:
+        if name == "resnet34":
+            whole = resnet34()
+        else:
+            whole = segmentation.deeplabv3_resnet101(
+                weights_backbone=None, num_classes=21, aux_loss=True
+            )
+    whole.load_state_dict(state)
     if name == "resnet34":
-        model = resnet34()
-        model.load_state_dict(state)
+        model = whole
         model.fc, model.num_features = torch.nn.Identity(), 512
     else:
-        whole = segmentation.deeplabv3_resnet101(
-            weights_backbone=None, num_classes=21, aux_loss=True
-        )
-        whole.load_state_dict(state)
         model, model.num_features = whole.backbone, 2048
     model.default_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     return model.requires_grad_(False).eval()
