@@ -62,9 +62,8 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
         )
     import timm  # takes seconds, and a study whose features are all in the store needs none
 
-    with (
-        augment.GLOBAL_GENERATOR
-    ):  # of which its first weights are drawn, though others follow at once
+    # Its first weights are drawn from the one global generator, though others follow at once.
+    with augment.GLOBAL_GENERATOR:
         model = timm.create_model(
             "tf_efficientnet_lite0", pretrained=False, output_stride=output_stride
         )
