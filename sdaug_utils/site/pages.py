@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import nbformat
 import pandas as pd
+from markupsafe import Markup
 
 from sdaug_utils import params
 from sdaug_utils.errors import InputError
@@ -76,7 +77,7 @@ def write_site(profile: str, runs: Path) -> Path:
         notebook = nbformat.read(path, as_version=4)
         title, question = heading(notebook)
         questions.append((f"{path.stem}.html", title, question))
-        write(place, "notebook.html.j2", title, body=jinja2.utils.markupsafe.Markup(body(notebook)))
+        write(place, "notebook.html.j2", title, body=Markup(body(notebook)))
     pools = [
         pool
         for domain, folders in pools_of(record).items()
