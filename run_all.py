@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -455,9 +456,9 @@ def settings_digest(profile: str, notebook: str) -> str:
 def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     """Take out of an executed notebook what only the machine that ran it cares for.
 
-    Progress bars keep their last state, widgets leave the picture that stands in for them, and
-    metadata lose times and paths. In their stead they say which code and settings, and which
-    numbers behind the figures, the outputs belong to.
+    Progress bars keep their last state, widgets leave the picture that stands in for them, tables
+    are numbered, and metadata lose times and paths. In their stead they say which code and
+    settings, and which numbers behind the figures, the outputs belong to.
     """
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -469,9 +470,17 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
         "settings": settings_digest(profile, path.stem),
         "numbers": {file.name: store.file_digest(file) for file in sorted(numbers)},
     }
+    tables: dict[str, str] = {}  # pandas names a styled one at random
+
+    def name(found: re.Match) -> str:
+        return tables.setdefault(found[0], f"T_{len(tables):05d}")
+
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            data = output.get("data", {})
+            data.pop("application/vnd.jupyter.widget-view+json", None)
+            if "text/html" in data:
+                data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}", name, data["text/html"])
     for part in (notebook, *notebook.cells):
         for key in ("papermill", "widgets", "execution"):
             part.metadata.pop(key, None)

@@ -7,7 +7,7 @@ import pytest
 
 import run_all
 from sdaug_utils import params
-from sdaug_utils.evidence import figures
+from sdaug_utils.evidence import figures, gallery
 from sdaug_utils.store import file_digest
 from sdaug_utils.study import figures_folder
 
@@ -126,7 +126,15 @@ def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
         nbformat.v4.new_output("stream", name="stderr", text="\r  0%"),
         nbformat.v4.new_output("stream", name="stderr", text="\r100%\n"),
         nbformat.v4.new_output("stream", name="stdout", text="one\ntwo\n"),
-        nbformat.v4.new_output("display_data", data={"text/plain": "picture"}),
+        nbformat.v4.new_output(
+            "display_data", data={"text/plain": "picture", gallery.WIDGET: {"model_id": "1f"}}
+        ),
+        *(
+            nbformat.v4.new_output(
+                "execute_result", data={"text/html": f'<i id="{name}"><b id="{name}_row0">'}
+            )
+            for name in ("T_1a2b3", "T_fffff", "T_1a2b3")
+        ),
     ]
     book.cells = [cell]
     nbformat.write(book, tmp_path / "book.ipynb")
@@ -144,7 +152,12 @@ def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
     assert [output.get("text") for output in tidied.cells[0].outputs] == [
         "100%\n",
         "one\ntwo\n",
-        None,
+        *[None] * 4,
+    ]
+    _, _, picture, *tables = (output.get("data") for output in tidied.cells[0].outputs)
+    assert picture == {"text/plain": "picture"}
+    assert [table["text/html"] for table in tables] == [
+        f'<i id="T_0000{number}"><b id="T_0000{number}_row0">' for number in (0, 1, 0)
     ]
 
 
