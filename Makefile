@@ -32,7 +32,7 @@ figures: .venv/installed        ## figures, tables, verdicts and numbers in pros
 	$(BIN)/python -m sdaug_utils.evidence.report README.md CLAIMS.md notebooks/*.ipynb
 
 lab: .venv/installed            ## open the notebooks in JupyterLab
-	JUPYTER_CONFIG_PATH=$(CURDIR)/notebooks/.jupyter \
+	JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks/.jupyter" \
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/README.md
 
 .venv/installed: requirements.lock pyproject.toml

@@ -41,7 +41,7 @@ KINDS = {"images": "images", "models": "personalised models", "runs": "training 
 FINE = ("ok", "up to date")
 BEYOND = ("10", "11")  # what the thesis did not do: only where they are asked for
 FOLDERS = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS")
-ASKED_FOR = ("SDAUG_FIGURES", "SDAUG_RESULTS", "SDAUG_DATASET", "SDAUG_PARAMETERS")
+ASKED_FOR = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS", "SDAUG_DATASET", "SDAUG_PARAMETERS")
 NEEDS_IMAGES = "needs-images"  # tag of the cells that shipped runs alone do not suffice for
 AHEAD = (  # what takes seconds to import
     "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
@@ -573,7 +573,7 @@ def write_record(
         "of which making": round(outcome.seconds / 60, 1),
         "workers": len(outcome.busy),
         "peak memory of a process, GiB": round(peak / per_gib, 2),
-        "notebooks": earlier | notebooks,
+        "notebooks": dict(sorted((earlier | notebooks).items())),
         "environment": {name: os.environ[name] for name in ASKED_FOR if os.environ.get(name)},
     }
     text = json.dumps(record, indent=1)

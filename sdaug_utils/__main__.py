@@ -95,24 +95,29 @@ def show_artefact(arguments: argparse.Namespace) -> None:
 
 
 def prune_store(arguments: argparse.Namespace) -> None:
-    """Delete what killed runs left and what is damaged; on request, what was long not made."""
+    """Delete what killed runs left and what is damaged; on request, what was made long ago."""
+    days = arguments.older_than
+    if days is not None and days <= 0:
+        raise InputError(f"--older-than: {days:g}: choose more than 0")
     kept, removed, size = store.Store(), 0, 0
-    before = time.time() - 86400 * (arguments.older_than or float("inf"))
+    before = time.time() - 86400 * days if days else 0.0
     for folder in sorted(kept.root.glob("*/*")):
         if not folder.is_dir() or folder.parent.name == "locks":
             continue
         if folder.suffix == store.PARTIAL:
             why = "left by a run that was killed"
-        elif (folder / store.FILES).exists() and not kept.is_whole(folder):
+        elif (folder / store.FILES).exists() and not kept.is_whole(folder, told=True):
             why = "damaged"
         elif folder.stat().st_mtime < before:
-            why = f"not touched for {arguments.older_than:g} days"
+            why = f"made more than {days:g} days ago"
         else:
             continue
-        removed, size = removed + 1, size + _bytes([folder])
+        taken = _bytes([folder])
+        if not arguments.dry_run and not kept.remove(folder):
+            print(f"{folder.relative_to(kept.root)}: {why}, but in use")
+            continue
+        removed, size = removed + 1, size + taken
         print(f"{folder.relative_to(kept.root)}: {why}")
-        if not arguments.dry_run:
-            kept.remove(folder)
     verb = "would be deleted" if arguments.dry_run else "deleted"
     print(f"{removed} artefacts, {size / 2**20:.1f} MiB {verb}")
 
@@ -146,7 +151,7 @@ def write_report(arguments: argparse.Namespace) -> None:
     """The static site of a profile's executed notebooks."""
     from sdaug_utils.site.pages import write_site
 
-    print(write_site(arguments.profile, arguments.runs or ROOT / "runs" / arguments.profile))
+    print(write_site(arguments.runs or ROOT / "runs" / arguments.profile))
 
 
 def _bytes(folders: list[Path]) -> int:
@@ -188,7 +193,7 @@ def command_line() -> argparse.ArgumentParser:
     command("ls", list_store, actions).add_argument("kind", nargs="?", help="of artefacts")
     command("show", show_artefact, actions).add_argument("key", help="or the beginning of one")
     prune = command("prune", prune_store, actions)
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="what is this old, too")
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="what was made before, too")
     prune.add_argument("--dry-run", action="store_true", help="say what would go; delete nothing")
     results = command("results", show_results)
     results.add_argument("what", nargs="?", help="a name of the list, or 'claims'")

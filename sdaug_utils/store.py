@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sdaug_utils.compute import made_with
@@ -138,10 +138,11 @@ class Store:
         """Where the artefact is, or will be."""
         return self.root / kind / digest(spec)
 
-    def is_whole(self, folder: Path, to_read: bool = False) -> bool:
+    def is_whole(self, folder: Path, to_read: bool = False, told: bool = False) -> bool:
         """Whether an artefact is there and its files have their sizes.
 
-        One that is ``to_read`` must have its digests, too; each is looked at once.
+        One that is ``to_read`` must have its digests, too; each is looked at once. That one is
+        damaged is said, unless it is ``told`` elsewhere.
         """
         if not folder.exists():
             return False
@@ -155,7 +156,7 @@ class Store:
             whole = False
         if whole and to_read:
             self.read.add(folder)
-        if not whole:
+        if not (whole or told):
             self.tell(folder)
         return whole
 
@@ -215,13 +216,26 @@ class Store:
         """Delete an artefact that can be made again."""
         with self.lock(kind, spec):
             if (folder := self.folder(kind, spec)).exists():
-                self.remove(folder)
+                _delete(folder)
 
-    def remove(self, folder: Path) -> None:
-        """Delete what is in a folder: nobody finds it half gone."""
-        if folder.suffix != PARTIAL:
-            folder = folder.replace(folder.with_suffix(PARTIAL))
-        shutil.rmtree(folder)
+    def remove(self, folder: Path) -> bool:
+        """Delete the folder of an artefact, or of one in the making, unless somebody is at it."""
+        lock = self.root / "locks" / f"{folder.parent.name}-{folder.stem}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=0):
+                _delete(folder)
+        except Timeout:
+            return False
+        return True
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder in such a way that nobody finds it half gone."""
+    if folder.suffix != PARTIAL:
+        shutil.rmtree(folder.with_suffix(PARTIAL), ignore_errors=True)
+        folder = folder.replace(folder.with_suffix(PARTIAL))
+    shutil.rmtree(folder)
 
 
 def _list_files(folder: Path) -> None:

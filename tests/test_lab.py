@@ -32,7 +32,7 @@ def lab(tmp_path):
             cell.outputs, cell.execution_count = [], None
     nbformat.write(notebook, tmp_path / "notebooks" / f"{NOTEBOOK}.ipynb")
     made = (run_all.ROOT / "Makefile").read_text()
-    settings = re.search(r"JUPYTER_CONFIG_PATH=\$\(CURDIR\)/(\S+)", made).group(1)
+    settings = re.search(r'JUPYTER_CONFIG_PATH="\$\(CURDIR\)/([^"]+)', made).group(1)
     landing = re.search(r"jupyter lab (\S+)", made).group(1)
     runtime = tmp_path / "runtime"
     environment = os.environ | {
@@ -52,8 +52,8 @@ def lab(tmp_path):
     try:
         yield _address(runtime) + landing.partition("=")[2].removeprefix("/")
     finally:
-        server.terminate()
-        server.wait(20)
+        server.kill()
+        server.wait()
 
 
 def _address(runtime):
@@ -101,6 +101,7 @@ def test_a_student_opens_a_notebook_changes_it_and_sees_figure_and_gallery(lab, 
         timeout=30_000,
     )
     page.locator(".jp-Notebook .jp-RenderedImage img").first.wait_for(timeout=240_000)
+    outputs.filter(has_text="as many updates as asked for").wait_for(timeout=240_000)
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
 

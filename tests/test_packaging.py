@@ -32,3 +32,7 @@ def test_every_dependency_is_locked():
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     names = {normalised(re.split(r"[<>=]", requirement)[0]) for requirement in wanted}
     assert names <= set(lock)
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    gpu = pins(environment["dependencies"][-1]["pip"])
+    own = {normalised(re.split(r"[<>=]", one)[0]) for one in project["dependencies"]}
+    assert own <= set(gpu)

@@ -20,12 +20,10 @@ def site(tmp_path_factory):
     store = {"SDAUG_STORE": str(folder / "store")}
     own = {f"SDAUG_{name.upper()}": str(folder / name) for name in ("figures", "results")}
     run = ["run_all.py", "--profile", "smoke", "--only", "03", "05", "--output", folder / "runs"]
-    report = ["-m", "sdaug_utils", "report", "--profile", "smoke", "--runs", folder / "runs"]
-    there = {name: value for name, value in os.environ.items() if name not in own}
-    for command, more in ((run, own), (report, {})):  # the run's record says where its figures are
-        subprocess.run(
-            [sys.executable, *command], cwd=run_all.ROOT, env=there | store | more, check=True
-        )
+    report = ["-m", "sdaug_utils", "report", "--runs", folder / "runs"]
+    there = {name: value for name, value in os.environ.items() if name not in own | store}
+    for command, more in ((run, own | store), (report, {})):  # which a run's record knows
+        subprocess.run([sys.executable, *command], cwd=run_all.ROOT, env=there | more, check=True)
     return folder / "runs" / "report"
 
 
@@ -50,10 +48,13 @@ def test_there_is_a_page_for_every_notebook_and_all_links_lead_somewhere(site):
     for path in site.glob("*.html"):
         text = path.read_text()
         links = {urldefrag(link)[0] for link in re.findall(r'(?:href|src)="([^"]*)"', text)}
-        own = {link for link in links if not link.startswith(("http", "data:", "../../../"))}
+        own = {link for link in links if not link.startswith(("http", "data:", "../"))}
         there = {file.relative_to(site).as_posix() for file in site.rglob("*")}
-        absent = {f"{path.stem}.html" for path in run_all.NOTEBOOKS.glob("*.ipynb")} - names
-        assert own - {""} <= there | absent, path.name
+        assert own - {""} <= there, path.name
+        of_project = {link for link in links if link.startswith("../")}
+        assert all((path.parent / link).exists() for link in of_project), path.name
+        inside = {urldefrag(link)[1] for link in re.findall(r'href="(#[^"]+)"', text)}
+        assert inside <= set(re.findall(r'id="([^"]+)"', text)), path.name
         assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="http', text)
         assert re.search(r"<title>.+</title>", text)
     assert (
@@ -93,7 +94,16 @@ def test_a_gallery_has_every_pool_with_its_seeds(site):
 
 def test_without_an_executed_notebook_there_is_nothing_to_report(tmp_path):
     with pytest.raises(pages.InputError, match="no executed notebook"):
-        pages.write_site("smoke", tmp_path)
+        pages.write_site(tmp_path)
+
+
+def test_links_lead_to_pages_and_to_the_project(tmp_path):
+    site = run_all.ROOT / "runs" / "any" / "report"
+    html = '<a href="03-a.ipynb#One-run"></a><a href="10-b.ipynb"></a><a href="../params/x.yaml">'
+    assert pages.with_links(html, ["03-a"], site) == (
+        '<a href="03-a.html#One-run"></a><a href="../../../notebooks/10-b.ipynb"></a>'
+        '<a href="../../../params/x.yaml">'
+    )
 
 
 @pytest.mark.parametrize("width", [390, 1400])

@@ -371,7 +371,15 @@ def test_images_that_do_not_fit_into_memory_are_resized_as_they_come(world, monk
 def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypatch):
     """A network's first weights are drawn from it; a view that another thread seeds it for is not
     the same again if they are drawn in between."""
-    outside, drawn = [], []
+    outside, drawn, number = [], [], 0
+    random = resnet34().state_dict()
+    monkeypatch.setattr(ResNet34_Weights, "get_state_dict", lambda self, **_: random)
+
+    def draws_more():
+        nonlocal number
+        number, before = len(drawn), number
+        return number > before
+
     for name in ("uniform_", "normal_"):
         own = getattr(torch.Tensor, name)
 
@@ -382,14 +390,21 @@ def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypa
             return own(self, *limits, generator=generator, **more)
 
         monkeypatch.setattr(torch.Tensor, name, draw)
-    for backbone, stride in (("efficientnet-lite0", 32), ("efficientnet-lite0", 8)):
+    for backbone, stride in (
+        ("efficientnet-lite0", 32),
+        ("efficientnet-lite0", 8),
+        ("resnet34", 32),
+    ):
         features.load_backbone.__wrapped__(backbone, stride)
-    assert len(drawn) > 100
+        assert draws_more()
+    pools.loaded_pipelines.clear()
     for technique in ("dreambooth-lora", "textual-inversion", "controlnet-canny"):
         pools.technique_pools(world, technique, 0, 1, progress=False)
+        assert draws_more()
     train = world.data.splits["train"]
     held_out = dict.fromkeys(("validation", "test"), world.data.splits["test"])
     maps = segmenter.FeatureMaps(world)
     trimaps = [train.trimap(row) for row in range(4)]
     segmenter.train(maps, train.images(np.arange(4)), trimaps, held_out, "controlled", 0)
+    assert draws_more()
     assert outside == []

@@ -51,14 +51,19 @@ def write_images(
     ):
         if not valid:
             raise InputError(f"{name}: {value:g}: choose {range_}")
+    if into.exists() and not into.is_dir():
+        raise InputError(f"--into: {into}: is a file: choose a folder")
     if into.exists() and any(into.iterdir()) and not (into / LISTING).exists():
         raise InputError(f"--into: {into}: has other files in it: choose an empty folder")
+    if lacking := techniques()[technique].lacking(study.settings):
+        raise InputError(lacking)
+    techniques()[technique].check(study.settings)
     require_writable(into)
     requests = _requests(study, technique, classes, count, draw, real_percent)
     pools = fill(study, requests, technique)
     rows = _listed(into / LISTING)
     for asked, pool in zip(requests, pools, strict=True):
-        folder = into / pool.class_name.replace("/", "-")
+        folder = into / pool.class_name
         folder.mkdir(exist_ok=True)
         for old in folder.glob(f"{technique}-*.png"):
             old.unlink()
@@ -85,12 +90,16 @@ def _requests(
 ) -> list[Request]:
     known, own = study.data.class_names, techniques()[technique]
     wanted = list(dict.fromkeys(classes or known))
+    for name in wanted:
+        if name in ("", ".", "..") or "/" in name:
+            raise InputError(f"--class: '{name}': cannot be the name of a folder")
     if unknown := [name for name in wanted if name not in known]:
         if own.inputs != "none":
             raise InputError(
                 f"--class: '{unknown[0]}' has no real images, which {technique} needs: choose from "
                 f"{', '.join(known)}"
             )
+        own.require(study, count)  # of the classes that are known
         prompt = study.settings.sampling.prompt
         return [request(study, own, name, prompt, range(count), draw) for name in wanted]
     own.require(study, count)
@@ -114,6 +123,7 @@ def _copied(pool: Pool, asked: Request, folder: Path, technique: str) -> dict[st
         target = folder / f"{technique}-{number:05d}.png"
         shutil.copyfile(file, target)
         name = f"{folder.name}/{target.name}"
-        facts = (name, pool.class_name, technique, asked.spec["prompt"], seed, attempts)
+        shown = seed if techniques()[technique].kind else ""  # what is found has none
+        facts = (name, pool.class_name, technique, asked.spec["prompt"], shown, attempts)
         rows[name] = dict(zip(COLUMNS, map(str, facts), strict=True))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sdaug_utils.data.images import Images, read_listed
+from sdaug_utils.errors import InputError
 from sdaug_utils.evidence.figures import label_of
 from sdaug_utils.generation.pools import read_pool
 from sdaug_utils.registry import techniques
@@ -26,7 +28,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
 
     A sheet has a column for each of the first ``PER_POOL`` images, and below it the training image
     of the class whose features have the highest cosine similarity with its own; without one, where
-    the pool's class is none of the study's.
+    the pool's class is none of the study's. Seeds are texts: they exceed what JavaScript counts to.
     """
     (site / "pools").mkdir(exist_ok=True)
     real = study.data.splits["train"]
@@ -40,6 +42,11 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
             continue
         files = [folder / row["file_name"] for _, row in rows]
         images = read_listed(files, [row["digest"] for _, row in rows])
+        try:
+            made = list(images)
+        except InputError as error:  # damaged: it is made again when it is next asked for
+            print(error, file=sys.stderr)
+            continue
         nearest = list[int]()
         similarity: list[float | None] = [None] * len(rows)
         if spec["class"] in study.data.class_names:
@@ -48,7 +55,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
             nearest = [int(row) for row in own[cosines.argmax(axis=1)]]
             similarity = [round(float(value), 3) for value in cosines.max(axis=1)]
         sheet = f"pools/{folder.name}.png"
-        _sheet(list(images), [real.load(row) for row in nearest]).save(site / sheet, optimize=True)
+        _sheet(made, [real.load(row) for row in nearest]).save(site / sheet, optimize=True)
         found.append(
             {
                 "technique": label_of(spec["technique"]),
@@ -59,7 +66,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
                 "images": [
                     {
                         "index": index,
-                        "seed": row["seed"],  # a text: it exceeds what JavaScript can count to
+                        "seed": row["seed"] if techniques()[spec["technique"]].kind else "",
                         "attempts": int(row["attempts"]),
                         "similarity": like,
                     }
@@ -67,7 +74,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
                 ],
             }
         )
-    return sorted(found, key=lambda pool: [str(pool[key]) for key in ("class", "draw", "prompt")])
+    return sorted(found, key=lambda pool: (pool["class"], pool["draw"], pool["prompt"]))
 
 
 def _directions(study: Study, images: Images) -> np.ndarray:

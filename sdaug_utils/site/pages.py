@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from sdaug_utils import params
+from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import report
 from sdaug_utils.site.gallery import write_gallery
@@ -32,8 +33,8 @@ CHAPTERS = {"X": "03", "Y": "11"}  # where claims are judged that are named afte
 Rows = list[list[Any]]
 
 
-def write_site(profile: str, runs: Path) -> Path:
-    """Make the site of what a run of a profile left in a folder.
+def write_site(runs: Path) -> Path:
+    """Make the site of what a run left in a folder: its notebooks, and a record of what it was.
 
     Returns:
         The front page, ``report/index.html`` in that folder.
@@ -41,14 +42,15 @@ def write_site(profile: str, runs: Path) -> Path:
     Raises:
         InputError: there is no executed notebook in the folder.
     """
-    executed = sorted(runs.glob("[0-9][0-9]-*.ipynb"))
-    if not executed:
+    executed, record_file = sorted(runs.glob("[0-9][0-9]-*.ipynb")), runs / RECORD
+    if not executed or not record_file.exists():
         raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
-    site = runs / "report"
+    record = json.loads(record_file.read_text())
+    os.environ.update(record["environment"])  # as that run was asked for
+    profile = record["profile"]
+    whole, site = runs / "report", runs / "report.partial"
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir()
-    record = json.loads((runs / RECORD).read_text()) if (runs / RECORD).exists() else {}
-    os.environ.update(record.get("environment", {}))
     numbers = [path.stem[:2] for path in executed]
     pages = [
         ("index.html", "Report"),
@@ -77,10 +79,12 @@ def write_site(profile: str, runs: Path) -> Path:
         notebook = nbformat.read(path, as_version=4)
         title, question = heading(notebook)
         questions.append((f"{path.stem}.html", title, question))
-        write(place, "notebook.html.j2", title, body=Markup(body(notebook)))
+        made = with_links(body(notebook), [path.stem for path in executed], site)
+        write(place, "notebook.html.j2", title, body=Markup(made))
     pools = [
         pool
         for domain, folders in pools_of(record).items()
+        if folders
         for pool in write_gallery(open_study(profile, None, domain, False), folders, site)
     ]
     (site / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
@@ -100,7 +104,8 @@ def write_site(profile: str, runs: Path) -> Path:
         notebooks=questions,
         card=card(profile, record),
     )
-    return site / "index.html"
+    shutil.rmtree(whole, ignore_errors=True)
+    return site.replace(whole) / "index.html"
 
 
 def heading(notebook: Any) -> tuple[str, str]:
@@ -112,21 +117,35 @@ def heading(notebook: Any) -> tuple[str, str]:
 
 
 def body(notebook: Any) -> str:
-    """A notebook as HTML, its code a click away.
-
-    Links to other notebooks lead to their pages, those to files to the project around the site.
-    """
+    """A notebook as HTML, its code a click away."""
     from nbconvert import HTMLExporter
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     exporter = HTMLExporter(
         template_name="basic", template_file="outputs.html.j2", extra_loaders=[loader]
     )
-    exporter.exclude_anchor_links = True
     made, _ = exporter.from_notebook_node(notebook)
-    made = re.sub(r'href="(?:\.\./notebooks/)?([0-9]{2}-[\w-]+)\.ipynb', r'href="\1.html', made)
-    made = made.replace('href="../', 'href="../../../')
     return re.sub(r'<div class="output_html', '<div tabindex="0" class="output_html', made)
+
+
+def with_links(html: str, executed: Collection[str], site: Path) -> str:
+    """A notebook's page with the links of the notebook as they are from the site.
+
+    They lead to the pages of other notebooks, or to the project's own files: those that are not
+    shown here, and all else.
+    """
+    project = Path(os.path.relpath(PROJECT, site)).as_posix()
+
+    def target(found: re.Match) -> str:
+        stem, rest = found["stem"], found["rest"]
+        return (
+            f'href="{stem}.html{rest}'
+            if stem in executed
+            else f'href="{project}/notebooks/{found[1]}{rest}'
+        )
+
+    html = re.sub(r'href="((?P<stem>[0-9]{2}-[\w-]+)\.ipynb)(?P<rest>[#"])', target, html)
+    return html.replace('href="../', f'href="{project}/')
 
 
 def code_style() -> str:
@@ -143,7 +162,7 @@ def code_style() -> str:
 def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
     """The folders of the pools that a run's notebooks used, by the domain that they are about."""
     root, found = Store().root, dict[params.Domain, dict[Path, None]]()
-    for notebook, facts in record.get("notebooks", {}).items():
+    for notebook, facts in record["notebooks"].items():
         of_domain = found.setdefault(params.domain_of(notebook), {})
         of_domain |= dict.fromkeys(root / pool for pool in facts["pools"])
     return {
@@ -169,15 +188,16 @@ def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
 
 def card(profile: str, record: Mapping[str, Any]) -> dict[str, Rows]:
     """The report card: tables by title, each with its head."""
-    found: dict[str, Rows] = {}
-    if record:
-        facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
-        found["The run"] = [["what", "value"], *map(list, facts.items())]
-        columns = ["minutes", "of which making", "images", "models", "runs", "status"]
-        found["Experiments"] = [["notebook", *columns]] + [
-            [name, *(facts[column] for column in columns)]
-            for name, facts in record["notebooks"].items()
-        ]
+    facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
+    columns = ["minutes", "of which making", "images", "models", "runs", "status"]
+    found: dict[str, Rows] = {
+        "The run": [["what", "value"], *map(list, facts.items())],
+        "Experiments": [["notebook", *columns]]
+        + [
+            [name, *(of_notebook[column] for column in columns)]
+            for name, of_notebook in record["notebooks"].items()
+        ],
+    }
     for title, name in (
         ("Hardware", "table-a-1-hardware"),
         ("Software and models", "table-b-1-software"),
