@@ -144,8 +144,8 @@ def with_links(html: str, executed: Collection[str], site: Path) -> str:
             else f'href="{project}/notebooks/{found[1]}{rest}'
         )
 
-    html = re.sub(r'href="((?P<stem>[0-9]{2}-[\w-]+)\.ipynb)(?P<rest>[#"])', target, html)
-    return html.replace('href="../', f'href="{project}/')
+    html = html.replace('href="../', f'href="{project}/')
+    return re.sub(r'href="([0-9]{2}-[\w-]+)\.ipynb', target, html)
 
 
 def code_style() -> str:
