@@ -137,12 +137,8 @@ def with_links(html: str, executed: Collection[str], site: Path) -> str:
     project = Path(os.path.relpath(PROJECT, site)).as_posix()
 
     def target(found: re.Match) -> str:
-        stem, rest = found["stem"], found["rest"]
-        return (
-            f'href="{stem}.html{rest}'
-            if stem in executed
-            else f'href="{project}/notebooks/{found[1]}{rest}'
-        )
+        shown = found[1] in executed
+        return f'href="{found[1]}.html' if shown else f'href="{project}/notebooks/{found[1]}.ipynb'
 
     html = html.replace('href="../', f'href="{project}/')
     return re.sub(r'href="([0-9]{2}-[\w-]+)\.ipynb', target, html)
