@@ -1,5 +1,7 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor, wait
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -408,3 +410,13 @@ def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypa
     segmenter.train(maps, train.images(np.arange(4)), trimaps, held_out, "controlled", 0)
     assert draws_more()
     assert outside == []
+
+
+def test_a_backbone_is_folded_while_no_pipeline_loads():
+    """As one does, parameters that any thread makes meanwhile stay without data."""
+    features.load_backbone("efficientnet-lite0")
+    with ThreadPoolExecutor(1) as beside:
+        with augment.GLOBAL_GENERATOR, accelerate.init_empty_weights():
+            folding = beside.submit(features.folded_backbone.__wrapped__, "efficientnet-lite0")
+            assert wait([folding], timeout=2).not_done
+        assert not any(weight.is_meta for weight in folding.result().parameters())

@@ -105,6 +105,14 @@ def _torchvision_backbone(name: str) -> torch.nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def _fold(module: torch.nn.Module, before: str, after: str) -> None:
+    """Fold a part of a module into the part before it, if it is a BatchNorm after a convolution."""
+    convolution, norm = module._modules[before], module._modules[after]
+    if isinstance(norm, torch.nn.BatchNorm2d) and isinstance(convolution, torch.nn.Conv2d):
+        module._modules[before] = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution, norm)
+        module._modules[after] = getattr(norm, "act", torch.nn.Identity())  # timm's has one
+
+
 @cache
 def folded_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """As :func:`load_backbone`, with each BatchNorm folded into the convolution before it.
@@ -112,14 +120,11 @@ def folded_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     In evaluation mode it is the same function, but for rounding, and half as fast again.
     """
     model = copy.deepcopy(load_backbone(name, output_stride))
-    for module in list(model.modules()):
-        names = list(module._modules)
-        for before, after in itertools.pairwise(names):
-            convolution, norm = module._modules[before], module._modules[after]
-            if isinstance(norm, torch.nn.BatchNorm2d) and isinstance(convolution, torch.nn.Conv2d):
-                fused = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution, norm)
-                module._modules[before] = fused
-                module._modules[after] = getattr(norm, "act", torch.nn.Identity())  # timm's has one
+    # While a pipeline loads in another thread, new parameters have no data, wherever they are made.
+    with augment.GLOBAL_GENERATOR:
+        for module in list(model.modules()):
+            for before, after in itertools.pairwise(list(module._modules)):
+                _fold(module, before, after)
     return model.to(memory_format=torch.channels_last)
 
 
