@@ -414,7 +414,7 @@ def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypa
 
 def test_a_backbone_is_folded_while_no_pipeline_loads():
     """As one does, parameters that any thread makes meanwhile stay without data."""
-    features.load_backbone("efficientnet-lite0")
+    features.load_backbone("efficientnet-lite0", 32)  # as it is kept for whoever folds it
     with ThreadPoolExecutor(1) as beside:
         with augment.GLOBAL_GENERATOR, accelerate.init_empty_weights():
             folding = beside.submit(features.folded_backbone.__wrapped__, "efficientnet-lite0")
