@@ -41,7 +41,7 @@ KINDS = {"images": "images", "models": "personalised models", "runs": "training 
 FINE = ("ok", "up to date")
 BEYOND = ("10", "11")  # what the thesis did not do: only where they are asked for
 FOLDERS = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS")
-ASKED_FOR = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS", "SDAUG_DATASET", "SDAUG_PARAMETERS")
+ASKED_FOR = (*FOLDERS, "SDAUG_DATASET", "SDAUG_PARAMETERS")
 NEEDS_IMAGES = "needs-images"  # tag of the cells that shipped runs alone do not suffice for
 AHEAD = (  # what takes seconds to import
     "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
@@ -463,6 +463,8 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+    from sdaug_utils.evidence.gallery import WIDGET
+
     read = nbformat.read(path, as_version=4)
     notebook, _ = CoalesceStreamsPreprocessor(enabled=True)(read, {})
     notebook.metadata["sdaug"] = {
@@ -478,7 +480,7 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            data.pop("application/vnd.jupyter.widget-view+json", None)
+            data.pop(WIDGET, None)
             if "text/html" in data:
                 data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}", name, data["text/html"])
     for part in (notebook, *notebook.cells):
@@ -543,11 +545,11 @@ def write_record(
     What was up to date keeps the minutes of the run that it is from. The time of making what
     several notebooks need is the first one's, in the proportions of the plan.
     """
-    import resource
-
+    from sdaug_utils.compute import peak_memory
     from sdaug_utils.evidence.report import revision
+    from sdaug_utils.site.pages import RECORD
 
-    file = output / "run.json"
+    file = output / RECORD
     earlier = json.loads(file.read_text()).get("notebooks", {}) if file.exists() else {}
     notebooks = {}
     for report in reports:
@@ -562,9 +564,7 @@ def write_record(
         if report.status == "up to date" and report.notebook in earlier:
             facts |= {key: earlier[report.notebook][key] for key in ("minutes", "of which making")}
         notebooks[report.notebook] = facts
-    everyone = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    peak = max(resource.getrusage(who).ru_maxrss for who in everyone)
-    per_gib = 2**30 if sys.platform == "darwin" else 2**20
+    peak = max(peak_memory(), peak_memory(of_children=True))
     record = {
         "profile": profile,
         **revision(),
@@ -572,7 +572,7 @@ def write_record(
         "minutes": round(minutes, 1),
         "of which making": round(outcome.seconds / 60, 1),
         "workers": len(outcome.busy),
-        "peak memory of a process, GiB": round(peak / per_gib, 2),
+        "peak memory of a process, GiB": round(peak, 2),
         "notebooks": dict(sorted((earlier | notebooks).items())),
         "environment": {name: os.environ[name] for name in ASKED_FOR if os.environ.get(name)},
     }

@@ -25,8 +25,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from machine import describe, peak_memory
+from machine import describe
 
+from sdaug_utils.compute import peak_memory
 from sdaug_utils.evidence import figures
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.foundation import load_pipeline, scale_condition

@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from machine import describe, peak_memory
+from machine import describe
 from PIL import Image
 
 from sdaug_utils import params
+from sdaug_utils.compute import peak_memory
 from sdaug_utils.data.images import Dataset, Split, read_rgb
 from sdaug_utils.generation.pools import COLUMNS, Pool, fill, images_of
 from sdaug_utils.generation.technique import technique_requests

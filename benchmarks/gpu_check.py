@@ -29,7 +29,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from machine import describe, peak_memory
+from machine import describe
 from torchvision.models import resnet34
 from torchvision.models.segmentation import deeplabv3_resnet101
 from transformers import (
@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from sdaug_utils import params, plan
-from sdaug_utils.compute import device_of, dtype_of
+from sdaug_utils.compute import device_of, dtype_of, peak_memory
 from sdaug_utils.data import augment, datasets
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.pools import Pool

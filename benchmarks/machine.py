@@ -1,7 +1,5 @@
 """Describe the machine that a benchmark ran on."""
 
-import resource
-
 from sdaug_utils.evidence import report
 
 
@@ -10,8 +8,3 @@ def describe() -> dict[str, object]:
     versions = report.software()
     chosen = {name: versions[name] for name in ("python", "torch", "diffusers", "transformers")}
     return report.hardware() | chosen
-
-
-def peak_memory() -> float:
-    """The most memory that this process has had so far, in GiB (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

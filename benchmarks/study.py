@@ -7,7 +7,6 @@ python benchmarks/study.py --renew    the first run renews runs/, results/ and f
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import time
 from pathlib import Path
 
 from machine import describe
+
+from sdaug_utils.compute import peak_memory
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "study.json"
@@ -40,12 +41,11 @@ def main() -> None:
             began = time.monotonic()
             subprocess.run(command, env=environment, check=True)
             seconds.append(time.monotonic() - began)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB on Linux
     result = {
         "machine": describe(),
         "minutes, empty store": round(seconds[0] / 60, 1),
         "seconds, everything made": round(seconds[1], 1),
-        "peak memory of the largest process, GiB": round(peak / 2**20, 2),
+        "peak memory of the largest process, GiB": round(peak_memory(of_children=True), 2),
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -126,6 +126,15 @@ def made_with() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES} | {"device": gpu or processor()}
 
 
+def peak_memory(of_children: bool = False) -> float:
+    """The most memory that this process has had so far, or any that it has waited for, in GiB."""
+    import resource
+
+    who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    per_gib = 2**30 if platform.system() == "Darwin" else 2**20  # Linux counts in KiB
+    return resource.getrusage(who).ru_maxrss / per_gib
+
+
 def processor() -> str:
     """The processor's name, without that of the machine."""
     information = Path("/proc/cpuinfo")

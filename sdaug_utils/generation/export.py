@@ -93,16 +93,15 @@ def _requests(
     for name in wanted:
         if name in ("", ".", "..") or "/" in name:
             raise InputError(f"--class: '{name}': cannot be the name of a folder")
+    own.require(study, count)
     if unknown := [name for name in wanted if name not in known]:
         if own.inputs != "none":
             raise InputError(
                 f"--class: '{unknown[0]}' has no real images, which {technique} needs: choose from "
                 f"{', '.join(known)}"
             )
-        own.require(study, count)  # of the classes that are known
         prompt = study.settings.sampling.prompt
         return [request(study, own, name, prompt, range(count), draw) for name in wanted]
-    own.require(study, count)
     every = technique_requests(study, technique, draw, count, real_percent)
     return [every[known.index(name)] for name in wanted]
 
