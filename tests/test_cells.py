@@ -158,10 +158,12 @@ def test_real_images_have_more_views_than_synthetic_ones(world):
     """Where the two differ, each view of a synthetic image comes up more often."""
     arm = {"technique": "stable-diffusion-prompt", "synthetic_per_class": 4, "real_percent": 10}
     [chosen] = cells.repeated([{**arm, "augmentation": "custom"}], "controlled", 1, 1)
-    seen = cells.Trainer(world).features(chosen)
-    assert seen.shape[:2] == (4 + 8, 2)  # four real images: 12 views would make one of each
-    assert not torch.equal(seen[0, 0], seen[0, 1])
-    assert torch.equal(seen[4:, 0], seen[4:, 1])
+    real, synthetic = cells.Trainer(world).features(chosen)
+    assert real.shape[:2] == (4, 2)  # four real images: 12 views would make one of each
+    assert synthetic.shape[:2] == (8, 1)
+    [seen] = cells.Trainer(world).head_sets([chosen])
+    assert seen.num_views.tolist() == [2] * 4 + [1] * 8
+    assert torch.equal(seen.features, torch.cat([real.flatten(0, 1), synthetic.flatten(0, 1)]))
 
 
 def test_views_are_varied_up_to_those_in_use(world):

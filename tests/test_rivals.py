@@ -237,7 +237,7 @@ def test_cutmix_pastes_as_much_as_its_label_says():
 def test_a_classifier_learns_from_mixed_images(world, name):
     mixed = cell(augmentation=name)
     trainer = Trainer(world)
-    features, targets = trainer.features(mixed), trainer.targets(mixed)
+    [features], targets = trainer.features(mixed), trainer.targets(mixed)
     assert features.shape[:2] == targets.shape[:2]
     assert features.shape[1] == world.settings.classifier.controlled.num_views(len(features))
     assert torch.allclose(targets.sum(dim=2), torch.ones(targets.shape[:2]))

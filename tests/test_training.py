@@ -91,6 +91,27 @@ def test_the_written_out_gradient_is_that_of_autograd():
     assert torch.allclose(reached[200][1], head.bias, atol=1e-5)
 
 
+def test_an_image_with_fewer_views_has_each_of_them_more_often():
+    """As if they were repeated until all images have as many."""
+    views = torch.randn(60, 6, 4, generator=torch.Generator().manual_seed(0))
+    views[40:, 2:] = views[40:, :2].repeat(1, 2, 1)
+    flat = torch.cat([views[:40].flatten(0, 1), views[40:, :2].flatten(0, 1)])
+    each, labels = torch.tensor([6] * 40 + [2] * 20), torch.arange(60) % 2
+
+    def learnt(vectors, counts=None):
+        reached = []
+        data = classifier.TrainingSet(vectors, labels, 3, counts)
+        classifier.train_head(
+            data, CONTROLLED, 2, 200, lambda _, head: reached.append(head.weight.detach().clone())
+        )
+        return reached[0]
+
+    assert torch.equal(learnt(views), learnt(flat, each))
+    changed = flat.clone()
+    changed[-1] += 1.0  # the last view of the last image
+    assert not torch.equal(learnt(changed, each), learnt(flat, each))
+
+
 def test_what_a_head_learns_does_not_depend_on_those_beside_it():
     generator = torch.Generator().manual_seed(0)
     sets = [

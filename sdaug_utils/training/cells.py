@@ -366,7 +366,11 @@ class Trainer:
         elif cell.protocol == "controlled":
             self.features_of("validation")
             self.features_of("test")
-            self.features(cell)
+            if cell.augmentation == "none" or cell.augmentation in mixing.ALPHAS:
+                self.features(cell)
+            else:
+                for images, number in self._to_view(cell):
+                    features.fill(self.study, images, cell.augmentation, number)
 
     def training_set(self, cell: Cell) -> tuple[Images, np.ndarray]:
         """The images that a cell trains on, real ones first, and their labels."""
@@ -406,39 +410,41 @@ class Trainer:
         views, side = settings.controlled.num_views(number), settings.image_size
         return mixing.partners(cell.augmentation, number, views, cell.draw, side)
 
-    def features(self, cell: Cell) -> torch.Tensor:
-        """Features of a cell's training images, real ones first: (n, views, features)."""
+    def features(self, cell: Cell) -> list[torch.Tensor]:
+        """Features of a cell's real training images, then of its synthetic ones, if it has any.
+
+        Each (n, views, features). Where images are mixed, they are all in one.
+        """
         if cell.protocol == "pixels":
-            return features.pixel_vectors(self.training_set(cell)[0])
+            return [features.pixel_vectors(self.training_set(cell)[0])]
         if cell.augmentation == "cutmix":
             chosen, side = self._partners(cell), self.study.settings.classifier.image_size
             images = mixing.cut_and_pasted(self.training_set(cell)[0], chosen, side)
-            return features.image_features(self.study, images).view(*chosen.rows.shape, -1)
+            return [features.image_features(self.study, images).view(*chosen.rows.shape, -1)]
         if cell.augmentation == "mixup":
             plain = self.features(cell.model_copy(update={"augmentation": "none"}))
-            return self._partners(cell).mixed(plain[:, 0])
+            return [self._partners(cell).mixed(torch.cat(plain)[:, 0])]
         if cell.augmentation != "none":
-            return self._augmented(cell)
+            return [
+                features.image_features(self.study, images, cell.augmentation, number)
+                for images, number in self._to_view(cell)
+            ]
         real = self.features_of("train")[real_rows(self.study, cell)]
         if not (pools := self.cell_pools(cell)):
-            return real
+            return [real]
         made = self.features_of(tuple(pools))
-        return torch.cat([real, made[self.kept(cell)] if cell.rule else made])
+        return [real, made[self.kept(cell)] if cell.rule else made]
 
-    def _augmented(self, cell: Cell) -> torch.Tensor:
-        """Views of real and of synthetic images; where they have fewer, each counts more often."""
-        rows, parts = real_rows(self.study, cell), []
+    def _to_view(self, cell: Cell) -> list[tuple[Images, int]]:
+        """Real and synthetic images that are augmented, and how many views each of them has."""
+        real = self.splits["train"].images(real_rows(self.study, cell))
         synthetic = images_of(self.cell_pools(cell))
-        settings = self.study.settings.classifier.controlled
-        total = len(rows) + len(synthetic)
-        if len(rows):
-            images, number = self.splits["train"].images(rows), settings.num_views(total)
-            parts.append(features.image_features(self.study, images, cell.augmentation, number))
-        if len(synthetic):
-            number = settings.num_views(total, synthetic=True)
-            parts.append(features.image_features(self.study, synthetic, cell.augmentation, number))
-        most = torch.arange(max(part.shape[1] for part in parts))
-        return torch.cat([part[:, most % part.shape[1]] for part in parts])
+        settings, total = self.study.settings.classifier.controlled, len(real) + len(synthetic)
+        both = [
+            (real, settings.num_views(total)),
+            (synthetic, settings.num_views(total, synthetic=True)),
+        ]
+        return [(images, number) for images, number in both if len(images)]
 
     def train(self, some: Sequence[Cell], folders: Sequence[Path]) -> None:
         """Train cells: one, or several of the controlled protocol.
@@ -479,13 +485,17 @@ class Trainer:
         """What the heads of cells learn from; those that differ in their seed alone share it."""
 
         @cache
-        def seen(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.features(cell), self.targets(cell)
+        def seen(cell: Cell) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            parts = self.features(cell)
+            counts = [torch.full((len(part),), part.shape[1]) for part in parts]
+            vectors = torch.cat([part.flatten(0, 1) for part in parts])
+            return vectors, self.targets(cell), torch.cat(counts)
 
-        return [
-            classifier.TrainingSet(*seen(cell.model_copy(update={"seed": 0})), training_seed(cell))
-            for cell in some
-        ]
+        sets = []
+        for cell in some:
+            vectors, targets, counts = seen(cell.model_copy(update={"seed": 0}))
+            sets.append(classifier.TrainingSet(vectors, targets, training_seed(cell), counts))
+        return sets
 
     def controlled(
         self, some: Sequence[Cell], test: torch.Tensor | None = None

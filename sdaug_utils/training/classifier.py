@@ -62,6 +62,7 @@ class TrainingSet:
     features: torch.Tensor  # (n, views, features); whenever an image comes up, a view is drawn
     labels: torch.Tensor  # (n,), or mixed: (n, classes) or (n, views, classes) shares of each class
     seed: int  # of the head's first weights, of the order of images, of the views
+    num_views: torch.Tensor | None = None  # (n,) where they differ: features are (views, features)
 
 
 def train_head(
@@ -98,17 +99,22 @@ def train_heads(
     """
     heads, drawn = [], []
     for data in sets:
-        num_images, num_views, num_features = data.features.shape
-        heads.append(new_head(num_features, num_classes, data.seed))
-        rows = batches(num_images, settings.batch_size, settings.max_train_steps, data.seed)
+        counts = data.num_views
+        if counts is None:
+            counts = torch.full(data.features.shape[:1], data.features.shape[1])
+        vectors = data.features.reshape(-1, data.features.shape[-1])
+        heads.append(new_head(vectors.shape[1], num_classes, data.seed))
+        rows = batches(len(counts), settings.batch_size, settings.max_train_steps, data.seed)
         generator = torch.Generator().manual_seed(data.seed)
-        views = torch.randint(num_views, rows.shape, generator=generator)
+        most = int(counts.max())  # where an image has fewer, each of its views comes up more often
+        views = torch.randint(most, rows.shape, generator=generator) % counts[rows]
+        places = (counts.cumsum(0) - counts)[rows] + views
         targets = data.labels
         if targets.ndim == 1:
             targets = torch.nn.functional.one_hot(targets, num_classes).float()
-        if targets.ndim == 2:
-            targets = targets[:, None].expand(-1, num_views, -1)
-        drawn.append((data.features, targets, rows.split(UPDATES), views.split(UPDATES)))
+        wanted_at = places if targets.ndim == 3 else rows
+        targets = targets.reshape(-1, num_classes)
+        drawn.append((vectors, targets, places.split(UPDATES), wanted_at.split(UPDATES)))
     weight = torch.stack([head.weight.detach() for head in heads])  # (heads, classes, features)
     bias = torch.stack([head.bias.detach() for head in heads])  # (heads, classes)
     for number, head in enumerate(heads):  # which see from now on what is learnt
@@ -116,8 +122,8 @@ def train_heads(
     rate, step = settings.learning_rate / settings.batch_size, 0
     with torch.no_grad():
         for part in range(len(drawn[0][2])):
-            inputs = torch.stack([f[rows[part], views[part]] for f, _, rows, views in drawn], dim=1)
-            wanted = torch.stack([t[rows[part], views[part]] for _, t, rows, views in drawn], dim=1)
+            inputs = torch.stack([vectors[at[part]] for vectors, _, at, _ in drawn], dim=1)
+            wanted = torch.stack([targets[at[part]] for _, targets, _, at in drawn], dim=1)
             for x, target in zip(inputs, wanted, strict=True):  # (heads, batch, ...)
                 error = torch.baddbmm(bias[:, None], x, weight.mT).softmax(dim=2).sub_(target)
                 weight.baddbmm_(error.mT, x, alpha=-rate)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -178,13 +178,29 @@ def feature_arrays(
     Returns:
         (n, num_views, features), 32-bit floats.
     """
+    blocks = [_block(study, images, augmentation, views) for views in _blocks(num_views)]
+    return np.concatenate(blocks, axis=1)[:, :num_views]
+
+
+def fill(
+    study: Study,
+    images: Sequence[np.ndarray],
+    augmentation: Augmentation = "none",
+    num_views: int = 1,
+) -> None:
+    """Compute what :func:`feature_arrays` would find missing; what is there is not read."""
+    for views in _blocks(num_views):
+        _, specs = _arrays(study, images, augmentation, views)
+        if not _known(study, specs) >= set(digests(images)):
+            _block(study, images, augmentation, views)
+
+
+def _blocks(num_views: int) -> list[range]:
+    """The blocks in which views are kept, each as long as all before it."""
     ends = [0, 1]
     while ends[-1] < num_views:
         ends.append(2 * ends[-1])
-    blocks = [
-        _block(study, images, augmentation, range(*ends)) for ends in itertools.pairwise(ends)
-    ]
-    return np.concatenate(blocks, axis=1)[:, :num_views]
+    return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 def _block(
@@ -221,7 +237,7 @@ def pixel_vectors(images: Sequence[np.ndarray]) -> torch.Tensor:
 def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
     """Whether the store has the features of all of some images, not augmented."""
     _, specs = _arrays(study, images, "none", range(1))
-    return _read(study, specs).keys() >= set(digests(images))
+    return _known(study, specs) >= set(digests(images))
 
 
 def _arrays(
@@ -246,15 +262,28 @@ def _arrays(
 def _read(study: Study, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
     """What arrays in the store hold: (views, features) by the image's digest."""
     found: dict[str, np.ndarray] = {}
+    for file in _files(study, specs):
+        found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
+    return found
+
+
+def _known(study: Study, specs: Mapping[str, Spec]) -> set[str]:
+    """Digests of the images whose features arrays in the store hold."""
+    return {key for file in _files(study, specs, "digests") for key in file["digests"].tolist()}
+
+
+def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dict[str, np.ndarray]]:
+    """What is whole of the files of arrays: some of their parts, or all."""
     for spec in specs.values():
         path = study.store.folder("features", spec) / "features.npz"
         if path.exists():
             try:
                 with np.load(path) as file:  # it compares what it reads with a checksum
-                    found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
+                    read = {name: file[name] for name in parts or ("digests", "vectors")}
             except (EOFError, OSError, ValueError, KeyError, BadZipFile):
                 study.store.tell(path)
-    return found
+            else:
+                yield read
 
 
 def _add(study: Study, spec: Spec, made: Mapping[str, np.ndarray]) -> None:
