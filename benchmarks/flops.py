@@ -24,7 +24,7 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 from sdaug_utils.generation.foundation import MINIATURE_WEIGHTS
 from sdaug_utils.generation.techniques.dreambooth_lora import LAYERS
 from sdaug_utils.params import load_settings
-from sdaug_utils.training.segmenter import STAGE, new_head
+from sdaug_utils.training.segmenter import new_head
 
 RESULT = Path(__file__).parent / "results" / "flops.json"
 TOKENS = 77  # that a text encoder of CLIP reads
@@ -108,13 +108,13 @@ def training(profile: str) -> dict[str, dict[str, float]]:
         backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0)
         width, smaller = 1280, backbone
         maps = lambda image: smaller.forward_intermediates(  # noqa: E731
-            image, indices=[STAGE], intermediates_only=True, stop_early=True
+            image, indices=[segmenter.stage], intermediates_only=True, stop_early=True
         )[0]
         num_features = maps(image).shape[1]
     with torch.no_grad():
         feature = count(lambda: backbone.eval()(image))
         mapped = count(lambda: maps(torch.zeros(1, 3, *[segmenter.image_size] * 2)))
-    head = new_head(num_features, segmenter.channels, segmenter.atrous_rates)
+    head = new_head(num_features, segmenter)
     each = segmenter.image_size // segmenter.output_stride
     learning = count(lambda: head.eval()(torch.zeros(1, num_features, each, each)).sum().backward())
     classes = len(settings.data["main"].classes or range(37))

@@ -71,7 +71,7 @@ def seconds(measured: dict[str, Any]) -> dict[str, float]:
         "image, training of a head": 16
         * measured["linear head, updates per second"][f"{STACK} side by side"],
         "image, training of a segmenter": measured["segmenter training, images per second"][
-            "batch of 16"
+            f"batch of {settings.segmenter.batch_size}"
         ],
     }
     return {kind: float(f"{1 / rate:.3g}") for kind, rate in rates.items()}
@@ -158,8 +158,8 @@ def main() -> None:
     held_out = {name: Split(train.load, train.labels[:50], train.trimap) for name in SPLITS}
     result["segmenter training, images per second"] = rates(
         {
-            "batch of 16": (
-                50 * 16,
+            f"batch of {segmenting.batch_size}": (
+                50 * segmenting.batch_size,
                 lambda: segmenter.train(
                     maps, train.images(rows), trimaps, held_out, "controlled", 0
                 ),

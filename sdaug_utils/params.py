@@ -122,8 +122,10 @@ class Segmenter(Parameters):
     image_size: int = Field(ge=32)
     label_size: int = Field(ge=8)  # trimaps are compared at this size
     output_stride: Literal[8, 16]
+    stage: int = Field(ge=1, le=4)  # of EfficientNet's, that gives the maps; DeepLabV3 has its own
     channels: int = Field(ge=8)
     atrous_rates: list[Count] = Field(min_length=1)
+    dropout: float = Field(ge=0, lt=1)
     learning_rate: float = Field(gt=0)
     batch_size: int = Field(ge=1)
     max_train_steps: int = Field(ge=1)

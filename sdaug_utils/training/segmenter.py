@@ -20,7 +20,7 @@ from sdaug_utils.compute import device_of, in_parallel
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, Split
 from sdaug_utils.lazy import torch
-from sdaug_utils.params import Protocol
+from sdaug_utils.params import Protocol, Segmenter
 from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import batches
 from sdaug_utils.training.features import (
@@ -34,7 +34,6 @@ from sdaug_utils.training.features import (
 CODE_VERSION = 5
 NUM_CLASSES = 3
 Features = Callable[[Sequence[int]], Any]  # maps of some of the images
-STAGE = 3  # the backbone's third to last resolution: the deepest before its channels triple
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,24 @@ class FeatureMaps:
             if self.settings.backbone == "deeplabv3-resnet101":
                 return backbone(inputs)["out"]
             return backbone.forward_intermediates(
-                inputs, indices=[STAGE], intermediates_only=True, stop_early=True
+                inputs, indices=[self.settings.stage], intermediates_only=True, stop_early=True
             )[0]
 
 
-def new_head(num_features: int, channels: int, rates: Sequence[int]) -> torch.nn.Sequential:
-    """torchvision's ``DeepLabHead`` with a choice of width: (n, features, h, w) to (n, 3, h, w)."""
+def new_head(num_features: int, settings: Segmenter) -> torch.nn.Sequential:
+    """torchvision's ``DeepLabHead`` with a choice of width and dropout, which is 0.5 there.
+
+    It maps (n, features, height, width) to (n, 3, height, width).
+    """
     from torchvision.models.segmentation.deeplabv3 import ASPP
 
+    pyramid, channels = (
+        ASPP(num_features, settings.atrous_rates, settings.channels),
+        settings.channels,
+    )
+    pyramid.project[-1].p = settings.dropout
     return torch.nn.Sequential(
-        ASPP(num_features, list(rates), channels),
+        pyramid,
         torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         torch.nn.BatchNorm2d(channels),
         torch.nn.ReLU(),
@@ -143,7 +150,7 @@ def train(
     num_features = features([0]).shape[1]
     with augment.GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = new_head(num_features, settings.channels, settings.atrous_rates).to(device)
+        head = new_head(num_features, settings).to(device)
     _seed_dropout(head, torch.Generator(device).manual_seed(seed))
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate, fused=True)
     falls = protocol == "controlled"
