@@ -97,7 +97,7 @@ def train_heads(
     Returns:
         The number of updates of each head.
     """
-    heads, drawn = [], []
+    heads, drawn, at_once = [], [], UPDATES * settings.batch_size
     for data in sets:
         counts = data.num_views
         if counts is None:
@@ -114,17 +114,23 @@ def train_heads(
             targets = torch.nn.functional.one_hot(targets, num_classes).float()
         wanted_at = places if targets.ndim == 3 else rows
         targets = targets.reshape(-1, num_classes)
-        drawn.append((vectors, targets, places.split(UPDATES), wanted_at.split(UPDATES)))
+        at = places.flatten().split(at_once), wanted_at.flatten().split(at_once)
+        drawn.append((vectors, targets, *at))
     weight = torch.stack([head.weight.detach() for head in heads])  # (heads, classes, features)
     bias = torch.stack([head.bias.detach() for head in heads])  # (heads, classes)
     for number, head in enumerate(heads):  # which see from now on what is learnt
         head.weight.data, head.bias.data = weight[number], bias[number]
     rate, step = settings.learning_rate / settings.batch_size, 0
+    inputs = torch.empty(len(sets), at_once, weight.shape[2])  # of the next updates
+    wanted = torch.empty(len(sets), at_once, num_classes)
     with torch.no_grad():
         for part in range(len(drawn[0][2])):
-            inputs = torch.stack([vectors[at[part]] for vectors, _, at, _ in drawn], dim=1)
-            wanted = torch.stack([targets[at[part]] for _, targets, _, at in drawn], dim=1)
-            for x, target in zip(inputs, wanted, strict=True):  # (heads, batch, ...)
+            for number, (vectors, targets, at, wanted_at) in enumerate(drawn):
+                count = len(at[part])  # less than all at the end
+                torch.index_select(vectors, 0, at[part], out=inputs[number, :count])
+                torch.index_select(targets, 0, wanted_at[part], out=wanted[number, :count])
+            both = (x[:, :count].unflatten(1, (-1, settings.batch_size)) for x in (inputs, wanted))
+            for x, target in zip(*(each.unbind(1) for each in both), strict=True):
                 error = torch.baddbmm(bias[:, None], x, weight.mT).softmax(dim=2).sub_(target)
                 weight.baddbmm_(error.mT, x, alpha=-rate)
                 bias.sub_(error.sum(dim=1), alpha=rate)
