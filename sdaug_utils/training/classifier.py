@@ -97,32 +97,18 @@ def train_heads(
     Returns:
         The number of updates of each head.
     """
-    heads, drawn, at_once = [], [], UPDATES * settings.batch_size
-    for data in sets:
-        counts = data.num_views
-        if counts is None:
-            counts = torch.full(data.features.shape[:1], data.features.shape[1])
-        vectors = data.features.reshape(-1, data.features.shape[-1])
-        heads.append(new_head(vectors.shape[1], num_classes, data.seed))
-        rows = batches(len(counts), settings.batch_size, settings.max_train_steps, data.seed)
-        generator = torch.Generator().manual_seed(data.seed)
-        most = int(counts.max())  # where an image has fewer, each of its views comes up more often
-        views = torch.randint(most, rows.shape, generator=generator) % counts[rows]
-        places = (counts.cumsum(0) - counts)[rows] + views
-        targets = data.labels
-        if targets.ndim == 1:
-            targets = torch.nn.functional.one_hot(targets, num_classes).float()
-        wanted_at = places if targets.ndim == 3 else rows
-        targets = targets.reshape(-1, num_classes)
-        at = places.flatten().split(at_once), wanted_at.flatten().split(at_once)
-        drawn.append((vectors, targets, *at))
+    drawn = [_drawn(data, settings, num_classes) for data in sets]
+    num_features = drawn[0][0].shape[1]
+    heads = [new_head(num_features, num_classes, data.seed) for data in sets]
     weight = torch.stack([head.weight.detach() for head in heads])  # (heads, classes, features)
     bias = torch.stack([head.bias.detach() for head in heads])  # (heads, classes)
     for number, head in enumerate(heads):  # which see from now on what is learnt
         head.weight.data, head.bias.data = weight[number], bias[number]
     rate, step = settings.learning_rate / settings.batch_size, 0
-    inputs = torch.empty(len(sets), at_once, weight.shape[2])  # of the next updates
-    wanted = torch.empty(len(sets), at_once, num_classes)
+    inputs, wanted = (  # of the next updates
+        torch.empty(len(sets), UPDATES * settings.batch_size, width)
+        for width in (num_features, num_classes)
+    )
     with torch.no_grad():
         for part in range(len(drawn[0][2])):
             for number, (vectors, targets, at, wanted_at) in enumerate(drawn):
@@ -138,6 +124,33 @@ def train_heads(
                 if step % every == 0:
                     evaluate(step, heads)
     return step
+
+
+def _drawn(
+    data: TrainingSet, settings: Controlled, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """What the updates of a head see: vectors and targets, and which of them, some updates a part.
+
+    Where an image has fewer views than others, each of them comes up more often.
+    """
+    counts = data.num_views
+    if counts is None:
+        counts = torch.full(data.features.shape[:1], data.features.shape[1])
+    rows = batches(len(counts), settings.batch_size, settings.max_train_steps, data.seed)
+    generator = torch.Generator().manual_seed(data.seed)
+    views = torch.randint(int(counts.max()), rows.shape, generator=generator) % counts[rows]
+    places = (counts.cumsum(0) - counts)[rows] + views
+    targets = data.labels
+    if targets.ndim == 1:
+        targets = torch.nn.functional.one_hot(targets, num_classes).float()
+    places_of_targets = places if targets.ndim == 3 else rows
+    at_once = UPDATES * settings.batch_size
+    return (
+        data.features.reshape(-1, data.features.shape[-1]),
+        targets.reshape(-1, num_classes),
+        places.flatten().split(at_once),
+        places_of_targets.flatten().split(at_once),
+    )
 
 
 def judge(data: TrainingSet, settings: Controlled, num_classes: int) -> torch.nn.Linear:

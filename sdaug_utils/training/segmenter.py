@@ -99,10 +99,8 @@ def new_head(num_features: int, settings: Segmenter) -> torch.nn.Sequential:
     """
     from torchvision.models.segmentation.deeplabv3 import ASPP
 
-    pyramid, channels = (
-        ASPP(num_features, settings.atrous_rates, settings.channels),
-        settings.channels,
-    )
+    channels = settings.channels
+    pyramid = ASPP(num_features, settings.atrous_rates, channels)
     pyramid.project[-1].p = settings.dropout
     return torch.nn.Sequential(
         pyramid,
