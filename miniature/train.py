@@ -569,7 +569,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=15000)
     parser.add_argument("--guidance-steps", type=int, default=1200)
     parser.add_argument("--canny-steps", type=int, default=1000)
-    parser.add_argument("--segmentation-steps", type=int, default=1600)
+    parser.add_argument("--segmentation-steps", type=int, default=3200)
     arguments = parser.parse_args()
 
     build: Path = arguments.build
