@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from machine import describe
 
+from sdaug_utils.compute import in_parallel
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.foundation import compiled, load_pipeline, scale_condition
@@ -140,11 +141,18 @@ def main() -> None:
 
     data = classifier.TrainingSet(torch.randn(550, 1, 1280), torch.arange(550) % 10, seed=0)
     head = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
+    workers = torch.get_num_threads()  # small networks are trained on a core each
+
+    def on_each_core(work: Callable[[], object]) -> Callable[[], object]:
+        return lambda: in_parallel(settings, lambda _: work(), range(workers))
+
     result["linear head, updates per second"] = rates(
         {
             f"{size} side by side": (
-                500 * size,
-                partial(classifier.train_heads, [data] * size, head, 10, 500, lambda *_: None),
+                500 * size * workers,
+                on_each_core(
+                    partial(classifier.train_heads, [data] * size, head, 10, 500, lambda *_: None)
+                ),
             )
             for size in (1, STACK)
         }
@@ -159,9 +167,11 @@ def main() -> None:
     result["segmenter training, images per second"] = rates(
         {
             f"batch of {segmenting.batch_size}": (
-                50 * segmenting.batch_size,
-                lambda: segmenter.train(
-                    maps, train.images(rows), trimaps, held_out, "controlled", 0
+                50 * segmenting.batch_size * workers,
+                on_each_core(
+                    lambda: segmenter.train(
+                        maps, train.images(rows), trimaps, held_out, "controlled", 0
+                    )
                 ),
             )
         }
