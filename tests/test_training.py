@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import ResNet34_Weights, resnet34
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images
@@ -176,6 +177,25 @@ def test_more_views_of_an_image_begin_with_the_fewer(world, monkeypatch):
     assert torch.equal(more[:, :2], few[:2])
     assert computed == [(range(1), 3), (range(1, 2), 3), (range(2, 4), 2), (range(4, 8), 2)]
     assert len({array_digest(view.numpy()) for view in more[0]}) == 7
+
+
+def test_what_is_there_is_not_read_to_be_prepared(world, monkeypatch):
+    images, computed = world.data.splits["train"].images(range(3)), []
+    wanted = features.image_features(world, images, "custom", num_views=4)
+    monkeypatch.setattr(features, "_read", lambda *_: pytest.fail("features were read"))
+    features.fill(world, images, "custom", num_views=4)
+    features.fill(world, images[:2], "custom", num_views=1)
+    monkeypatch.undo()
+    compute = features._compute
+    monkeypatch.setattr(
+        features, "_compute", lambda *given: computed.append(given[4:]) or compute(*given)
+    )
+    more = world.data.splits["train"].images(range(5))
+    features.fill(world, more, "custom", num_views=2)
+    assert computed == [(range(1), [3, 4]), (range(1, 2), [3, 4])]
+    found = features.image_features(world, more, "custom", num_views=2)
+    assert len(computed) == 2
+    assert torch.equal(found[:3], wanted[:, :2])
 
 
 def test_the_fewer_images_the_more_views_of_each():
@@ -431,6 +451,26 @@ def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypa
     segmenter.train(maps, train.images(np.arange(4)), trimaps, held_out, "controlled", 0)
     assert draws_more()
     assert outside == []
+
+
+def test_the_segmentation_head_is_torchvisions(world):
+    as_there = {"channels": 256, "atrous_rates": [12, 24, 36], "dropout": 0.5}
+    settings = world.settings.segmenter.model_copy(update=as_there)
+    theirs = DeepLabHead(40, segmenter.NUM_CLASSES, (12, 24, 36))
+    assert str(list(segmenter.new_head(40, settings).children())) == str(list(theirs.children()))
+    own = segmenter.new_head(40, settings.model_copy(update={"dropout": 0.1}))
+    assert [m.p for m in own.modules() if isinstance(m, nn.Dropout)] == [0.1]
+
+
+@pytest.mark.parametrize(("stage", "channels"), [(1, 24), (2, 40), (3, 112)])
+def test_a_stage_says_which_maps_the_segmenter_sees(world, stage, channels):
+    maps = segmenter.FeatureMaps(world)
+    maps.settings = world.settings.segmenter.model_copy(
+        update={"stage": stage, "image_size": 64, "output_stride": 8}
+    )
+    side = 16 if stage == 1 else 8  # dilation keeps deeper maps at a stride of 8
+    made = maps.of(world.data.splits["train"].images(range(2)))([0, 1])
+    assert made.shape == (2, channels, side, side)
 
 
 def test_a_backbone_is_folded_while_no_pipeline_loads():
