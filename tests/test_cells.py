@@ -160,6 +160,7 @@ def test_real_images_have_more_views_than_synthetic_ones(world):
     [chosen] = cells.repeated([{**arm, "augmentation": "custom"}], "controlled", 1, 1)
     real, synthetic = cells.Trainer(world).features(chosen)
     assert real.shape[:2] == (4, 2)  # four real images: 12 views would make one of each
+    assert not torch.equal(real[0, 0], real[0, 1])
     assert synthetic.shape[:2] == (8, 1)
     [seen] = cells.Trainer(world).head_sets([chosen])
     assert seen.num_views.tolist() == [2] * 4 + [1] * 8
