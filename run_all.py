@@ -37,7 +37,6 @@ from sdaug_utils.errors import InputError
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
 MODULE, SOURCES = ROOT / "sdaug_utils", {".py", ".yaml", ".json", ".csv"}
-KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 FINE = ("ok", "up to date")
 BEYOND = ("10", "11")  # what the thesis did not do: only where they are asked for
 FOLDERS = ("SDAUG_STORE", "SDAUG_FIGURES", "SDAUG_RESULTS")
@@ -412,8 +411,8 @@ def start_kernel() -> Kernel | None:
 
 def read_ledger(ledger: Path) -> tuple[dict[str, dict[str, list[int]]], dict[str, int]]:
     """The items of each artefact that a notebook used, and how many it made, by kind."""
-    used: dict[str, dict[str, set[int]]] = {kind: {} for kind in KINDS}
-    made: dict[str, dict[str, set[int]]] = {kind: {} for kind in KINDS}
+    used: dict[str, dict[str, set[int]]] = {kind: {} for kind in store.KINDS}
+    made: dict[str, dict[str, set[int]]] = {kind: {} for kind in store.KINDS}
     for entry in _entries(ledger):
         if "artefact" in entry:
             for items, noted in ((used, "used"), (made, "made")):
@@ -499,7 +498,7 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
         sheets = len(report.figures) - len(named)
         named += [f"{sheets} sample sheet{'s' * (sheets > 1)}"] if sheets else []
         print(f"{'':<35} {', '.join(named)}")
-    for kind, label in KINDS.items():
+    for kind, label in store.KINDS.items():
         made = sum(report.made.get(kind, 0) for report in reports) + outcome.made.get(kind, 0)
         used = sum(len(x) for report in reports for x in report.used.get(kind, {}).values())
         print(f"{label:<26} {made:>7} made, {max(0, used - made)} reused")
@@ -557,7 +556,7 @@ def write_record(
         facts = {
             "minutes": round(report.minutes + making, 1),
             "of which making": round(making, 1),
-            **{kind: sum(map(len, report.used.get(kind, {}).values())) for kind in KINDS},
+            **{kind: sum(map(len, report.used.get(kind, {}).values())) for kind in store.KINDS},
             "status": report.status,
             "pools": sorted(report.used.get("images", {})),
         }
@@ -623,7 +622,7 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         together.setdefault(job.study.data.name, plan.Needs()).add(needed)
         counts = zip(missing.counts(), needed.counts(), strict=True)
         texts = (f"{rest} / {whole}" for rest, whole in counts)
-        row: dict[str, Any] = dict(zip(KINDS, texts, strict=True))
+        row: dict[str, Any] = dict(zip(store.KINDS, texts, strict=True))
         row[unit], row["at least"] = tasks.hours(job.study, missing, both) * per_hour
         row["GiB"] = plan.gibibytes(job.study, missing)
         row["thesis, hours"] = plan.thesis_hours(job.path.stem)

@@ -313,12 +313,14 @@ def require_techniques(study: Study, p: params.Experiment) -> None:
     Raises:
         InputError: something is only planned with, or does not go with the foundation model.
     """
-    names: Iterable[str] = p.techniques if isinstance(p, params.Subjects) else ()
+    names: list[str] = [*p.techniques] if isinstance(p, params.Subjects) else []
+    if isinstance(p, params.DifferentSubjects):
+        names.append(p.bare_technique)
     if isinstance(p, params.Runs):
-        names = numbers_made(every_cell(study, p))
+        names += numbers_made(every_cell(study, p))
     for name in names:
         if lacking := techniques()[name].lacking(study.settings):
-            raise InputError(f"{lacking}, or leave '{name}' out of `techniques`")
+            raise InputError(f"{lacking}, or do without '{name}'")
         techniques()[name].check(study.settings)
 
 

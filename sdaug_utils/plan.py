@@ -130,8 +130,8 @@ def _measured(settings: Settings) -> dict[str, Any]:
 
 def _steps(settings: Settings) -> dict[str, int]:
     """How many steps an image takes, by the kind of work that it is."""
-    every = techniques().values()
-    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every if t.kind}
+    every = [technique for technique in techniques().values() if technique.is_generative]
+    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every}
 
 
 def is_at_scale(settings: Settings) -> bool:

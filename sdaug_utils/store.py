@@ -28,6 +28,8 @@ from sdaug_utils.errors import InputError
 Spec = Mapping[str, Any]
 PARTIAL = ".partial"  # of a folder that is being made
 FILES = "files.json"
+KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
+"""What is counted, as the ledger of :func:`note` names it and as people do."""
 
 
 def digest(spec: Spec) -> str:

@@ -19,12 +19,11 @@ from sdaug_utils.generation.pools import BLOCK, fill, learn_models, number_missi
 from sdaug_utils.generation.technique import Request
 from sdaug_utils.plan import Needs
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import digest
+from sdaug_utils.store import KINDS, digest
 from sdaug_utils.study import Study
 from sdaug_utils.training import cells, features
 from sdaug_utils.training.cells import Cell
 
-COUNTED = ("images", "personalised models", "training runs")
 MOST_IMAGES, LONGEST = 500, 120  # of a task: images, and the seconds that their generation takes
 Rates = Mapping[str, Any]  # seconds, by kind of work
 
@@ -192,7 +191,8 @@ def left_to_make(study: Study, p: params.Experiment) -> str:
     """One line: what of an experiment is still to be made, and about how long that takes here."""
     needed = plan.needs(study, p)
     missing = plan.missing(study, needed, plan.Needs())
-    counts = dict(zip(COUNTED, zip(missing.counts(), needed.counts(), strict=True), strict=True))
+    pairs = zip(missing.counts(), needed.counts(), strict=True)
+    counts = dict(zip(KINDS.values(), pairs, strict=True))
     if not any(lacking for lacking, _ in counts.values()):
         made = ", ".join(f"{whole:,} {what}" for what, (_, whole) in counts.items() if whole)
         return f"All made already: {made}."

@@ -122,7 +122,7 @@ def _copied(pool: Pool, asked: Request, folder: Path, technique: str) -> dict[st
         target = folder / f"{technique}-{number:05d}.png"
         shutil.copyfile(file, target)
         name = f"{folder.name}/{target.name}"
-        shown = seed if techniques()[technique].kind else ""  # what is found has none
+        shown = seed if techniques()[technique].is_generative else ""  # what is found has none
         facts = (name, pool.class_name, technique, asked.spec["prompt"], shown, attempts)
         rows[name] = dict(zip(COLUMNS, map(str, facts), strict=True))
     return rows

@@ -57,9 +57,14 @@ class Technique:
     """Which images of a cell's real subset it may see: the first are learnt from; where it is all,
     image i follows one of them, in turn."""
     learns: ClassVar[bool] = False  # a model for each set of inputs: see personalisation.py
-    kind: ClassVar[str] = "StableDiffusionPipeline"  # the class of diffusers that makes its images
+    kind: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class that makes its images, or ""
     network: ClassVar[str] = "the U-Net"  # that makes them, for what it takes to compile it
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
+
+    @property
+    def is_generative(self) -> bool:
+        """Whether its images are made, from seeds, and not found."""
+        return bool(self.kind)
 
     @property
     def shelf(self) -> str:

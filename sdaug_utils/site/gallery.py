@@ -40,6 +40,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
         rows = rows[:PER_POOL]
         if not rows or spec["technique"] not in techniques():
             continue
+        is_generative = techniques()[spec["technique"]].is_generative
         files = [folder / row["file_name"] for _, row in rows]
         images = read_listed(files, [row["digest"] for _, row in rows])
         try:
@@ -66,7 +67,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
                 "images": [
                     {
                         "index": index,
-                        "seed": row["seed"] if techniques()[spec["technique"]].kind else "",
+                        "seed": row["seed"] if is_generative else "",
                         "attempts": int(row["attempts"]),
                         "similarity": like,
                     }

@@ -189,9 +189,10 @@ def fill(
     num_views: int = 1,
 ) -> None:
     """Compute what :func:`feature_arrays` would find missing; what is there is not read."""
+    keys = set(digests(images))
     for views in _blocks(num_views):
         _, specs = _arrays(study, images, augmentation, views)
-        if not _known(study, specs) >= set(digests(images)):
+        if not _known(study, specs) >= keys:
             _block(study, images, augmentation, views)
 
 
@@ -262,7 +263,7 @@ def _arrays(
 def _read(study: Study, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
     """What arrays in the store hold: (views, features) by the image's digest."""
     found: dict[str, np.ndarray] = {}
-    for file in _files(study, specs):
+    for file in _files(study, specs, "digests", "vectors"):
         found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
     return found
 
@@ -273,13 +274,13 @@ def _known(study: Study, specs: Mapping[str, Spec]) -> set[str]:
 
 
 def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dict[str, np.ndarray]]:
-    """What is whole of the files of arrays: some of their parts, or all."""
+    """The given parts of each file of arrays that is whole."""
     for spec in specs.values():
         path = study.store.folder("features", spec) / "features.npz"
         if path.exists():
             try:
                 with np.load(path) as file:  # it compares what it reads with a checksum
-                    read = {name: file[name] for name in parts or ("digests", "vectors")}
+                    read = {name: file[name] for name in parts}
             except (EOFError, OSError, ValueError, KeyError, BadZipFile):
                 study.store.tell(path)
             else:
