@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 from sdaug_utils.evidence import figures
 from sdaug_utils.study import figures_folder
+
+SHIPPED = Path(__file__).parents[1] / "figures" / "miniature"
 
 
 def table():
@@ -106,3 +111,10 @@ def test_rows_of_a_sheet_may_differ_in_length():
     assert mosaic[4, 14].tolist() == [255] * 3
     assert mosaic[14, 14].tolist() == [0] * 3
     plt.close(figure)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.png")), ids=lambda path: path.stem)
+def test_nothing_of_a_shipped_figure_is_cut_off(path):
+    grey = np.asarray(Image.open(path).convert("L"))
+    border = np.concatenate([grey[:2].ravel(), grey[-2:].ravel(), grey[:, :2].ravel()])
+    assert min(border.min(), grey[:, -2:].min()) > 250

@@ -140,13 +140,17 @@ def curves(
         axes.plot(places, rows[y], color=colour, marker=marker, markersize=5, label=label, lw=1.4)
         if low and high:
             axes.vlines(places, rows[low], rows[high], color=colour, lw=1.2, alpha=0.7)
-    ticks = sorted(set(data[x]))
     if logarithmic:
         axes.set_xscale("log")
-    if not ticks:
-        return
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    _ticks(axes, data[x])
+
+
+def _ticks(axes: Axes, values: pd.Series) -> None:
+    """A tick, with its number, at each of the values of x, if there are any."""
+    if len(values):
+        ticks = sorted(set(values))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
 
 
 def reference(axes: Axes, row: pd.Series, label: str, value: str = "score") -> None:
@@ -241,6 +245,7 @@ def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
         mean = rows.groupby("step")["test_accuracy"].mean()
         axes.plot(mean.index, mean, style, color=colour, lw=2, label=f"{label}, rate {rate:g}")
     axes.set_xscale("log")
+    _ticks(axes, curve["step"])
     axes.legend()
 
 
