@@ -68,9 +68,9 @@ class Needs:
 
 
 def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
-    """What of ``wanted`` has to be made once ``done`` has been.
+    """What of ``wanted`` has to be made where ``done`` is made, too.
 
-    A fine-tuned U-Net that is not kept has to be made again for every pool that grows.
+    A model that is not kept is there until all its images are: both need it but once.
     """
     root, rest = study.store.root, Needs()
     for key, indices in wanted.images.items():
@@ -81,9 +81,8 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
         rest.images[key], rest.requests[key] = new, request
         if new and request.model:
             technique, name = request.technique, digest(request.model)
-            folder = root / technique.shelf / name
-            there = name in done.models or study.store.is_whole(folder)
-            if not (there and technique.keeps_models(study.settings)):
+            is_there = study.store.is_whole(root / technique.shelf / name)
+            if not (is_there or name in done.models):
                 rest.models[name] = technique
     for key, cell in wanted.runs.items():
         if key not in done.runs and not study.store.is_whole(root / "cells" / key):

@@ -347,9 +347,9 @@ def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 
 def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
-    """Runs of two ``budget``s, as claims read them, from accuracy against updates.
+    """Runs of three ``budget``s, as claims read them, from accuracy against updates.
 
-    In ``equal`` every arm has ``many`` updates, in ``own`` the baseline has ``few``.
+    In ``many`` and ``few`` every arm has so many updates; in ``own`` the baseline alone has few.
 
     Args:
         curve: test accuracy in 0 to 1 by ``arm``, ``draw`` and ``step``, at one learning rate.
@@ -357,7 +357,7 @@ def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
     own = np.where(curve["arm"] == "baseline", few, many)
     parts = [
         curve[curve["step"] == steps].assign(budget=budget, seed=0)
-        for budget, steps in (("own", own), ("equal", many))
+        for budget, steps in (("own", own), ("many", many), ("few", few))
     ]
     runs = pd.concat(parts, ignore_index=True)
     arrays = pd.Series([np.array([value]) for value in runs["test_accuracy"]], index=runs.index)
@@ -367,7 +367,7 @@ def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
 def budget_gains(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
     """An arm's gain at each ``budget``, in absolute points with its 95 % interval over draws."""
     rows = []
-    for budget in ("own", "equal"):
+    for budget in ("own", "many", "few"):
         pair = (scores(runs, arm=name, budget=budget) for name in (arm, "baseline"))
         rows.append({"budgets": budget, **_gain("", *pair)})
     return pd.DataFrame(rows)
