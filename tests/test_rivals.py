@@ -298,11 +298,5 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
     experiments.check(unnamed, p)
     with pytest.raises(InputError, match="or do without 'retrieval'"):
         experiments.require_techniques(unnamed, p)
-    values = params.parameters_cell(run_all.NOTEBOOKS / "02-different-subjects.ipynb")
-    values |= params.overrides("smoke", "02-different-subjects")
-    values["bare_technique"] = "retrieval"
-    bare = params.check_notebook("02-different-subjects", values)
-    with pytest.raises(InputError, match="or do without 'retrieval'"):
-        experiments.require_techniques(unnamed, bare)
     assert "retrieval" not in experiments.fitted(unnamed, p)["techniques"]
     experiments.require_techniques(world, p)

@@ -27,7 +27,7 @@ from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.lazy import torch
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training.classifier import TrainingSet, train_head
+from sdaug_utils.training.classifier import TrainingSet, judge
 from sdaug_utils.training.features import feature_arrays, image_features
 
 HYPERNYM = "hypernym"  # the arm of images that a kind's bare name gives
@@ -181,11 +181,9 @@ class Judge:
         self.mean = features[:, 0].mean(dim=0).numpy()
         self.real = features[:, 0].numpy() - self.mean  # (n, d), of the training images
         self.num_classes = len(study.data.class_names)
-        settings, heads = study.settings.classifier.controlled, []
         data = TrainingSet(features, torch.from_numpy(self.train.labels), seed=0)
-        steps = settings.max_train_steps
-        train_head(data, settings, self.num_classes, steps, lambda _, head: heads.append(head))
-        self.head = heads[-1]  # a classifier of real images, all of the training split
+        settings = study.settings.classifier.controlled
+        self.head = judge(data, settings, self.num_classes)  # of all the real training images
 
     def __call__(
         self, pools: Sequence[Pool], prompts: dict[str, Any], subject: Subject

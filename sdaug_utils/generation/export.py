@@ -65,7 +65,7 @@ def write_images(
     for asked, pool in zip(requests, pools, strict=True):
         folder = into / pool.class_name
         folder.mkdir(exist_ok=True)
-        for old in folder.glob(f"{technique}-*.png"):
+        for old in folder.glob(f"{technique}-[0-9]*.png"):
             old.unlink()
             rows.pop(f"{folder.name}/{old.name}", None)
         rows |= _copied(pool, asked, folder, technique)

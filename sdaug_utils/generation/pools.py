@@ -129,16 +129,8 @@ def chosen(request: Request, rows: Mapping[int, Row], max_attempts: int) -> list
     """The indices of the images that a request gets, in order: those given up are left out.
 
     In their place come the next of the sequence, so that 50 images are the first of 400.
-
-    Raises:
-        RuntimeError: more were given up than are asked for.
     """
     number, gone = len(request.indices), {i for i in rows if is_given_up(rows[i], max_attempts)}
-    if len(gone & set(request.indices)) == number > 0:
-        raise RuntimeError(
-            f"pool of '{request.spec['class']}': all {number} images were rejected {max_attempts} "
-            "times; choose another prompt or raise sampling.max_attempts"
-        )
     further = map(request.at, itertools.count(number)) if request.at else ()
     sequence = itertools.chain(request.indices, further)
     return list(itertools.islice((i for i in sequence if i not in gone), number))
@@ -172,6 +164,8 @@ def grow(
     made: set[Item] = set()
     while True:
         rows = [read_pool(folder, verify) for folder in folders]
+        for request, own in zip(requests, rows, strict=True):
+            _require_some(request, own, max_attempts)
         indices = [
             chosen(request, own, max_attempts) for request, own in zip(requests, rows, strict=True)
         ]
@@ -203,6 +197,20 @@ def grow(
             )
         )
     return pools
+
+
+def _require_some(request: Request, rows: Mapping[int, Row], max_attempts: int) -> None:
+    """Check that of the images asked for, or at least of their pool, one is not given up.
+
+    Raises:
+        RuntimeError: none is left.
+    """
+    gone = {index for index in rows if is_given_up(rows[index], max_attempts)}
+    if gone == set(rows) and gone >= set(request.indices) and request.indices:
+        raise RuntimeError(
+            f"pool of '{request.spec['class']}': all {len(gone)} images were rejected "
+            f"{max_attempts} times; choose another prompt or raise sampling.max_attempts"
+        )
 
 
 def _make(

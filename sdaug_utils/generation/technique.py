@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from PIL import Image
 
 from sdaug_utils.compute import dtype_name
 from sdaug_utils.data.datasets import personalisation_inputs, subset, subset_size
 from sdaug_utils.data.images import shuffled
+from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, load_pipeline, revision
 from sdaug_utils.params import Parameters, Sampling, Settings
 from sdaug_utils.registry import techniques
@@ -143,6 +145,27 @@ class Technique:
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         """A pipeline to draw with, by what was learnt in ``folder``; ``pipeline`` stays."""
         return twin(pipeline)
+
+
+def require_a_step(section: str, strength: float, settings: Settings) -> None:
+    """Check that images which begin as real ones are changed at all.
+
+    Raises:
+        InputError: so little noise leaves none of the sampler's steps.
+    """
+    steps = settings.sampling.num_inference_steps
+    if strength * steps < 1:
+        raise InputError(
+            f"{section}: a strength of {strength:g} leaves none of {steps} steps: choose at least "
+            f"{1 / steps:g}, or more steps"
+        )
+
+
+def beginnings(study: Study, request: Request, indices: Sequence[int]) -> list[Image.Image]:
+    """The real images that images of given indices begin as, of the size of what is made."""
+    train, side = study.data.splits["train"], study.settings.sampling.resolution
+    followed = map(train.load, request.followed(indices))
+    return [Image.fromarray(image).resize((side, side)) for image in followed]
 
 
 def twin(pipeline: Pipeline, **parts: Any) -> Pipeline:

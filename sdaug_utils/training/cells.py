@@ -28,6 +28,7 @@ from sdaug_utils.study import Study
 from sdaug_utils.training import classifier, features, mixing, segmenter, selection
 
 CODE_VERSION = 3
+USUAL_ATTEMPTS = 10  # in every profile: their keys leave it out
 STACK = 9  # heads that are trained side by side: more are not faster
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""
@@ -232,6 +233,8 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
     trained = settings.published if cell.protocol == "published" else settings.controlled
     backbone, recipe = str(settings.backbone), trained.model_dump()
     versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
+    of_images = techniques()[cell.technique].sampling(study.settings) if cell.technique else None
+    most = of_images.max_attempts if of_images else USUAL_ATTEMPTS  # decides what is given up
     if cell.task == "classification":
         versions.append(classifier.CODE_VERSION)
         if cell.protocol == "controlled":
@@ -248,6 +251,7 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         "backbone": features.BACKBONES[backbone],
         "settings": recipe,
         **({"share": share(study, cell)} if share(study, cell) < 1 else {}),
+        **({"max_attempts": most} if most != USUAL_ATTEMPTS else {}),
         "pools": pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
         if cell.technique
         else [],
@@ -374,13 +378,15 @@ class Trainer:
 
     def training_set(self, cell: Cell) -> tuple[Images, np.ndarray]:
         """The images that a cell trains on, real ones first, and their labels."""
-        rows = real_rows(self.study, cell)
-        synthetic = images_of(self.cell_pools(cell))
-        if cell.rule:
-            synthetic = synthetic.taken(self.kept(cell).tolist())
+        rows, synthetic = real_rows(self.study, cell), self._synthetic(cell)
         labels = np.repeat(np.arange(self.num_classes), cell.synthetic_per_class)
         images = self.splits["train"].images(rows) + synthetic
         return images, np.concatenate([self.splits["train"].labels[rows], labels])
+
+    def _synthetic(self, cell: Cell) -> Images:
+        """The images of a cell's pools, or those of them that its rule keeps."""
+        every = images_of(self.cell_pools(cell))
+        return every.taken(self.kept(cell).tolist()) if cell.rule else every
 
     def targets(self, cell: Cell) -> torch.Tensor:
         """Labels of a cell's training images, or, if some are mixed, the shares of each class.
@@ -398,7 +404,8 @@ class Trainer:
 
     def _share(self, cell: Cell, whole: torch.Tensor, own: float) -> None:
         """Give a part of synthetic images' labels to the class of the image that they follow."""
-        rows = [row for pool in self.cell_pools(cell) for row in pool.followed]
+        rows = np.array([row for pool in self.cell_pools(cell) for row in pool.followed])
+        rows = rows[self.kept(cell)] if cell.rule else rows
         other = torch.from_numpy(self.splits["train"].labels[rows])
         first = len(whole) - len(rows)  # of the synthetic images
         whole[first:] *= own
@@ -438,7 +445,7 @@ class Trainer:
     def _to_view(self, cell: Cell) -> list[tuple[Images, int]]:
         """Real and synthetic images that are augmented, and how many views each of them has."""
         real = self.splits["train"].images(real_rows(self.study, cell))
-        synthetic = images_of(self.cell_pools(cell))
+        synthetic = self._synthetic(cell)
         settings, total = self.study.settings.classifier.controlled, len(real) + len(synthetic)
         both = [
             (real, settings.num_views(total)),

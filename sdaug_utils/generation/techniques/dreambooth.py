@@ -27,7 +27,7 @@ from sdaug_utils.study import Study
 class DreamBoothSettings(Parameters):
     """Fine-tuning of the U-Net (thesis, table 4.2)."""
 
-    instance_prompt: str
+    instance_prompt: str = Field(pattern=r"^[^{}]*$")  # the same for every class
     class_prompt: str
     prior_loss_weight: float = Field(ge=0)
     num_class_images: int = Field(ge=0)
@@ -86,7 +86,7 @@ class DreamBooth(Personalised):
         batch = Batch(sampling.batch_size, "sampling.batch_size")
 
         def sampler() -> Sampler:
-            return pipeline_sampler(pipeline, sampling, [spec["prompt"]], arguments)
+            return pipeline_sampler(twin(pipeline), sampling, [spec["prompt"]], arguments)
 
         [pool] = grow(study.store, [asked], sampler, batch, sampling.max_attempts)
         return pool.images()

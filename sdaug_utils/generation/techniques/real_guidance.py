@@ -1,14 +1,19 @@
 """Real guidance: images begin as noisy real ones, not as noise alone (He et al., ICLR 2023)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.technique import Request, Study, Technique
-from sdaug_utils.params import Parameters
+from sdaug_utils.generation.technique import (
+    Request,
+    Study,
+    Technique,
+    beginnings,
+    require_a_step,
+)
+from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 
 
@@ -19,14 +24,17 @@ class Strength(Parameters):
 @register
 class RealGuidance(Technique):
     name, label, colour, marker = "real-guidance", "Real guidance", "#2a9d9d", "d"
-    section, inputs, kind = ("real_guidance", Strength), "all", "StableDiffusionImg2ImgPipeline"
+    section: ClassVar = ("real_guidance", Strength)
+    inputs, kind = "all", "StableDiffusionImg2ImgPipeline"
+
+    def check(self, settings: Settings) -> None:
+        super().check(settings)
+        require_a_step(self.section[0], self.of(settings).strength, settings)
 
     def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         real = study.data.splits["train"].images(rows)
         return {"images": digests(real), **self.of(study.settings).model_dump()}
 
     def arguments(self, study: Study, request: Request) -> Any:
-        real, side = study.data.splits["train"], study.settings.sampling.resolution
         strength = self.of(study.settings).strength
-        begin = [Image.fromarray(image).resize((side, side)) for image in real.images(request.rows)]
-        return lambda some: {"image": [begin[i % len(begin)] for i in some], "strength": strength}
+        return lambda some: {"image": beginnings(study, request, some), "strength": strength}
