@@ -1,6 +1,7 @@
 """``python -m sdaug_utils``: images for use elsewhere, the store, the raw runs."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -134,6 +135,11 @@ def test_the_store_is_listed_shown_and_pruned(call, world):
     with world.store.lock("features", {"a": 1}):
         assert "but in use" in call("store", "prune", "--older-than", 5)[1]
     assert whole.exists()
+    spec = json.loads((folder / "spec.json").read_text())
+    spec = {key: value for key, value in spec.items() if key not in ("made_with", "batch_size")}
+    with world.store.lock("listings", spec):
+        assert not world.store.remove(folder)
+    assert folder.exists()
     whole.with_suffix(PARTIAL).mkdir()  # of a run that was making it again
     assert "made more than 5 days ago" in call("store", "prune", "--older-than", 5)[1]
     assert not whole.exists()
@@ -148,6 +154,10 @@ def test_shipped_runs_are_listed_and_summed_up(call, monkeypatch):
     assert "stable-diffusion-prompt" in table
     assert "gain_points" in table
     assert "03-a  supported" in call("results", "claims")[1]
+    for name in ("03-protocols", "03-views", "08-updates", "11-shifts"):
+        code, table = call("results", name)[:2]
+        assert (code, "protocol" in table) == (0, True)
+        assert "gain_points" not in table
     assert call("results", "99")[0] == 2
 
 
@@ -169,3 +179,10 @@ def test_help_waits_for_nothing_slow():
     )
     assert "--into" in shown.stdout
     assert shown.stdout.endswith("[]\n")
+
+
+def test_a_technique_leaves_those_alone_whose_names_begin_with_its_own(call, tmp_path):
+    for technique in ("dreambooth-lora", "dreambooth"):
+        assert make(call, tmp_path / "images", technique)[0] == 0
+    names = {path.name for path in (tmp_path / "images").rglob("*.png")}
+    assert {name.rpartition("-")[0] for name in names} == {"dreambooth", "dreambooth-lora"}

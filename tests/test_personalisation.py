@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,6 +11,7 @@ from sdaug_utils.generation.foundation import load_pipeline
 from sdaug_utils.generation.technique import request
 from sdaug_utils.generation.techniques import textual_inversion
 from sdaug_utils.registry import techniques
+from sdaug_utils.store import Store
 from sdaug_utils.study import Study
 
 
@@ -106,3 +110,19 @@ def test_an_initialiser_of_several_tokens_is_refused(world, pipeline):
     images = world.data.splits["train"].images([0])
     with pytest.raises(InputError, match=r"initializer_token: 'rhinoceros' is not a single"):
         invert(pipeline, world, [images], initializer_token="rhinoceros")
+
+
+def test_class_images_of_two_draws_may_be_made_side_by_side(world, pipeline, tmp_path):
+    world = with_settings(world, "sampling", num_inference_steps=6)
+    technique = techniques()["dreambooth"]
+
+    def images(store, draw):
+        own = Study("smoke", world.settings, world.data, store)
+        spec = technique.class_images_spec(world.settings, draw)
+        return [image.tobytes() for image in technique.class_images(own, pipeline, spec)]
+
+    alone = [images(Store(tmp_path / "alone"), draw) for draw in (0, 1)]
+    with ThreadPoolExecutor(2) as executor:
+        both = list(executor.map(partial(images, Store(tmp_path / "both")), (0, 1)))
+    assert both == alone
+    assert alone[0] != alone[1]

@@ -434,3 +434,27 @@ def test_threads_that_share_a_tokenizer_read_a_prompt_alike(world):
         list(executor.map(read, range(400)))
     assert len(seen) == 400
     assert all(torch.equal(one, seen[0]) for one in seen)
+
+
+def test_a_class_without_images_is_named_by_who_needs_it_and_not_while_planning(world, monkeypatch):
+    def rejecting(*_):
+        return lambda items, seeds: [None] * len(items)
+
+    monkeypatch.setattr(pools, "pipeline_sampler", rejecting)
+    [request, *_] = techniques.technique_requests(world, "stable-diffusion-prompt", 0, 3)
+    alone = dataclasses.replace(request, at=None)  # as a task has it
+    with pytest.raises(RuntimeError, match="all 3 images were rejected"):
+        pools.fill(world, [alone])
+    assert pools.number_missing(world, alone) == 0
+    with pytest.raises(RuntimeError, match="all 3 images were rejected"):
+        pools.fill(world, [request])
+
+
+def test_a_part_of_a_pool_that_was_given_up_fails_nobody(store):
+    bad = {pools.image_seed(SPEC, index, attempt) for index in (2, 3) for attempt in range(5)}
+    asked = techniques.Request(SPEC, [2, 3], None, {}, (), None, at=None)
+    grow(store, 2, FakeSampler())
+    batch = Batch(2, "sampling.batch_size")
+    sampler = FakeSampler(rejects=bad.__contains__)
+    [pool] = pools.grow(store, [asked], lambda: sampler, batch, 5)
+    assert pool.files == ()

@@ -16,7 +16,7 @@ from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.training import classifier, mixing
-from sdaug_utils.training.cells import Cell, Trainer, run, spec
+from sdaug_utils.training.cells import Cell, Trainer, run, share, spec
 
 
 def changed(study, **sections):
@@ -300,3 +300,26 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
         experiments.require_techniques(unnamed, p)
     assert "retrieval" not in experiments.fitted(unnamed, p)["techniques"]
     experiments.require_techniques(world, p)
+
+
+def test_labels_are_mixed_for_the_images_that_a_rule_keeps(world):
+    cell = Cell(
+        protocol="controlled",
+        real_percent=100,
+        draw=0,
+        seed=0,
+        technique="diff-mix",
+        synthetic_per_class=2,
+        rule="chance",
+        chosen_from=4,
+    )
+    trainer, train = Trainer(world), world.data.splits["train"]
+    targets, number = trainer.targets(cell), len(train)
+    assert torch.equal(targets[:number].argmax(dim=1), torch.from_numpy(train.labels))
+    assert torch.equal(targets[:number].amax(dim=1), torch.ones(number))
+    followed = np.array([row for pool in trainer.cell_pools(cell) for row in pool.followed])
+    others = train.labels[followed[trainer.kept(cell)]]
+    own = share(world, cell)
+    wanted = (1 - own) * torch.nn.functional.one_hot(torch.from_numpy(others), 2)
+    wanted += own * torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    assert torch.allclose(targets[number:], wanted.float())

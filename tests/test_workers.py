@@ -1,6 +1,7 @@
 """The work list and those who make it: the same bytes whoever does, whatever happens to them."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -395,3 +396,69 @@ def test_sixty_four_gpus_are_kept_busy(monkeypatch):
     alone = sum(task.seconds for task in listed)
     for number in (1, 8, 64):
         assert alone / (number * simulate(listed, number)) >= 0.85
+
+
+def test_a_process_that_dies_while_it_has_nothing_to_do_costs_nothing():
+    crew = workers.Processes(1, Orders("smoke", ()))
+    try:
+        assert isinstance(crew.submit(0, work("unknown")).exception(60), KeyError)
+        executor = crew.executors[0]
+        for pid in executor._processes:
+            os.kill(pid, signal.SIGKILL)
+        while not executor._broken:
+            time.sleep(0.05)
+        assert isinstance(crew.submit(0, work("unknown")).exception(60), KeyError)
+        assert crew.executors[0] is not executor
+    finally:
+        crew.close()
+
+
+def test_an_actor_that_hangs_is_ended_and_does_not_begin_again(world, monkeypatch, tmp_path):
+    class Bench:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def describe(self):
+            return ["cpu", "float32"]
+
+        def make(self, key):
+            with (self.folder / key).open("a") as file:
+                file.write("begun ")
+            while key == "hangs":
+                time.sleep(1)
+
+    monkeypatch.setattr(workers, "Bench", Bench)
+    crew = workers.RayActors("local", tmp_path, world.settings, 1)
+    try:
+        crew.submit(0, work("hangs"))
+        while not (tmp_path / "hangs").exists():
+            time.sleep(0.1)
+        crew.replace(0)
+        crew.submit(0, work("another")).result(60)
+    finally:
+        crew.close()
+    assert [(tmp_path / key).read_text() for key in ("hangs", "another")] == ["begun "] * 2
+
+
+def test_two_domains_of_one_data_set_are_told_apart(store, monkeypatch):
+    names = ("04-generation-percentage", "09-food-101")
+    few = {"train": 20, "validation": 5, "test": 5}
+    second = {
+        "name": "fashion-mnist",
+        "classes": ["coat", "dress"],
+        "max_images_per_class": few,
+    }
+    changes = [[["common", "data", "second"], second]]
+    monkeypatch.setenv("SDAUG_PARAMETERS", json.dumps(changes))
+    both = [
+        (open_study("smoke", store, domain=params.domain_of(name)), parameters(name))
+        for name in names
+    ]
+    every = tasks.work_list(both)
+    for study, _ in both:
+        own = [task for task in every if task.study is study]
+        [_] = [task for task in own if task.name == "features of fashion-mnist"]
+        made = [request for task in own if task.kind == "images" for request in task.requests]
+        assert {request.spec["class"] for request in made} == set(study.data.class_names)
+    keys = [task.key for task in every]
+    assert len(set(keys)) == len(keys)

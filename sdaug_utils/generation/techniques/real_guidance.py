@@ -6,13 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.technique import (
-    Request,
-    Study,
-    Technique,
-    beginnings,
-    require_a_step,
-)
+from sdaug_utils.generation.technique import Request, Study, Technique, beginnings, require_a_step
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 
