@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
+from sdaug_utils import study
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
 
@@ -115,3 +116,18 @@ def test_digits_are_halved_without_overlap():
     difference = np.bincount(study_labels) - np.bincount(foundation_labels)
     assert set(difference) <= {0, 1}
     assert not set(images.digests(foundation)) & set(images.digests(study))
+
+
+def test_nothing_is_downloaded_where_shipped_results_are_enough(monkeypatch):
+    asked = []
+
+    def load(*_, download, **more):
+        asked.append(download)
+        raise InputError("not here")
+
+    monkeypatch.setattr(datasets, "load", load)
+    for is_set in ("", "1"):
+        monkeypatch.setenv("SDAUG_FROM_RESULTS", is_set)
+        with pytest.raises(InputError, match="not here"):
+            study.open_study("thesis")
+    assert asked == [True, False]

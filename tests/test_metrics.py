@@ -140,3 +140,18 @@ def test_diversity_is_nothing_among_copies_and_one_among_strangers():
     assert metrics.diversity(np.ones((3, 4))) == pytest.approx(0)
     assert metrics.diversity(np.eye(3)) == pytest.approx(1)
     assert metrics.similarity(np.eye(2), -np.eye(2)).tolist() == [[-1, 0], [0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("num_draws", "least", "most"), [(6, 0.935, 0.965), (3, 0.91, 0.955), (2, 0.85, 0.92)]
+)
+def test_intervals_hold_what_they_promise_with_draws_enough(num_draws, least, most):
+    """Draws vary by 2.2 points, the mean of the test images by 0.8: about as in experiment 03."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        draws = rng.normal(0, 0.022, (num_draws, 1, 1))
+        images = rng.normal(0, 0.16, (1, 1, 400))
+        result = estimate(draws + images + rng.normal(0, 0.12, (num_draws, 1, 400)))
+        held += result.low <= 0 <= result.high
+    assert least < held / 2000 < most

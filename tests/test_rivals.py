@@ -82,6 +82,9 @@ def test_a_strength_that_leaves_no_step_is_refused(world):
     weak = changed(world, da_fusion={"strengths": [0.1]}).settings
     with pytest.raises(InputError, match=r"da_fusion: a strength of 0\.1 leaves none of 2 steps"):
         techniques()["da-fusion"].check(weak)
+    weak = changed(world, real_guidance={"strength": 0.1}).settings
+    with pytest.raises(InputError, match=r"real_guidance: a strength of 0\.1 leaves none"):
+        techniques()["real-guidance"].check(weak)
 
 
 def test_diff_mix_turns_images_of_other_classes_and_mixes_their_labels(world):
@@ -323,3 +326,14 @@ def test_labels_are_mixed_for_the_images_that_a_rule_keeps(world):
     wanted = (1 - own) * torch.nn.functional.one_hot(torch.from_numpy(others), 2)
     wanted += own * torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1]), 2)
     assert torch.allclose(targets[number:], wanted.float())
+
+
+def test_shifted_images_are_tried_where_there_is_a_baseline(world):
+    values = params.parameters_cell(run_all.NOTEBOOKS / "11-rivals.ipynb")
+    values |= params.overrides("smoke", "11-rivals")
+    elsewhere = params.check_notebook("11-rivals", values | {"shifted_percents": [25]})
+    with pytest.raises(InputError, match="shifted_percents: 25 is not among"):
+        experiments.check(world, elsewhere)
+    changes = experiments.fitted(world, elsewhere)
+    fitting = params.check_notebook("11-rivals", values | changes)
+    assert set(fitting.shifted_percents) <= set(fitting.real_percents)

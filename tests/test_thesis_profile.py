@@ -418,6 +418,10 @@ def test_grids_shrink_to_what_the_data_allow(own_images, monkeypatch, tmp_path, 
         experiments.check(study, fitting)  # nothing is amiss any longer
         assert not experiments.fitted(study, fitting)
         changed[path.stem[:2]] = new
+    kinds = {"kinds": [["mug", "cup"], ["dress", "coat"]]}  # a class of the profile's, and none
+    values = params.parameters_cell(run_all.NOTEBOOKS / "02-different-subjects.ipynb") | kinds
+    checked = params.check_notebook("02-different-subjects", values)
+    assert experiments.fitted(study, checked)["kinds"] == [["mug"], ["dress", "coat"]]
     assert changed["01"] == {"numbers_of_images": [1]}
     assert changed["03"]["real_percents"] == [100]
     assert changed["03"]["protocols_at_percent"] == 100
