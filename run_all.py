@@ -596,8 +596,11 @@ def planned(jobs: list[Job]) -> list[Any]:
     for job in jobs:
         needed = plan.needs(job.study, job.parameters)
         done = shared.setdefault(job.study, plan.Needs())
-        pairs.append((needed, plan.missing(job.study, needed, done)))
+        missing = plan.missing(job.study, needed, done)
+        pairs.append((needed, missing))
+        learnt = done.models | missing.models
         done.add(needed)
+        done.models = learnt
     return pairs
 
 

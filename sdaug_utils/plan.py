@@ -70,7 +70,7 @@ class Needs:
 def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
     """What of ``wanted`` has to be made where ``done`` is made, too.
 
-    A model that is not kept is there until all its images are: both need it but once.
+    The models of ``done`` are those that are learnt for it; they are there until all images are.
     """
     root, rest = study.store.root, Needs()
     for key, indices in wanted.images.items():

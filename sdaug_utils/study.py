@@ -36,7 +36,8 @@ def open_study(
     """Check a profile's settings and data, and open the store; no work starts.
 
     ``domain`` says which of the profile's two data sets: only experiment 09 uses the second.
-    ``download`` False keeps a data set that the profile would download from being downloaded.
+    ``download`` False keeps a data set that the profile would download from being downloaded; so
+    does ``SDAUG_FROM_RESULTS`` in the environment, with which shipped runs are enough.
 
     Raises:
         InputError: anything in the profile, the data files or the store's folder is amiss.
