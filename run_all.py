@@ -456,8 +456,8 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
     """Take out of an executed notebook what only the machine that ran it cares for.
 
     Progress bars keep their last state, widgets leave the picture that stands in for them, tables
-    are numbered, and metadata lose times and paths. In their stead they say which code and
-    settings, and which numbers behind the figures, the outputs belong to.
+    are numbered, objects lose their addresses, and metadata lose times and paths. In their stead
+    they say which code and settings, and which numbers behind the figures, the outputs belong to.
     """
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -482,6 +482,8 @@ def tidy(path: Path, profile: str, numbers: list[Path]) -> None:
             data.pop(WIDGET, None)
             if "text/html" in data:
                 data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}", name, data["text/html"])
+            if "text/plain" in data:
+                data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
     for part in (notebook, *notebook.cells):
         for key in ("papermill", "widgets", "execution"):
             part.metadata.pop(key, None)
