@@ -303,7 +303,7 @@ def plot(found: Mapping[str, Mapping[int, float]]) -> None:
         line = np.polyfit(x, y, 1)
         panel.plot(x, y, "o", color="#3a6fb0")
         panel.plot(x, np.polyval(line, x), color="black", lw=1)
-        panel.set(xlabel=name, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        panel.set(xlabel=name, ylabel="seconds", ylim=(0, None), xlim=(0, None), xticks=[0, *x])
     figure.savefig(RESULTS / "scaling.png")
 
 
