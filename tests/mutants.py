@@ -171,8 +171,8 @@ FAULTS = (
     Fault(
         "all images follow one control",
         f"{GENERATION}/techniques/controlnet.py",
-        "controls[i % len(controls)]",
-        "controls[0]",
+        "for row in request.followed(indices)]",
+        "for row in request.followed([0] * len(indices))]",
         "take_turns",
     ),
     Fault(

@@ -21,6 +21,7 @@ from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training import cells, classifier, features, segmenter
+from tests import mutants
 
 PROMPTS = "stable-diffusion-prompt"
 
@@ -347,3 +348,8 @@ def test_no_published_value_is_mistyped():
     runs = pd.read_csv(claims.TABLES / "published_results.csv")
     sums = runs.groupby("technique")[["value", "value_in_thesis"]].sum()
     assert {name: tuple(pair.round(4)) for name, pair in sums.iterrows()} == PUBLISHED
+
+
+@pytest.mark.parametrize("fault", mutants.FAULTS, ids=lambda fault: fault.what)
+def test_every_fault_has_its_place(fault):
+    assert (mutants.ROOT / fault.file).read_text().count(fault.before) == 1
