@@ -170,17 +170,18 @@ def test_a_model_that_is_not_kept_counts_once_in_a_run_and_again_in_the_next(wor
     def needs(study, count):
         return plan.Needs().ask(technique_requests(study, "dreambooth", 0, count))
 
-    def learnt(study):
-        jobs = [SimpleNamespace(study=study, parameters=count) for count in (1, 3)]
+    def learnt(study, counts=(1, 3)):
+        jobs = [SimpleNamespace(study=study, parameters=count) for count in counts]
         return [len(missing.models) for _, missing in run_all.planned(jobs)]
 
     monkeypatch.setattr(plan, "needs", needs)
     world = changed(world, dreambooth={"prior_loss_weight": 0.0, "keep_models": False})
-    assert learnt(world) == [2, 0]
+    assert learnt(world) == learnt(world, (3, 1)) == [2, 0]
     pools.technique_pools(world, "dreambooth", 0, 1, progress=False)
     assert learnt(world) == [0, 2]  # they were deleted when all that was asked for was made
     pools.technique_pools(world, "dreambooth", 0, 3, progress=False)
     assert learnt(world) == [0, 0]  # nothing is left to make
+    assert learnt(changed(world, dreambooth={"keep_models": True})) == [0, 0]
 
 
 def test_a_disk_that_is_too_small_stops_the_study_before_it_starts(monkeypatch, tmp_path):
