@@ -53,7 +53,7 @@ bench: .venv/installed          ## what is fast, side by side; README's table "H
 pets-check: .venv/installed     ## the thesis profile's path on real pets: make pets-check DATA=folder
 	$(BIN)/python benchmarks/pets_check.py "$(DATA)"
 
-gpu-check: .venv/installed      ## every technique at full size on this machine's GPU
+gpu-check: .venv/installed      ## what each part costs on this machine's GPU, in nine minutes
 	$(BIN)/python benchmarks/gpu_check.py
 
 lock: .venv/installed           ## renew requirements.lock from pyproject.toml

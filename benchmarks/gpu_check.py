@@ -1,335 +1,544 @@
-"""Run every technique at the size of Stable Diffusion 1.5; there is nothing to download.
+"""Ten minutes on a GPU: what every part of the study costs there, by models of random weights.
 
-    python benchmarks/gpu_check.py                 writes benchmarks/results/gpu.json
-    python benchmarks/gpu_check.py --device cpu    writes benchmarks/results/full-size-cpu.json
+    python benchmarks/gpu_check.py --into FOLDER        writes FOLDER/gpu.json
+    python benchmarks/gpu_check.py --device cpu --tiny --into FOLDER      tries the check itself
+    python benchmarks/gpu_check.py --device cpu         writes full-size-cpu.json; needs no GPU
 
-The architecture is Stable Diffusion 1.5's, the weights are random: the images show noise, and take
-as long as others. On a GPU, steps are fewer than the thesis's. Measured are time, memory, and how
-much of the card's peak is used, eager and compiled; checked are shapes, the U-Net's type, that the
-seeds of a pool do not depend on the batch and its images hardly do, and that a fine-tuned U-Net
-that is not to be kept goes. ``run_all.py --dry-run --profile thesis`` plans with what is measured.
+The models have the size of Stable Diffusion 1.5 and XL; there is nothing to download. The
+measurements that matter most come first. The file is written anew after each figure; a measurement
+that fails says why and does not stop the others; after ``--minutes`` the check ends by itself.
+``run_all.py --dry-run --profile thesis`` plans with what it finds in ``benchmarks/results``.
 
-On a CPU every technique makes one image in one step, personalised in one step if it learns, in a
-process of its own, so that every call, shape and peak of memory is that of the real size.
+The last command takes every technique once: one image in one step, personalised in one step if it
+learns, in a process of its own, so that every call, shape and peak of memory is the real one.
 """
 
 import argparse
+import copy
+import faulthandler
+import gc
 import json
+import math
 import multiprocessing
+import os
+import shutil
+import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the module need not be installed
 
 import diffusers
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from machine import describe
-from torchvision.models import resnet34
-from torchvision.models.segmentation import deeplabv3_resnet101
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
+from full_size import (
+    FULL,
+    TINY,
+    Sizes,
+    build,
+    build_xl,
+    changed,
+    folder_in_memory,
+    open_check,
+    photographs,
+    random_backbones,
 )
+from machine import describe
 
-from sdaug_utils import params, plan
+from sdaug_utils import plan
 from sdaug_utils.compute import device_of, dtype_of, peak_memory
-from sdaug_utils.data import augment, datasets
 from sdaug_utils.generation import foundation, pools
-from sdaug_utils.generation.pools import Pool
 from sdaug_utils.generation.technique import technique_requests
-from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import Store
+from sdaug_utils.store import Store, file_digest, write_atomically
 from sdaug_utils.study import Study
-from sdaug_utils.training.classifier import TrainingSet, train_head
-from sdaug_utils.training.features import to_pixels
+from sdaug_utils.training import features, segmenter
+from sdaug_utils.training.classifier import TrainingSet, train_head, train_published
 
 RESULTS = Path(__file__).parent / "results"
-FULL: dict[str, Any] = {
-    "unet": {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-    },
-    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
-    "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
-    "heads": 12,
-    "vision": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    },
-    "resolution": 512,
-}
-TINY: dict[str, Any] = {
-    "unet": {"sample_size": 16, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
-    "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
-    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
-    "heads": 4,
-    "vision": {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "patch_size": 56,
-    },
-    "resolution": 128,
-}
-STEPS = {"sampling": 20, "training": 10}
-BATCH = 4
-BATCHES = (1, 4, 8, 16)  # tried, eager and compiled
-PHOTOGRAPHS = 64
-COMPILED = ", compiled"
+PROMPT = "stable-diffusion-prompt"
+BATCH = 25
+BATCHES = (8, 16, 25, 50)
+SUBJECTS = (4, 16)  # that textual inversion learns at once
+UPDATES = 4  # of a model that learns; the first is a warm-up
+PROCESSES, PASSES = 3, 3
+XL_BATCH = 4
 PRODUCT = 8192  # rows and columns of the matrices whose product stands for an unknown card's peak
-CLASSES = ("dress", "bag")
+COMPILED = ", compiled"
+Found = Iterator[tuple[str, Any]]  # the name of each figure, and the figure
 
 
-def build(folder: Path, sizes: dict[str, Any]) -> None:
-    """A pipeline with a safety checker, and a ControlNet, of random weights in half precision."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        **sizes["unet"], cross_attention_dim=sizes["text"]["hidden_size"], attention_head_dim=8
-    )
-    levels = len(sizes["vae"]["block_out_channels"])
-    vae = diffusers.AutoencoderKL(
-        **sizes["vae"],
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        sample_size=sizes["resolution"],
-    )
-    vision = {**sizes["vision"], "image_size": 224}
-    checker = CLIPConfig(vision_config=vision, projection_dim=sizes["text"]["hidden_size"])
-    tokenizer = CLIPTokenizer.from_pretrained(foundation.MINIATURE_WEIGHTS / "tokenizer")
-    tokenizer.model_max_length = 77
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                **sizes["text"],
-                num_attention_heads=sizes["heads"],
-                max_position_embeddings=77,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        ),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=diffusers.PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            steps_offset=1,
-        ),
-        safety_checker=StableDiffusionSafetyChecker(checker),
-        feature_extractor=CLIPImageProcessor(
-            size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
-        ),
-    )
-    diffusers.ControlNetModel.from_unet(unet).half().save_pretrained(folder / "controlnet")
-    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.safety_checker):
-        model.half()
-    pipeline.save_pretrained(folder / "pipeline")
+@dataclass
+class Check:
+    """What the measurements share."""
 
+    sizes: Sizes
+    folder: Path  # of models
+    scratch: Path  # of anything else
+    study: Study
+    followed: dict[str, Any] = field(default_factory=dict)  # ControlNet and scheduler, once loaded
 
-def open_check(folder: Path, sizes: dict[str, Any], device: str) -> Study:
-    """The thesis profile on the built models and two classes of the shipped photographs."""
-    thesis = params.load_settings("thesis")
-    controlnet = str(folder / "controlnet")
-    steps = {"num_inference_steps": STEPS["sampling"]}
-    sampling = {**steps, "resolution": sizes["resolution"], "batch_size": BATCH}
-    steps_of_training = {"max_train_steps": STEPS["training"]}
-    settings = thesis.model_copy(
-        update={
-            "foundation": str(folder / "pipeline"),
-            "device": device,
-            "sampling": thesis.sampling.model_copy(update=sampling),
-            "controlnet": thesis.controlnet.model_copy(
-                update={**steps, "canny": controlnet, "segmentation": controlnet}
-            ),
-            "dreambooth": thesis.dreambooth.model_copy(
-                update={**steps_of_training, "keep_models": True}
-            ),
-            "retrieval": thesis.retrieval.model_copy(update={"corpus": "miniature"}),
-            "dreambooth_lora": thesis.dreambooth_lora.model_copy(update=steps_of_training),
-            "datadream": thesis.datadream.model_copy(update=steps_of_training),
-            "textual_inversion": thesis.textual_inversion.model_copy(
-                update={**steps_of_training, "initializer_token": "product"}
-            ),
-        }
-    )
-    data = datasets.load("fashion-mnist", CLASSES, {"train": 5, "validation": 1, "test": 1})
-    return Study("thesis", settings, data, Store(folder / "store"))
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.study.settings)
 
+    @property
+    def pipeline(self) -> Any:
+        """The one of plain prompts, which personalised models share; it is loaded once."""
+        return pools.loaded(techniques()[PROMPT], self.study.settings)
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a piece of work takes, and its result."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds that a piece of work takes, and its result."""
+        self.wait()
+        began = time.perf_counter()
+        result = work()
+        self.wait()
+        return time.perf_counter() - began, result
 
+    def wait(self) -> None:
+        """Until the GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
-def fill(study: Study, technique: str, draw: int, count: int) -> tuple[float, list[Pool]]:
-    """Seconds that it takes to have so many images of each class, and the pools."""
-    return timed(lambda: pools.technique_pools(study, technique, draw, count, progress=False))
-
-
-def with_steps(study: Study, steps: int) -> Study:
-    """The same study with so many steps of whatever fine-tuning."""
-    methods = ("dreambooth", "dreambooth_lora", "datadream", "textual_inversion")
-    update = {
-        name: getattr(study.settings, name).model_copy(update={"max_train_steps": steps})
-        for name in methods
-    }
-    return replace(study, settings=study.settings.model_copy(update=update))
-
-
-def check_technique(study: Study, technique: str) -> dict[str, Any]:
-    """Make images of each class, in batches, and look at what came out.
-
-    Rates are from differences, so that what is loaded, copied or saved once does not count: of
-    twice as many images, and of models that are fine-tuned for twice as many steps.
-    """
-    if torch.cuda.is_available():
+    def with_memory(self, work: Callable[[], Any]) -> tuple[float | None, Any]:
+        """The most memory of the GPU in use meanwhile, in GiB, and the result."""
+        if self.device.type != "cuda":
+            return None, work()
         torch.cuda.reset_peak_memory_stats()
-    fill(study, technique, 0, BATCH)  # the first call warms up
-    once, _ = fill(study, technique, 0, 2 * BATCH)
-    twice, made = fill(study, technique, 0, 4 * BATCH)
-    size = study.settings.sampling.resolution
-    if techniques()[technique].kind:  # else images are found, not made
-        assert all(image.shape == (size, size, 3) for pool in made for image in pool.images())
-    assert len({seed for pool in made for seed in pool.seeds}) == 4 * BATCH * len(CLASSES)
-    assert max(attempt for pool in made for attempt in pool.attempts) == 1
-    images = BATCH * len(CLASSES)
-    found: dict[str, Any] = {"seconds per image": positive(twice - once) / images}
-    if techniques()[technique].learns:
-        short, _ = fill(with_steps(study, STEPS["training"]), technique, 1, 1)
-        long, _ = fill(with_steps(study, 2 * STEPS["training"]), technique, 1, 1)
-        at_once = techniques()[technique].at_once(study.settings)  # of a pass that is filled up
-        per_class = positive(long - short) / max(at_once, len(CLASSES))
-        found["seconds per training step"] = per_class / STEPS["training"]
-    found = {name: float(f"{value:.3g}") for name, value in found.items()}
-    if torch.cuda.is_available():
-        found["peak memory GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return found
+        result = work()
+        return torch.cuda.max_memory_allocated() / 2**30, result
+
+    def sampler(
+        self,
+        pipeline: Any,
+        steps: int,
+        technique: str = PROMPT,
+        noise: torch.Tensor | None = None,
+    ) -> Callable[[int], Any]:
+        """What makes the first so many images of a class in one pass: 8-bit RGB, stacked.
+
+        They begin as ``noise``, if it is given, in the pipeline's precision.
+        """
+        chosen, study = techniques()[technique], self.study
+        [request, *_] = technique_requests(study, technique, 0, max(BATCHES))
+        sampling = chosen.sampling(study.settings).model_copy(update={"num_inference_steps": steps})
+        arguments = chosen.arguments(study, request)
+
+        def with_noise(indices: Sequence[int]) -> dict[str, Any]:
+            given = (
+                {}
+                if noise is None
+                else {"latents": noise[indices].to(pipeline.unet.conv_in.weight)}
+            )
+            return {**arguments(indices), **given}
+
+        prompts = [request.spec["prompt"]]
+        sample = pools.pipeline_sampler(pipeline, sampling, prompts, [with_noise])
+
+        def images(count: int) -> np.ndarray:
+            made = sample([(0, index) for index in range(count)], range(count))
+            return np.stack([np.asarray(image) for image in made])
+
+        return images
+
+    def per_image(self, sampler: Callable[[int], Callable], batch: int = BATCH) -> dict[str, float]:
+        """Seconds of an image: a fixed part and a part per step, from two numbers of steps."""
+        took = {}
+        for steps in self.sizes.steps:
+            sample = sampler(steps)
+            sample(batch)
+            took[steps] = self.timed(partial(sample, batch))[0] / batch
+        few, many = self.sizes.steps
+        step = max(took[many] - took[few], 0) / (many - few)
+        return {"once": max(took[few] - few * step, 0), "step": step}
+
+    def per_update(self, learn: Callable[[Callable[[], None]], Any]) -> dict[str, float | None]:
+        """Seconds of an update, and how much longer the first takes, which compiles.
+
+        ``learn`` calls what it is given after each update.
+        """
+        moments = []
+
+        def stepped() -> None:
+            self.wait()
+            moments.append(time.perf_counter())
+
+        stepped()
+        memory, _ = self.with_memory(partial(learn, stepped))
+        first, *others = np.diff(moments)
+        update = statistics.median(others)
+        return {"update": update, "first, beyond": first - update, "peak memory GiB": memory}
 
 
-def positive(seconds: float) -> float:
-    """A difference of times; noise may bring a small one below zero."""
-    return max(seconds, 1e-3)
+def every_technique(check: Check) -> Found:
+    """Two classes, two images each, in two steps: finite, not black, of the right shape.
 
-
-def check_passing_model(study: Study) -> None:
-    """The thesis profile's own way: a fine-tuned U-Net goes once its images are made."""
-    saving = {"keep_models": False, "gradient_checkpointing": True, "max_train_steps": 1}
-    dreambooth = study.settings.dreambooth.model_copy(update=saving)
-    passing = replace(study, settings=study.settings.model_copy(update={"dreambooth": dreambooth}))
-    before = set((study.store.root / "dreambooth").glob("*/unet"))
-    fill(passing, "dreambooth", 2, 1)
-    assert set((study.store.root / "dreambooth").glob("*/unet")) == before
-
-
-def difference_between_batches(study: Study) -> float:
-    """Mean distance (grey levels) of the same images made in a batch and one by one."""
-    alone = study.settings.sampling.model_copy(update={"batch_size": 1})
-    settings = study.settings.model_copy(update={"sampling": alone})
-    elsewhere = replace(study, settings=settings, store=Store(study.store.root / "one by one"))
-    batch = pools.technique_pools(study, "stable-diffusion-prompt", 0, 4, progress=False)[0]
-    single = pools.technique_pools(elsewhere, "stable-diffusion-prompt", 0, 4, progress=False)[0]
-    assert batch.seeds == single.seeds, "seeds depend on the size of the batch"
-    pairs = zip(batch.images(), single.images(), strict=True)
-    return float(np.mean([np.abs(a.astype(float) - b).mean() for a, b in pairs]))
-
-
-def training_rates(settings: Settings, size: int, device: torch.device) -> dict[str, float]:
-    """Seconds per image of the classifier's and the segmenter's work, by random weights."""
-    photographs = np.random.default_rng(0).integers(0, 255, (PHOTOGRAPHS, 375, 500, 3), np.uint8)
-    resize = augment.build("none", size)
-
-    def pixels() -> torch.Tensor:
-        views = [augment.view(image, resize, 0) for image in photographs]
-        return to_pixels(views).to(device)
-
-    backbone = resnet34(num_classes=37).to(device).eval()
-    head = torch.randn(1000, 1, 512)
-    labels = torch.arange(1000) % 37
-    controlled = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
-    segmenter = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=3).to(device)
-    segmenter.backbone.requires_grad_(False)
-
-    @torch.no_grad()
-    def features() -> None:
-        backbone(pixels()).cpu()
-
-    def epoch() -> None:
-        for part in pixels().split(16):
-            with torch.no_grad():
-                backbone.train()(part)
-
-    def segment() -> None:
-        for part in pixels().split(16):
-            segmenter.train()(part)["out"].mean().backward()
-
-    rates = {}
-    for name, work in (
-        ("feature", features),
-        ("image, training of the whole network", epoch),
-        ("image, training of a segmenter", segment),
-    ):
-        work()
-        rates[name] = timed(work)[0] / len(photographs)
-    seconds, _ = timed(
-        lambda: train_head(TrainingSet(head, labels, 0), controlled, 37, 500, lambda *_: None)
-    )
-    return rates | {"image, training of a head": seconds / (500 * controlled.batch_size)}
-
-
-def image_rates(study: Study) -> tuple[dict[str, dict[str, float | None]], float]:
-    """Seconds per image of a prompt by batch, eager and compiled; seconds that compilation takes.
-
-    None where a batch is too large for the memory.
+    Techniques that share a pipeline follow each other; the one that goes on to be used comes last.
     """
-    technique = techniques()["stable-diffusion-prompt"]
-    found: dict[str, dict[str, float | None]] = {}
-    compilation = 0.0
-    for way in ("eager", "compiled"):
-        settings = study.settings.model_copy(update={"compile": way == "compiled"})
-        chosen = replace(study, settings=settings)
-        [request, *_] = technique_requests(chosen, technique.name, 0, 1)
-        sample = pools.pipeline_sampler(
-            pools.loaded(technique, settings),
-            technique.sampling(settings),
-            [request.spec["prompt"]],
-            [technique.arguments(chosen, request)],
+    few, learning = {"num_inference_steps": 2}, {"max_train_steps": 2}
+    learners = ("dreambooth", "dreambooth_lora", "datadream", "textual_inversion")
+    study = changed(
+        check.study,
+        sampling={**few, "batch_size": 2},
+        controlnet=few,
+        da_fusion={"strengths": [0.5, 1.0]},  # less would leave none of two steps
+        **dict.fromkeys(learners, learning),
+    )
+    kinds = {t: (t.kind, str(t.models(study.settings))) for t in techniques().values()}
+    last = kinds[techniques()[PROMPT]]
+    for technique in sorted(kinds, key=lambda t: (kinds[t] == last, kinds[t], t.name)):
+        yield technique.name, attempted(partial(_few_images, check, study, technique))
+
+
+def _few_images(check: Check, study: Study, technique: Any) -> dict[str, Any]:
+    requests = technique_requests(study, technique.name, 0, 2)
+    loading, finite = 0.0, list[bool]()
+    fill = partial(check.timed, partial(pools.fill, study, requests))
+    if technique.kind:
+        loading, pipeline = check.timed(partial(pools.loaded, technique, study.settings))
+        watched = pipeline.vae.decoder.register_forward_pre_hook(
+            lambda _, given: finite.append(bool(torch.isfinite(given[0]).all()))
         )
-        found[way] = {}
-        for size in BATCHES:
-            items, seeds = [(0, index) for index in range(size)], range(size)
-            try:
-                first, _ = timed(lambda: sample(items, seeds))  # noqa: B023
-                again, _ = timed(lambda: sample(items, seeds))  # noqa: B023
-            except torch.OutOfMemoryError:
-                found[way][str(size)] = None
-                continue
-            found[way][str(size)] = float(f"{again / size:.3g}")
-            compilation = max(compilation, first - again)
-    return found, compilation
+        memory, (seconds, made) = check.with_memory(fill)
+        watched.remove()
+    else:
+        memory, (seconds, made) = check.with_memory(fill)
+    if technique.name == "controlnet-canny":
+        check.followed = {name: getattr(pipeline, name) for name in ("controlnet", "scheduler")}
+    images = [image for pool in made for image in pool.images()]
+    attempts = [attempt for pool in made for attempt in pool.attempts]
+    return {
+        "images": len(images),
+        "shapes": sorted({image.shape for image in images}),
+        "finite": all(finite),
+        "black or flagged": sum(attempts) - len(attempts),
+        "mean brightness": float(np.mean([image.mean() for image in images])),
+        "loading": loading,
+        "seconds": seconds,
+        "peak memory GiB": memory,
+    }
+
+
+def prompts(check: Check) -> Found:
+    yield "seconds per image", check.per_image(partial(check.sampler, check.pipeline))
+
+
+def filling(check: Check) -> Found:
+    """A pool, files included; how long the GPU was at work for another; the pipeline alone."""
+    number, steps = check.sizes.num_images, max(check.sizes.steps)
+    sampling = {"batch_size": BATCH, "num_inference_steps": steps}
+    study = changed(check.study, sampling=sampling)
+    one, other = technique_requests(study, PROMPT, 0, number)
+    alone, _ = check.timed(partial(check.sampler(check.pipeline, steps), BATCH))
+    seconds, _ = check.timed(partial(pools.fill, study, [one]))
+    yield "seconds per image", seconds / number
+    yield "seconds per image of the pipeline alone", alone / BATCH
+    if check.device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            pools.fill(study, [other])
+        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+        yield "of which the GPU is at work", busy / number
+
+
+def compiled(check: Check) -> Found:
+    """The U-Net compiled as a whole, against itself as it is."""
+    pipeline, sample = check.pipeline, check.sampler(check.pipeline, check.sizes.steps[0])
+    plain = sample(BATCH)
+    with compiling(check, pipeline.unet):
+        first, _ = check.timed(partial(sample, BATCH))
+        again, images = check.timed(partial(sample, BATCH))
+        yield "seconds to compile", first - again
+        yield "difference", difference(plain, images)
+        yield "seconds per image", check.per_image(partial(check.sampler, pipeline))
+
+
+@contextmanager
+def compiling(check: Check, network: Any) -> Iterator[None]:
+    """Compile a network for a while, as the profile's ``compile`` would."""
+    foundation.compiled(changed(check.study, compile=True).settings, network)
+    yield
+    network._compiled_call_impl = None
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Between images of 8 bits."""
+    distance = np.abs(one.astype(float) - other)
+    return {"mean grey levels": float(distance.mean()), "largest": float(distance.max())}
+
+
+class InHalf(diffusers.UNet2DConditionModel):
+    """A U-Net that stays in half precision where a technique asks for single precision."""
+
+    def float(self) -> "InHalf":
+        return self.to(torch.bfloat16)
+
+
+class InHalfCompiled(InHalf):
+    def float(self) -> "InHalf":
+        super().float().compile(dynamic=False)
+        return self
+
+
+def textual_inversion(check: Check) -> Found:
+    """An update of so many subjects at once, with the frozen U-Net in other precisions."""
+    technique, pipeline = techniques()["textual-inversion"], check.pipeline
+    study = changed(check.study, textual_inversion={"max_train_steps": UPDATES})
+    requests, usual = technique_requests(study, technique.name, 0, 1), type(pipeline.unet)
+    for way, kind in (("as it is", usual), ("bfloat16", InHalf), ("compiled", InHalfCompiled)):
+        for number in SUBJECTS:
+            some = [requests[i % len(requests)] for i in range(number)]
+            learn = partial(technique.embeddings, study, pipeline, some)
+            pipeline.unet.__class__ = kind
+            yield f"{number} subjects, {way}", attempted(partial(check.per_update, learn))
+            pipeline.unet.__class__ = usual
+
+
+def dreambooth(check: Check) -> Found:
+    """An update of all weights, and what a fine-tuned U-Net costs to keep."""
+    technique, pipeline = techniques()["dreambooth"], check.pipeline
+    study = changed(check.study, dreambooth={"max_train_steps": UPDATES})
+    [request, *_] = technique_requests(study, technique.name, 0, 1)
+    folder = check.scratch / "dreambooth"
+    yield "seconds", check.per_update(partial(technique.tuned, study, pipeline, request))
+    unet = copy.deepcopy(pipeline.unet)
+    yield "save", check.timed(partial(technique.save, pipeline, unet, folder))[0]
+    yield "load", check.timed(partial(technique.apply, pipeline, folder))[0]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    yield "hash", check.timed(lambda: [file_digest(path) for path in files])[0]
+    del unet
+    whole = changed(study, compile=True)
+    yield "compiled", check.per_update(partial(technique.tuned, whole, pipeline, request))
+
+
+def batches(check: Check) -> Found:
+    """Images per second, and memory, by how many go through the model at once."""
+    sample = check.sampler(check.pipeline, check.sizes.steps[0])
+    for size in BATCHES:
+        sample_some = partial(sample, size)
+        attempted(sample_some)  # a warm-up
+        found = attempted(partial(check.with_memory, partial(check.timed, sample_some)))
+        if isinstance(found, tuple):
+            memory, (seconds, _) = found
+            found = {"seconds per image": seconds / size, "peak memory GiB": memory}
+        yield str(size), found
+
+
+def several_processes(check: Check) -> Found:
+    """Images per second of one process and of several on the same card."""
+    sample = check.sampler(check.pipeline, check.sizes.steps[0])
+    sample(BATCH)
+    seconds, _ = check.timed(lambda: [sample(BATCH) for _ in range(PASSES)])
+    yield "images per second of 1", PASSES * BATCH / seconds
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(PROCESSES)
+    with ProcessPoolExecutor(PROCESSES, spawn, _meet_at, (together,)) as executor:
+        arguments = (check.folder, check.sizes, check.device.type)
+        spans = [executor.submit(_pass, *arguments) for _ in range(PROCESSES)]
+        began, ended = zip(*(span.result(timeout=180) for span in spans), strict=True)
+    rate = PROCESSES * PASSES * BATCH / (max(ended) - min(began))
+    yield f"images per second of {PROCESSES}", rate
+
+
+def _meet_at(barrier: Any) -> None:
+    globals()["BARRIER"] = barrier
+
+
+def _pass(folder: Path, sizes: Sizes, device: str) -> tuple[float, float]:
+    """When the passes of one of several processes began and ended."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    check = Check(sizes, folder, folder, open_check(folder, sizes, device))
+    sample = check.sampler(check.pipeline, check.sizes.steps[0])
+    sample(BATCH)
+    globals()["BARRIER"].wait(timeout=120)
+    began = time.time()
+    for _ in range(PASSES):
+        sample(BATCH)
+    return began, time.time()
+
+
+def controlnet(check: Check) -> Found:
+    parts = {**check.pipeline.components, **check.followed}
+    pipeline = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    sampler = partial(check.sampler, pipeline, technique="controlnet-canny")
+    yield "seconds per image", check.per_image(sampler)
+
+
+def lora(check: Check) -> Found:
+    """An update of adapters; images with adapters beside the weights, and fused with them."""
+    technique = techniques()["dreambooth-lora"]
+    study = changed(check.study, dreambooth_lora={"max_train_steps": UPDATES})
+    [request, *_] = technique_requests(study, technique.name, 0, 1)
+    yield "seconds", check.per_update(partial(technique.tuned, study, check.pipeline, request))
+    folder = check.scratch / "lora"
+    technique.learn(study, check.pipeline, [request], [folder])
+    adapted = technique.apply(check.pipeline, folder)
+    sampler = partial(check.sampler, adapted, technique=technique.name)
+    yield "seconds per image", check.per_image(sampler)
+    adapted.unet.fuse_lora()
+    yield "seconds per image, fused", check.per_image(sampler)
+
+
+def training(check: Check) -> Found:
+    """What learns from images, from files of photographs; random weights take as long as others."""
+    random_backbones()
+    number, splits = check.sizes.num_photographs, {}
+    for suffix in ("jpg", "png"):
+        splits[suffix] = photographs(check.scratch / suffix, check.sizes, number, suffix)
+        few, images = splits[suffix].images(range(2)), splits[suffix].images()
+        features.feature_arrays(check.study, few)  # a warm-up
+        seconds, _ = check.timed(partial(features.feature_arrays, check.study, images))
+        yield f"seconds per feature, {suffix}", seconds / (number - 2)
+    split = splits["jpg"]
+    few = split.images(range(2))
+    settings = check.study.settings
+    published = settings.classifier.published.model_copy(
+        update={"max_epochs": 1, "image_size": check.sizes.side}
+    )
+    backbone = settings.classifier.backbone
+    epoch = partial(train_published, split.images(), split.labels, (few, split.labels[:2]), few)
+    seconds, _ = check.timed(lambda: epoch(backbone, "none", published, 0, 2, check.device))
+    yield "seconds per image of a published epoch", seconds / number
+
+    trimaps = [split.trimap(row) for row in range(number)]
+    held_out = replace(split, labels=split.labels[:2])
+    updates, took = (2, 2 + UPDATES), []
+    for steps in updates:
+        maps = segmenter.FeatureMaps(changed(check.study, segmenter={"max_train_steps": steps}))
+        learn = partial(segmenter.train, maps, split.images(), trimaps, protocol="controlled")
+        both = {"validation": held_out, "test": held_out}
+        took.append(check.timed(partial(learn, splits=both, seed=0))[0])
+    each = max(took[1] - took[0], 0) / UPDATES / settings.segmenter.batch_size
+    yield "seconds per image of a segmenter's update", each
+
+    head = TrainingSet(torch.randn(1000, 1, 512), torch.arange(1000) % 37, 0)
+    controlled = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
+    seconds, _ = check.timed(partial(train_head, head, controlled, 37, 500, lambda *_: None))
+    yield "seconds per image of a head's update", seconds / 500 / controlled.batch_size
+
+
+def sameness(check: Check) -> Found:
+    """How far the same images are from each other, made again or in another way."""
+    pipeline, steps = check.pipeline, check.sizes.steps[0]
+    sample = check.sampler(pipeline, steps)
+    usual = sample(BATCH)
+    yield "the same bytes twice", bool((sample(BATCH) == usual).all())
+    yield "alone", difference(usual[:1], sample(1))
+    # A generator's numbers may depend on the precision that they are drawn in.
+    side = check.sizes.resolution // pipeline.vae_scale_factor
+    noise = torch.randn(BATCH, 4, side, side, generator=torch.Generator().manual_seed(0))
+    usual = check.sampler(pipeline, steps, noise=noise)(BATCH)
+    pipeline.to(torch.bfloat16)
+    yield "in bfloat16", difference(usual, check.sampler(pipeline, steps, noise=noise)(BATCH))
+
+
+def stable_diffusion_xl(check: Check) -> Found:
+    """Its images, four at a time, by AutoPipeline."""
+    pools.loaded_pipelines.clear()
+    check.followed.clear()
+    free_memory()
+    folder = check.folder / "xl"
+    build_xl(folder, check.sizes, check.device.type)
+    free_memory()
+    load = partial(diffusers.AutoPipelineForText2Image.from_pretrained, folder)
+    seconds, pipeline = check.timed(
+        lambda: load(dtype=dtype_of(check.study.settings)).to(check.device)
+    )
+    yield "loading", seconds
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sampler(steps: int) -> Callable[[int], Any]:
+        call = partial(pipeline, "a photo of a dress", num_inference_steps=steps, output_type="np")
+        return lambda count: call(num_images_per_prompt=count).images
+
+    memory, images = check.with_memory(partial(sampler(2), XL_BATCH))
+    yield "images", {"shape": images.shape, "finite": bool(np.isfinite(images).all())}
+    yield "peak memory GiB", memory
+    yield "seconds per image", check.per_image(sampler, XL_BATCH)
+
+
+MEASUREMENTS: dict[str, Callable[[Check], Found]] = {
+    "every technique": every_technique,
+    "prompts": prompts,
+    "filling": filling,
+    "compiled": compiled,
+    "textual inversion": textual_inversion,
+    "dreambooth": dreambooth,
+    "batches": batches,
+    "several processes": several_processes,
+    "controlnet": controlnet,
+    "lora": lora,
+    "training": training,
+    "sameness": sameness,
+    "stable diffusion xl": stable_diffusion_xl,
+}
+"""The most valuable first: there may be no time for the last."""
+
+
+def rates(found: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """What plans reckon with, as far as it has been measured: seconds by kind of work.
+
+    An image's fixed part holds what a pool takes beside the pipeline: files, and waiting for them.
+    """
+    learner = settings.textual_inversion
+    subjects = learner.subjects_at_once
+    inverted = subjects * learner.train_batch_size * learner.gradient_accumulation_steps
+
+    def image(measured: str) -> dict[str, float]:
+        own, pool = found[measured]["seconds per image"], found["filling"]
+        files = pool["seconds per image"] - pool["seconds per image of the pipeline alone"]
+        return {"once": own["once"] + max(files, 0), "step": own["step"]}
+
+    def retrieved() -> float:
+        measured = found["every technique"]["retrieval"]
+        return measured["seconds"] / measured["images"]
+
+    def feature() -> float:
+        return max(found["training"][f"seconds per feature, {kind}"] for kind in ("jpg", "png"))
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "image by a prompt": lambda: image("prompts"),
+        "image of a personalised model": lambda: image("prompts"),
+        "image with a ControlNet": lambda: image("controlnet"),
+        "image, retrieved": retrieved,
+        "latent, fine-tuning of the U-Net": lambda: (
+            found["dreambooth"]["seconds"]["update"] / settings.dreambooth.train_batch_size
+        ),
+        "latent, fine-tuning by LoRA": lambda: (
+            found["lora"]["seconds"]["update"] / settings.dreambooth.train_batch_size
+        ),
+        "latent, textual inversion": lambda: (
+            found["textual inversion"][f"{subjects} subjects, as it is"]["update"] / inverted
+        ),
+        "feature": feature,
+        "image, training of the whole network": lambda: found["training"][
+            "seconds per image of a published epoch"
+        ],
+        "image, training of a segmenter": lambda: found["training"][
+            "seconds per image of a segmenter's update"
+        ],
+        "image, training of a head": lambda: found["training"][
+            "seconds per image of a head's update"
+        ],
+        plan.COMPILATION: lambda: max(found["compiled"]["seconds to compile"], 0),
+    }
+    measured = {}
+    for kind, rate in kinds.items():
+        with suppress(KeyError, TypeError):  # not reached, failed, or out of memory
+            measured[kind] = rate()
+    return measured
 
 
 def peak(device: torch.device) -> float:
@@ -342,139 +551,179 @@ def peak(device: torch.device) -> float:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     size = PRODUCT if device.type == "cuda" else PRODUCT // 8
     matrix = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = min(timed(lambda: matrix @ matrix)[0] for _ in range(5))
-    return float(f"{2 * size**3 / seconds:.3g}")
+    spent = []
+    for _ in range(5):
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # which waits for it
+        spent.append(time.perf_counter() - began)
+    return float(f"{2 * size**3 / min(spent):.3g}")
 
 
-def at_once(folder: Path, sizes: dict[str, Any], technique: str, compiled: bool) -> dict[str, Any]:
-    """One image of one step, personalised in one step: seconds, and this process's peak memory."""
-    study = open_check(folder, sizes, "cpu")
-    least: dict[str, Any] = {"num_inference_steps": 1, "batch_size": 1}
+def short(value: Any) -> Any:
+    """Four digits of each number."""
+    if isinstance(value, dict):
+        return {str(key): short(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [short(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def attempted(work: Callable[[], Any]) -> Any:
+    """What comes of a piece of work, or why nothing does."""
+    try:
+        return work()
+    except Exception:  # of any kind: the others go on
+        reason = traceback.format_exc(limit=-3)
+    free_memory()
+    return {"failed": reason}
+
+
+def free_memory() -> None:
+    """Give back what the last measurement used, a failed one's tensors included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Record:
+    """The file that a check writes, as far as it has come."""
+
+    def __init__(self, file: Path, device: str) -> None:
+        self.file, self.lock, self.began = file, threading.Lock(), time.monotonic()
+        self.folders: list[Path] = []  # to be deleted at the end
+        self.content: dict[str, Any] = {
+            "machine": describe(),
+            "peak FLOP/s": peak(torch.device(device)),
+            "seconds": {},
+            "found": {name: {"state": "not reached"} for name in MEASUREMENTS},
+        }
+        self.write()
+
+    def write(self) -> None:
+        with self.lock:
+            self.content["minutes"] = (time.monotonic() - self.began) / 60
+            text = json.dumps(short(self.content), indent=1) + "\n"
+            write_atomically(self.file, lambda path: path.write_text(text))
+
+    def end(self) -> None:
+        """Write what was found and end this process, with all that it has started."""
+        self.content["ended"] = "out of time"
+        with suppress(RuntimeError):  # what is written changes meanwhile: the last writing holds
+            self.write()
+        for process in multiprocessing.active_children():
+            process.kill()
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+
+
+def measure(check: Check, record: Record) -> None:
+    """Take all measurements, one after the other."""
+    for name, work in MEASUREMENTS.items():
+        found: dict[str, Any] = {"state": "begun"}
+        record.content["found"][name] = found
+        record.write()
+        began, state = time.monotonic(), "done"
+        try:
+            for key, value in work(check):
+                found[key] = value
+                record.content["seconds"] = rates(record.content["found"], check.study.settings)
+                record.write()
+        except Exception:  # of any kind: the others go on
+            state = traceback.format_exc(limit=-3)
+        found |= {"state": state, "seconds in all": time.monotonic() - began}
+        record.write()
+        print(f"{name}: {json.dumps(short(found))}", flush=True)
+        free_memory()
+
+
+def once_on_cpu(folder: Path, sizes: Sizes, technique: str, whole: bool) -> dict[str, Any]:
+    """One image in one step, personalised in one step, with a U-Net that is compiled or not."""
     learning = {"max_train_steps": 1}
-    saving = {"gradient_checkpointing": True, "keep_models": True}  # of memory, of the model
-    sections = {
-        "sampling": least,
-        "controlnet": {"num_inference_steps": 1},
-        "dreambooth": learning | saving,
-        "dreambooth_lora": learning,
-        "datadream": learning | {"train_batch_size": 1},
-        "textual_inversion": learning | {"subjects_at_once": 1},
-        "da_fusion": {"strengths": [1.0]},  # less would leave none of one step
-        "diff_mix": {"strength": 1.0},
-        "real_guidance": {"strength": 1.0},
-    }
-    update = {
-        name: getattr(study.settings, name).model_copy(update=values)
-        for name, values in sections.items()
-    }
-    settings = study.settings.model_copy(
-        update={**update, "compile": compiled, "training_precision": "float32"}
+    study = open_check(
+        *(folder, sizes, "cpu"),
+        compile=whole,
+        training_precision="float32",
+        sampling={"num_inference_steps": 1, "batch_size": 1},
+        controlnet={"num_inference_steps": 1},
+        dreambooth={**learning, "gradient_checkpointing": True, "keep_models": True},
+        dreambooth_lora=learning,
+        datadream={**learning, "train_batch_size": 1},
+        textual_inversion={**learning, "subjects_at_once": 1},
+        da_fusion={"strengths": [1.0]},  # less would leave none of one step
+        diff_mix={"strength": 1.0},
+        real_guidance={"strength": 1.0},
     )
-    study = replace(study, settings=settings, store=Store(folder / f"store, {compiled=}"))
+    study = replace(study, store=Store(folder / f"store of {technique}, {whole}"))
     [request, *_] = technique_requests(study, technique, 0, 1)
-    seconds, [pool] = timed(lambda: pools.fill(study, [request]))
-    side = settings.sampling.resolution
-    assert len(pool.files) == 1
-    if techniques()[technique].kind:
-        assert pool.images()[0].shape == (side, side, 3)
-    return {"seconds": round(seconds, 1), "peak memory GiB": round(peak_memory(), 2)}
+    began = time.perf_counter()
+    [pool] = pools.fill(study, [request])
+    side = sizes.resolution
+    assert not techniques()[technique].kind or pool.images()[0].shape == (side, side, 3)
+    seconds = round(time.perf_counter() - began, 1)
+    return {"seconds": seconds, "peak memory GiB": round(peak_memory(), 2)}
 
 
-def check_on_cpu(sizes: dict[str, Any], chosen: dict[str, bool]) -> dict[str, Any]:
+def check_on_cpu(sizes: Sizes, chosen: dict[str, bool]) -> dict[str, Any]:
     """Some techniques, one after the other, each in a process of its own, compiled if so said."""
     spawn = multiprocessing.get_context("spawn")
-    found = {}
+    found: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as alone,
     ):
         folder = Path(scratch)
-        alone.submit(build, folder, sizes).result()
-        for name, compiled in chosen.items():
+        alone.submit(build, folder, sizes, "cpu").result()
+        for name, whole in chosen.items():
             technique = name.removesuffix(COMPILED)
-            found[name] = alone.submit(at_once, folder, sizes, technique, compiled).result()
+            found[name] = alone.submit(once_on_cpu, folder, sizes, technique, whole).result()
             print(f"{name:<34} {found[name]}", flush=True)
     return {"machine": describe(), "precision": "torch.float32", "techniques": found}
 
 
-def check(sizes: dict[str, Any], device: str) -> dict[str, Any]:
-    """All techniques on models of the given sizes: what ``gpu.json`` holds."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        build(folder, sizes)
-        study = open_check(folder, sizes, device)
-        found = {}
-        for technique in techniques():
-            found[technique] = check_technique(study, technique)
-            print(f"{technique:<24} {found[technique]}", flush=True)
-        check_passing_model(study)
-        precision = foundation.load_pipeline(study.settings).unet.dtype
-        assert precision == dtype_of(study.settings)
-        difference = difference_between_batches(study)
-        assert difference < 2, f"images depend on the batch: {difference:.1f} grey levels"
-        settings = study.settings
-        by_batch, compilation = image_rates(study)
-
-    accumulation = settings.textual_inversion.gradient_accumulation_steps
-    per_step = {
-        name: result.get("seconds per training step", 0.0) for name, result in found.items()
-    }
-    seconds = {
-        "image by a prompt": found["stable-diffusion-prompt"]["seconds per image"],
-        "image of a personalised model": found["dreambooth"]["seconds per image"],
-        "image with a ControlNet": found["controlnet-canny"]["seconds per image"],
-        "image, retrieved": found["retrieval"]["seconds per image"],
-        "latent, fine-tuning of the U-Net": per_step["dreambooth"],
-        "latent, fine-tuning by LoRA": per_step["dreambooth-lora"],
-        "latent, textual inversion": per_step["textual-inversion"] / accumulation,
-        **training_rates(
-            settings,
-            settings.classifier.image_size if sizes is FULL else 32,
-            device_of(settings),
-        ),
-        plan.COMPILATION: compilation,
-    }
-    most = peak(device_of(settings))
-    counted = json.loads((RESULTS / "flops.json").read_text())["stable-diffusion-1.5"]
-    work = {
-        kind: STEPS["sampling"] * each.get("step", 0) + each["once"]
-        for kind, each in counted.items()
-    }
-    fastest = [x for way in by_batch.values() for x in way.values() if x]
-    use = {kind: work[kind] / most / seconds[kind] for kind in work}
-    use["image by a prompt, best of those by batch"] = (
-        work["image by a prompt"] / most / min(fastest)
-    )
-    return {
-        "machine": describe(),
-        "precision": str(precision),
-        "techniques": found,
-        "grey levels between batches of 4 and of 1": round(difference, 3),
-        "seconds per image by a prompt, by batch": by_batch,
-        "model FLOPs utilisation": {kind: float(f"{share:.3g}") for kind, share in use.items()},
-        "peak FLOP/s": most,
-        "steps": STEPS["sampling"],
-        "seconds": {name: float(f"{value:.3g}") for name, value in seconds.items()},
-    }
+def command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--into", type=Path, default=RESULTS, help="the folder of the JSON file")
+    parser.add_argument("--minutes", type=float, default=9, help="after which it ends by itself")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small models: to try the check itself")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    device = parser.parse_args().device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("gpu_check.py: no CUDA GPU here; --device cpu takes each call once", file=sys.stderr)
+    asked = command_line()
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check.py: no CUDA GPU here: choose --device cpu", file=sys.stderr)
         return 2
-    began = time.monotonic()
-    if device == "cuda":
-        report = check(FULL, "cuda")
-    else:
-        every = dict.fromkeys(techniques(), False)
-        report = check_on_cpu(FULL, {**every, f"stable-diffusion-prompt{COMPILED}": True})
-    result = RESULTS / ("gpu.json" if device == "cuda" else "full-size-cpu.json")
-    result.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+    if asked.tiny and asked.into == RESULTS:
+        print("gpu_check.py: --tiny needs --into, since plans read its results", file=sys.stderr)
+        return 2
+    asked.into.mkdir(parents=True, exist_ok=True)
+    if asked.device == "cpu" and not asked.tiny:
+        everything = dict.fromkeys(techniques(), False) | {f"{PROMPT}{COMPILED}": True}
+        report = check_on_cpu(FULL, everything)
+        (asked.into / "full-size-cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+        return 0
+    record = Record(asked.into / "gpu.json", asked.device)
+    faulthandler.dump_traceback_later(60 * asked.minutes + 10, exit=True)  # if even that hangs
+    watch = threading.Timer(60 * asked.minutes, record.end)
+    watch.daemon = True
+    watch.start()
+    sizes = TINY if asked.tiny else FULL
+    if asked.tiny:  # networks are captured in whole; to generate code for them takes minutes
+        whole = torch.nn.Module.compile
+        torch.nn.Module.compile = partialmethod(whole, backend="aot_eager")  # type: ignore
+    with tempfile.TemporaryDirectory() as scratch, folder_in_memory(Path(scratch)) as folder:
+        record.folders = [folder, Path(scratch)]
+        build(folder, sizes, asked.device)
+        free_memory()
+        study = open_check(folder, sizes, asked.device)
+        study = replace(study, store=Store(Path(scratch) / "store"))
+        measure(Check(sizes, folder, Path(scratch), study), record)
+        record.content["ended"] = "all measured"
+        record.write()
     return 0
 
 

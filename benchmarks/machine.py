@@ -1,10 +1,12 @@
 """Describe the machine that a benchmark ran on."""
 
-from sdaug_utils.evidence import report
+import platform
+from importlib.metadata import version
+
+from sdaug_utils.compute import hardware
 
 
 def describe() -> dict[str, object]:
     """Processor, cores, memory and versions, without names or paths."""
-    versions = report.software()
-    chosen = {name: versions[name] for name in ("python", "torch", "diffusers", "transformers")}
-    return report.hardware() | chosen
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return hardware() | {"python": platform.python_version()} | libraries

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -117,6 +119,25 @@ class Batch:
                     f"{self.name}: {tried} exceed the GPU's memory: going on with {self.size}"
                 )
         return done
+
+
+def hardware() -> dict[str, object]:
+    """Processor, cores, memory and GPU, without names or paths (thesis, table A.1)."""
+    facts: dict[str, object] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": None,
+    }
+    if shutil.which("nvidia-smi") and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": gpu.name,
+            "gpu memory GiB": round(gpu.total_memory / 2**30, 1),
+            "CUDA capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+        }
+    return facts
 
 
 @cache

@@ -93,16 +93,18 @@ def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
 def rates(settings: Settings) -> tuple[str, dict[str, float]]:
     """Where rates come from, and the seconds that each kind of work takes there.
 
-    Those of ``benchmarks/rates.py`` for small models; for models of full size those of
-    ``benchmarks/gpu_check.py`` if it has run, else the thesis's. Images take as long as their
-    number of steps.
+    Those of ``benchmarks/rates.py`` for small models; for models of full size those that
+    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest. An image takes a fixed
+    time and a time per step where both are known, else as long as its number of steps.
     """
-    content = _measured(settings)
-    machine = content.get("machine", {})
-    name = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
-    steps = {cost: number / content["steps"] for cost, number in _steps(settings).items()}
-    seconds = {kind: each * steps.get(kind, 1.0) for kind, each in content["seconds"].items()}
-    return content.get("source", f"{name}, measured"), seconds
+    content, steps = _measured(settings), _steps(settings)
+
+    def seconds(kind: str, rate: Any) -> float:
+        if isinstance(rate, dict):
+            return rate["once"] + steps[kind] * rate["step"]
+        return rate * (steps[kind] / content["steps"] if kind in steps else 1.0)
+
+    return content["source"], {kind: seconds(kind, x) for kind, x in content["seconds"].items()}
 
 
 def limits(settings: Settings) -> dict[str, float]:
@@ -122,9 +124,21 @@ def limits(settings: Settings) -> dict[str, float]:
 
 
 def _measured(settings: Settings) -> dict[str, Any]:
-    measured = MEASURED / ("gpu.json" if is_at_scale(settings) else "rates.json")
-    path = measured if measured.exists() else TABLES / "rates-a100.json"
-    return json.loads(path.read_text())
+    """A table of rates: ``source``, ``seconds``, ``steps`` of an image, ``peak FLOP/s``."""
+    at_scale = is_at_scale(settings)
+    measured = MEASURED / ("gpu.json" if at_scale else "rates.json")
+    logged = json.loads((TABLES / "rates-a100.json").read_text()) if at_scale else {"seconds": {}}
+    if not measured.exists():
+        return logged
+    content = json.loads(measured.read_text())
+    machine, lacking = content["machine"], logged["seconds"].keys() - content["seconds"].keys()
+    name = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    rest = f"; {', '.join(sorted(lacking))}: {logged['source']}" if lacking else ""
+    seconds = {
+        "source": f"{name}, measured{rest}",
+        "seconds": logged["seconds"] | content["seconds"],
+    }
+    return {**logged, **content, **seconds}
 
 
 def _steps(settings: Settings) -> dict[str, int]:

@@ -1,13 +1,10 @@
 """The thesis profile's parts on their real interfaces, as small as they can be."""
 
-import importlib.util
-import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partialmethod
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,8 +33,6 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training import cells, features, segmenter
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def changed(study, **sections):
@@ -475,64 +470,3 @@ def test_tables_name_the_models_and_their_revision(world):
     named = report.models(params.load_settings("smoke"))
     assert named["text-to-image model"] == "miniature"
     assert named["classifier's backbone"].startswith("efficientnet-lite0 (579344")
-
-
-@pytest.fixture
-def gpu_check(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("gpu_check", BENCHMARKS / "gpu_check.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)  # where its processes look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_full_size_check_makes_an_image_with_each_technique_in_a_process_of_its_own(gpu_check):
-    every = {"stable-diffusion-prompt": False, "dreambooth": False}
-    found = gpu_check.check_on_cpu(gpu_check.TINY, every)
-    assert found["techniques"].keys() == every.keys()
-    for measured in found["techniques"].values():
-        assert measured["seconds"] > 0
-        assert 0.2 < measured["peak memory GiB"] < 4
-
-
-def test_a_card_is_known_by_its_name(gpu_check, monkeypatch):
-    device = torch.device("cuda")
-    for name, tera in (
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 330),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert gpu_check.peak(device) == tera * 1e12
-    assert 1e8 < gpu_check.peak(torch.device("cpu")) < 1e14
-
-
-def test_a_gpu_check_runs_every_technique(gpu_check, captured_alone, monkeypatch):
-    monkeypatch.setattr(gpu_check, "BATCH", 2)
-    monkeypatch.setattr(gpu_check, "BATCHES", (1,))
-    monkeypatch.setattr(gpu_check, "PHOTOGRAPHS", 16)
-    monkeypatch.setattr(gpu_check, "STEPS", {"sampling": 2, "training": 1})
-    found = gpu_check.check(gpu_check.TINY, "cpu")
-    assert set(found["techniques"]) == {
-        "stable-diffusion-prompt",
-        "dreambooth",
-        "dreambooth-lora",
-        "real-guidance",
-        "textual-inversion",
-        "controlnet-canny",
-        "controlnet-segmentation",
-        "da-fusion",
-        "datadream",
-        "diff-mix",
-        "retrieval",
-    }
-    assert set(found["seconds"]) == set(
-        json.loads((plan.TABLES / "rates-a100.json").read_text())["seconds"]
-    )
-    assert all(value > 0 for value in found["seconds"].values())
-    assert set(found["model FLOPs utilisation"]) > {"latent, textual inversion", "feature"}
-    by_batch = found["seconds per image by a prompt, by batch"]
-    assert all(by_batch[way]["1"] > 0 for way in ("eager", "compiled"))
-    assert found["precision"] == "torch.float32"  # on a CPU

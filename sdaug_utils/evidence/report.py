@@ -5,9 +5,7 @@ python -m sdaug_utils.evidence.report README.md CLAIMS.md notebooks/*.ipynb
 renews a table of verdicts and every number in prose between marks (``sdaug_utils.evidence.prose``).
 """
 
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -19,7 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.compute import LIBRARIES, TOOLS, made_with, processor
+from sdaug_utils.compute import LIBRARIES, TOOLS, hardware, made_with
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.evidence import prose
 from sdaug_utils.evidence.claims import TABLES, deviations, holm
@@ -32,28 +30,6 @@ from sdaug_utils.study import figures_folder, results_folder
 from sdaug_utils.training.features import BACKBONES
 
 TABLE = "<!-- {}: made by 'make notebooks' -->", "<!-- end of {} -->"
-
-
-def hardware() -> dict[str, object]:
-    """Processor, cores, memory and GPU, without names or paths (thesis, table A.1)."""
-    facts: dict[str, object] = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "gpu": None,
-    }
-    if shutil.which("nvidia-smi"):
-        import torch
-
-        if torch.cuda.is_available():
-            gpu = torch.cuda.get_device_properties(0)
-            facts |= {
-                "gpu": gpu.name,
-                "gpu memory GiB": round(gpu.total_memory / 2**30, 1),
-                "CUDA capability": f"{gpu.major}.{gpu.minor}",
-                "multiprocessors": gpu.multi_processor_count,
-            }
-    return facts
 
 
 def revision() -> dict[str, str | int | None]:

