@@ -298,9 +298,9 @@ def random_backbones() -> None:
 
 
 @contextmanager
-def folder_in_memory(scratch: Path) -> Iterator[Path]:
-    """A folder for models in memory, where this machine has room; else one in ``scratch``."""
+def folder_for_models(scratch: Path, sizes: Sizes) -> Iterator[Path]:
+    """A folder in memory for large models, where this machine has room; else one in ``scratch``."""
     shared = Path("/dev/shm")
     has_room = shared.is_dir() and shutil.disk_usage(shared).free > 16 * 2**30
-    with tempfile.TemporaryDirectory(dir=shared if has_room else scratch) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(dir=shared if sizes is FULL and has_room else scratch) as name:
+        yield Path(name)

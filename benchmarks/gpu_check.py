@@ -48,7 +48,7 @@ from full_size import (
     build,
     build_xl,
     changed,
-    folder_in_memory,
+    folder_for_models,
     open_check,
     photographs,
     random_backbones,
@@ -715,7 +715,10 @@ def main() -> int:
     if asked.tiny:  # networks are captured in whole; to generate code for them takes minutes
         whole = torch.nn.Module.compile
         torch.nn.Module.compile = partialmethod(whole, backend="aot_eager")  # type: ignore
-    with tempfile.TemporaryDirectory() as scratch, folder_in_memory(Path(scratch)) as folder:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        folder_for_models(Path(scratch), sizes) as folder,
+    ):
         record.folders = [folder, Path(scratch)]
         build(folder, sizes, asked.device)
         free_memory()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def started(tmp_path):
     def start(minutes):
         command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--tiny"]
         command += ["--into", str(tmp_path), "--minutes", str(minutes)]
-        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        environment = os.environ | {"TMPDIR": str(tmp_path)}  # where a killed one leaves its models
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
         return running[-1], tmp_path / "gpu.json"
 
     yield start
