@@ -62,16 +62,19 @@ class Job:
         """Everything that determines what comes of it, as it was before it was run."""
         import nbformat
 
-        from sdaug_utils import compute, plan
+        from sdaug_utils import compute, experiments, plan
         from sdaug_utils.evidence import prose
         from sdaug_utils.generation import foundation
-        from sdaug_utils.training.cells import data_digest
+        from sdaug_utils.training import cells
 
         settings, data = self.study.settings, self.study.data
         files = [Path(__file__), *sorted(p for p in MODULE.rglob("*") if p.suffix in SOURCES)]
-        cells = nbformat.read(self.path, as_version=4).cells
-        sources = [prose.emptied(cell.source) for cell in cells]  # numbers follow from the rest
-        trains = isinstance(self.parameters, params.Runs)  # then its runs' keys are known, too
+        written = nbformat.read(self.path, as_version=4).cells
+        sources = [prose.emptied(cell.source) for cell in written]  # numbers follow from the rest
+        runs: list[str] = []
+        if isinstance(self.parameters, params.Runs):  # then its runs' keys are known, too
+            every = experiments.every_cell(self.study, self.parameters)
+            runs = sorted({store.digest(cells.spec(self.study, cell)) for cell in every})
         return {
             "notebook": self.path.stem,
             "text": store.digest_of("\n\n".join(sources).encode()),
@@ -80,9 +83,9 @@ class Job:
             "parameters": self.parameters.model_dump(mode="json"),
             "settings": [settings.model_dump(mode="json"), compute.dtype_name(settings)],
             "profile": settings_digest(self.study.profile, self.path.stem),
-            "data": [data.name, data.class_names, data_digest(self.study)],
+            "data": [data.name, data.class_names, cells.data_digest(self.study)],
             "models": [foundation.revision(*model) for model in plan.models(settings)],
-            "runs": sorted(plan.needs(self.study, self.parameters).runs) if trains else [],
+            "runs": runs,
         }
 
 
@@ -342,35 +345,9 @@ def state(root: Path, used: Mapping[str, Mapping[str, list[int]]]) -> str:
     return store.digest_of(json.dumps(facts).encode())
 
 
-def work_list(jobs: list[Job]) -> list[Any]:
-    """All tasks of some notebooks, as they are planned here."""
-    from sdaug_utils import tasks
-
-    return tasks.work_list((job.study, job.parameters) for job in jobs)
-
-
-def make_all(jobs: list[Job], arguments: argparse.Namespace) -> Any:
-    """Make everything that notebooks need, before the first of them runs."""
-    from sdaug_utils import tasks, workers
-
-    pairs, total = [(job.study, job.parameters) for job in jobs], workers.Outcome()
-    experiments = tuple((job.path.stem, job.parameters) for job in jobs)
-    orders, crew = workers.Orders(arguments.profile, experiments), None
-    try:
-        for listed in (tasks.first_tasks, tasks.work_list):
-            every = listed(pairs)
-            if any(task.left() for task in every):
-                settings = jobs[0].study.settings
-                crew = crew or workers.hire(settings, orders, arguments.workers, arguments.ray)
-                total.add(workers.make_all(every, crew, arguments.timeout * 60))
-            for task in every:
-                if isinstance(task, tasks.Models):
-                    task.drop()
-    finally:
-        if crew:
-            crew.close()
-        workers.forget()
-    return total
+def asked_for(jobs: list[Job]) -> list[tuple[str, Any, Any]]:
+    """What the plan is made of: notebooks' names, studies and parameters."""
+    return [(job.path.stem, job.study, job.parameters) for job in jobs]
 
 
 def execute_all(
@@ -507,8 +484,11 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
     root = store.Store().root
     print_given_up(root / pool for each in reports for pool in each.used.get("images", {}))
     if outcome.seconds:
-        shares = ", ".join(f"{seconds / outcome.seconds:.0%}" for seconds in outcome.busy)
-        print(f"made in {outcome.seconds / 60:.1f} minutes; workers were busy for {shares} of them")
+        share = outcome.busy / (outcome.seconds * outcome.workers)
+        print(
+            f"made in {outcome.seconds / 60:.1f} minutes by {outcome.workers} workers, which were "
+            f"busy for {share:.0%} of them"
+        )
     for name, reason in outcome.failures.items():
         print(f"not made: {name}: {reason}")
     if outcome.left_out:
@@ -518,33 +498,12 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
     print(f"figures and their numbers: {_relative(figures_folder(profile))}")
 
 
-def expected_shares(jobs: list[Job]) -> dict[str, float]:
-    """How much of what is to be made each notebook is the first to need, in 0 to 1, by the plan."""
-    from sdaug_utils import plan, tasks
-
-    if not jobs:
-        return {}
-    _, rates = plan.rates(jobs[0].study.settings)
-    missing = [missing for _, missing in planned(jobs)]
-    hours = [tasks.hours(job.study, one, rates) for job, one in zip(jobs, missing, strict=True)]
-    return {
-        job.path.stem: one / sum(hours) if one else 0.0
-        for job, one in zip(jobs, hours, strict=True)
-    }
-
-
 def write_record(
-    output: Path,
-    profile: str,
-    reports: list[Report],
-    outcome: Any,
-    shares: Mapping[str, float],
-    minutes: float,
+    output: Path, profile: str, reports: list[Report], outcome: Any, minutes: float
 ) -> None:
     """``run.json``: what ran, on which commit, how long, and what it used; the report reads it.
 
-    What was up to date keeps the minutes of the run that it is from. The time of making what
-    several notebooks need is the first one's, in the proportions of the plan.
+    What was up to date keeps the minutes of the run that it is from.
     """
     from sdaug_utils.compute import peak_memory
     from sdaug_utils.evidence.report import revision
@@ -554,16 +513,14 @@ def write_record(
     earlier = json.loads(file.read_text()).get("notebooks", {}) if file.exists() else {}
     notebooks = {}
     for report in reports:
-        making = outcome.seconds / 60 * shares.get(report.notebook, 0.0)
         facts = {
-            "minutes": round(report.minutes + making, 1),
-            "of which making": round(making, 1),
+            "minutes": round(report.minutes, 1),
             **{kind: sum(map(len, report.used.get(kind, {}).values())) for kind in store.KINDS},
             "status": report.status,
             "pools": sorted(report.used.get("images", {})),
         }
         if report.status == "up to date" and report.notebook in earlier:
-            facts |= {key: earlier[report.notebook][key] for key in ("minutes", "of which making")}
+            facts["minutes"] = earlier[report.notebook]["minutes"]
         notebooks[report.notebook] = facts
     peak = max(peak_memory(), peak_memory(of_children=True))
     record = {
@@ -572,7 +529,7 @@ def write_record(
         "ended": time.strftime("%Y-%m-%d %H:%M"),
         "minutes": round(minutes, 1),
         "of which making": round(outcome.seconds / 60, 1),
-        "workers": len(outcome.busy),
+        "workers": outcome.workers,
         "peak memory of a process, GiB": round(peak, 2),
         "notebooks": dict(sorted((earlier | notebooks).items())),
         "environment": {name: os.environ[name] for name in ASKED_FOR if os.environ.get(name)},
@@ -589,82 +546,54 @@ def print_given_up(pools: Iterable[Path]) -> None:
         print(f"given up after too many rejections: {number} images, the next in their places")
 
 
-def planned(jobs: list[Job]) -> list[Any]:
-    """For each notebook all that it needs, and what is missing when those before it have run."""
-    from sdaug_utils import plan
-
-    shared: dict[Any, plan.Needs] = {}  # by study
-    pairs = []
-    for job in jobs:
-        needed = plan.needs(job.study, job.parameters)
-        done = shared.setdefault(job.study, plan.Needs())
-        missing = plan.missing(job.study, needed, done)
-        pairs.append((needed, missing))
-        learnt = done.models | missing.models
-        done.add(needed)
-        done.models = learnt
-    return pairs
-
-
 def print_plan(jobs: list[Job], workers: list[int]) -> None:
     """What the notebooks need, what the store has not got, how long that takes, and on what disk.
 
-    Where the models are those of the thesis, the hours in the thesis's own logs stand beside. How
-    long it takes so many workers is found by going through their schedule.
+    What several notebooks need stands beside the first. Where the models are those of the thesis,
+    the hours in the thesis's own logs stand there, too.
     """
-    import numpy as np
     import pandas as pd
 
-    from sdaug_utils import plan, tasks
+    from sdaug_utils import plan, rates
 
     settings = jobs[0].study.settings
-    (source, rates), limits = plan.rates(settings), plan.limits(settings)
-    both = {kind: np.array([rates[kind], limits[kind]]) for kind in limits}
-    at_scale = plan.is_at_scale(settings)
-    unit, per_hour = ("GPU hours", 1) if at_scale else ("minutes", 60)
-    rows, together = [], dict[Any, plan.Needs]()
-    for job, (needed, missing) in zip(jobs, planned(jobs), strict=True):
-        together.setdefault(job.study, plan.Needs()).add(needed)
-        counts = zip(missing.counts(), needed.counts(), strict=True)
-        texts = (f"{rest} / {whole}" for rest, whole in counts)
-        row: dict[str, Any] = dict(zip(store.KINDS, texts, strict=True))
-        row[unit], row["at least"] = tasks.hours(job.study, missing, both) * per_hour
-        row["GiB"] = plan.gibibytes(job.study, missing)
-        row["thesis, hours"] = plan.thesis_hours(job.path.stem)
+    source, at_scale = rates.rates(settings)[0], rates.is_at_scale(settings)
+    label, per_second = ("GPU hours", 1 / 3600) if at_scale else ("minutes", 1 / 60)
+    needed = plan.wanted(asked_for(jobs))
+    work, rows = plan.Work(plan.units(needed)), []
+    for job in jobs:
+        own = work.of(job.path.stem)
+        counts = own.counts()
+        row: dict[str, Any] = {kind: "{} / {}".format(*counts[kind]) for kind in store.KINDS}
+        row[label], row["GiB"] = own.seconds() * per_second, own.gibibytes()
+        row["thesis, hours"] = rates.thesis_hours(job.path.stem)
         rows.append(row)
     table = pd.DataFrame(rows, index=[job.path.stem for job in jobs])
     shown = table if at_scale else table.drop(columns="thesis, hours")
     print("missing / all")
     print(shown.to_string(float_format="{:.1f}".format))
-    total = sum(needs.counts()[0] for needs in together.values())
-    unshared = sum(needs.unshared for needs in together.values())
-    least = f"at least {table['at least'].sum():.{0 if at_scale else 1}f} at the hardware's peak"
-    print(f"\n{table[unit].sum():.0f} {unit}, {least}, {table['GiB'].sum():.1f} GiB")
+    print(f"\n{table[label].sum():.0f} {label}, {work.gibibytes():.1f} GiB")
     print(f"rates: {source}")
     if settings.treatment:
         print(f"treatment: {settings.treatment}")
     if at_scale:
         hours = table["thesis, hours"].sum()
         print(f"the thesis's logs: {hours:.0f} hours, one run per setting; their gaps count as 0")
+    total = work.counts()["images"][1]
+    unshared = sum(what.unshared for what in needed.values())
     print(
         f"{total} images in all; if each setting made its own, as in the thesis, {unshared}: "
         f"{unshared / max(total, 1):.1f} times as many"
     )
     root = jobs[0].study.store.root
-    print_given_up(root / "pools" / key for needs in together.values() for key in needs.images)
+    print_given_up(root / "pools" / key for what in needed.values() for key in what.images)
     if workers:
-        from sdaug_utils.workers import simulate
-
-        left = [task for task in work_list(jobs) if task.left()]
-        alone = sum(task.seconds for task in left)
-        print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours':>7} efficiency")
+        print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours, at least':>16}")
         for number in workers:
-            seconds = simulate(left, number, rates[plan.COMPILATION]) or 1.0
-            share = alone / (number * seconds)
-            print(f"{number:>8} {seconds / 3600:>7.1f} {share:>10.0%}")
+            print(f"{number:>8} {work.hours_on(number):>16.1f}")
 
 
-def require_disk(jobs: list[Job]) -> None:
+def require_disk(jobs: list[Job], workers: int) -> None:
     """Check that the disk can hold what the plan makes.
 
     Raises:
@@ -673,9 +602,8 @@ def require_disk(jobs: list[Job]) -> None:
     from sdaug_utils import plan
 
     root = jobs[0].study.store.root
-    pairs = zip(jobs, planned(jobs), strict=True)
-    wanted = sum(plan.gibibytes(job.study, missing) for job, (_, missing) in pairs)
-    free = shutil.disk_usage(root).free / plan.GIB
+    work = plan.Work(plan.units(plan.wanted(asked_for(jobs))))
+    wanted, free = work.gibibytes(workers), shutil.disk_usage(root).free / plan.GIB
     if wanted > free:
         raise InputError(
             f"not enough disk: the plan needs {wanted:.1f} GiB in {root}, where {free:.1f} are "
@@ -728,17 +656,20 @@ def command_line() -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers",
-        type=lambda text: 0 if text == "auto" else positive(text),
+        type=lambda text: None if text == "auto" else positive(text),
         metavar="N",
-        help="make everything in N processes, or Ray actors; auto: one per GPU or core",
+        help="processes that make everything, or jobs of a cluster; auto: one per GPU or core",
     )
     parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="make everything on a Ray cluster; auto: the one here; local: a new one",
+        "--cluster",
+        choices=["slurm", "lsf", "pbs", "sge"],
+        help="make everything in jobs of a queue; their options are in the profile or Dask's YAML",
     )
     parser.add_argument(
-        "--timeout", type=positive, default=600, metavar="MINUTES", help="after which a task hangs"
+        "--scheduler", metavar="ADDRESS", help="make everything on a Dask cluster that runs"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=600, metavar="MINUTES", help="after which a unit hangs"
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare every image with its digest, not its size"
@@ -794,12 +725,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: what is wrong, before any work has started.
     """
-    from sdaug_utils import plan
-
-    if arguments.ray:
-        from sdaug_utils import workers
-
-        workers.require_cluster(arguments.ray)
     profile, name = arguments.profile, set_environment(arguments)
     output = arguments.output or ROOT / "runs" / name
     paths = chosen_notebooks(arguments.only)
@@ -810,7 +735,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print_plan(jobs, arguments.gpus or [])
         return 0
-    from sdaug_utils.evidence import report  # takes seconds, and an error needs none of it
+    from sdaug_utils import make, rates  # takes seconds, and an error needs none of it
+    from sdaug_utils.evidence import report
 
     if arguments.from_results:
         remake(jobs)
@@ -819,19 +745,21 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.download_only:
         return 0
-    if jobs and plan.is_at_scale(jobs[0].study.settings):
-        require_disk(jobs)
+    workers = make.Workers(
+        arguments.workers, arguments.cluster, arguments.scheduler, arguments.timeout * 60.0
+    )
+    if jobs and rates.is_at_scale(jobs[0].study.settings):
+        require_disk(jobs, arguments.workers or 1)
     began = time.time()
     recalled = [recall(job, output, profile, arguments.force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
-    shares = expected_shares(waiting)
-    outcome = make_all(waiting, arguments)
+    outcome = make.make_all(asked_for(waiting), profile, workers)
     reports = execute_all(jobs, recalled, output, profile, arguments.keep_going)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root
     report.write_tables(profile, [root / artefact for artefact in used])
     print_summary(reports, profile, outcome)
-    write_record(output, profile, reports, outcome, shares, (time.time() - began) / 60)
+    write_record(output, profile, reports, outcome, (time.time() - began) / 60)
     return 0 if all(each.status in FINE for each in reports) and not outcome.failures else 1
 
 

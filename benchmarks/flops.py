@@ -23,7 +23,8 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 
 from sdaug_utils.generation.foundation import MINIATURE_WEIGHTS
 from sdaug_utils.generation.techniques.dreambooth_lora import LAYERS
-from sdaug_utils.params import load_settings
+from sdaug_utils.params import Settings, load_settings
+from sdaug_utils.rates import is_at_scale, measured, steps_of_images
 from sdaug_utils.training.segmenter import new_head
 
 RESULT = Path(__file__).parent / "results" / "flops.json"
@@ -125,6 +126,20 @@ def training(profile: str) -> dict[str, dict[str, float]]:
         "image, training of a segmenter": {
             "once": learning + (0 if segmenter.keep_features else mapped)
         },
+    }
+
+
+def limits(settings: Settings) -> dict[str, float]:
+    """The seconds below which no code brings each kind of work on the hardware of the plan's rates.
+
+    They are floating-point operations divided by the peak: of a card by its data sheet, of a
+    processor by a large matrix product.
+    """
+    size = "stable-diffusion-1.5" if is_at_scale(settings) else "miniature"
+    peak, steps = measured(settings)["peak FLOP/s"], steps_of_images(settings)
+    return {
+        kind: (steps.get(kind, 0) * each.get("step", 0.0) + each["once"]) / peak
+        for kind, each in json.loads(RESULT.read_text())[size].items()
     }
 
 

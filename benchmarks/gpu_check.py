@@ -55,10 +55,11 @@ from full_size import (
 )
 from machine import describe
 
-from sdaug_utils import plan
 from sdaug_utils.compute import device_of, dtype_of, peak_memory
+from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.technique import technique_requests
+from sdaug_utils.rates import COMPILATION
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store, file_digest, write_atomically
 from sdaug_utils.study import Study
@@ -532,7 +533,7 @@ def rates(found: dict[str, Any], settings: Any) -> dict[str, Any]:
         "image, training of a head": lambda: found["training"][
             "seconds per image of a head's update"
         ],
-        plan.COMPILATION: lambda: max(found["compiled"]["seconds to compile"], 0),
+        COMPILATION: lambda: max(found["compiled"]["seconds to compile"], 0),
     }
     measured = {}
     for kind, rate in kinds.items():
@@ -544,7 +545,7 @@ def rates(found: dict[str, Any], settings: Any) -> dict[str, Any]:
 def peak(device: torch.device) -> float:
     """FLOP/s of a GPU by its data sheet; by a large matrix product where it is not known."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    sheets = json.loads((plan.TABLES / "peaks.json").read_text())["FLOP/s"]
+    sheets = json.loads((TABLES / "peaks.json").read_text())["FLOP/s"]
     listed = [card for card in sheets if f" {card} " in f" {name} ".replace("-", " ")]
     if listed:
         return sheets[max(listed, key=len)]

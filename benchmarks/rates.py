@@ -25,7 +25,7 @@ from sdaug_utils.generation.foundation import compiled, load_pipeline, scale_con
 from sdaug_utils.generation.personalisation import NoisyLatents
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.params import load_settings
-from sdaug_utils.plan import COMPILATION
+from sdaug_utils.rates import COMPILATION
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import open_study

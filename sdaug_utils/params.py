@@ -171,6 +171,7 @@ class Settings(Parameters):
     )
     training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
     treatment: str = ""  # what is not as in the thesis: every table says so
+    cluster: dict[str, Any] = {}  # of a queue's jobs: what dask-jobqueue's classes take
     sampling: Sampling
     classifier: Classifier
     segmenter: Segmenter

@@ -1,155 +1,493 @@
-"""What a notebook needs, what of it the store has, and how long the rest takes. Nothing starts."""
+"""What experiments need, as a list of units: pieces of work that may be made anywhere.
+
+The list is the same on every machine, whatever its store has got. All that is said about work is a
+sum over it; whatever makes work takes it from here.
+"""
+
+from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sdaug_utils import experiments, params
-from sdaug_utils.data import datasets, photos
+from sdaug_utils import experiments, params, rates
+from sdaug_utils.data import datasets, photos, shifts
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import subjects
-from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.experiments import Beside
 from sdaug_utils.generation.foundation import revision
-from sdaug_utils.generation.personalisation import Personalised
-from sdaug_utils.generation.pools import is_given_up, read_pool
+from sdaug_utils.generation.pools import BLOCK, fill, learn_models, number_missing
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import Store, digest
+from sdaug_utils.store import KINDS, Store, digest
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training import cells, features
 from sdaug_utils.training.cells import Cell
 
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
+MOST_IMAGES, LONGEST = 500, 120  # of a unit: images, and the seconds that their generation takes
 PNG_BYTES = 1.8  # per pixel of a photograph
-COMPILATION = "compilation of a network"  # as rates have it
+FEATURE_BYTES = 1280 * 4
 GIB = 2**30
+Asked = Iterable[tuple[str, Study, params.Experiment]]  # notebooks' names, studies, parameters
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unit:
+    """A piece of work that is safe to do again: what of it the store has is not made twice."""
+
+    name: str  # for people
+    key: str
+    kind: str  # what it makes: images, models, features, runs
+    items: int  # how many
+    left: Callable[[], int]  # how many of them the store has not got
+    make: Callable[[], object]  # makes what is left
+    seconds: float  # by the rates in use, for all items
+    num_bytes: float = 0.0  # of disk, for all items
+    passing_bytes: float = 0.0  # of disk, while it is made: a model that is not kept
+    models: int = 0  # that it learns and does not keep
+    needs: frozenset[str] = frozenset()  # keys of the units whose results it needs
+    notebook: str = ""  # the first that asks for it
 
 
 @dataclass
-class Needs:
-    """What notebooks ask of the store, by its keys: what several of them need counts once."""
+class Wanted:
+    """What notebooks ask of a study, each thing once, with the first notebook that asks for it."""
 
-    images: dict[str, set[int]] = field(default_factory=dict)  # indices, by pool
-    runs: dict[str, Cell] = field(default_factory=dict)
-    models: dict[str, Personalised] = field(default_factory=dict)
+    images: dict[str, dict[int, str]] = field(default_factory=dict)  # by pool and index
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
-    beside: dict[str, Beside] = field(default_factory=dict)
+    cells: dict[Cell, str] = field(default_factory=dict)
+    beside: dict[str, tuple[Beside, str]] = field(default_factory=dict)
     unshared: int = 0  # images, if each setting made its own, as in the thesis
 
-    def ask(self, requests: Iterable[Request]) -> "Needs":
+    def ask(self, requests: Iterable[Request], notebook: str = "") -> None:
         """Add what is needed for some pools."""
         for request in requests:
             key = digest(request.spec)
-            self.images.setdefault(key, set()).update(request.indices)
-            self.requests[key] = request
-            if request.model:
-                self.models[digest(request.model)] = request.technique
-        return self
+            self.requests.setdefault(key, request)
+            indices = self.images.setdefault(key, {})
+            for index in request.indices:
+                indices.setdefault(index, notebook)
 
-    def add(self, other: "Needs") -> None:
-        """Add what another notebook needs."""
-        self.ask(other.requests.values())
-        for key, indices in other.images.items():
-            self.images[key] |= indices
-        self.runs |= other.runs
-        self.beside |= other.beside
-        self.unshared += other.unshared
+    def add(self, notebook: str, study: Study, p: params.Experiment) -> None:
+        """Add what a notebook needs, given its parameters."""
+        if isinstance(p, params.Subjects):
+            self._add_subjects(notebook, study, p)
+            return
+        assert isinstance(p, params.Runs)
+        pools, settings = dict[tuple[Any, ...], None](), set()  # in order, which a set has not
+        for cell in experiments.every_cell(study, p):
+            self.cells.setdefault(cell, notebook)
+            if cell.technique:
+                settings.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
+                percent = cells.pool_percent(study, cell)
+                pools[cell.technique, cell.draw, cell.num_made, percent] = None
+        for arguments in pools:
+            self.ask(technique_requests(study, *arguments), notebook)
+        for name, extra in experiments.beside(study, p).items():
+            self.beside.setdefault(name, (extra, notebook))
+        self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in settings)
 
-    def counts(self) -> tuple[int, int, int]:
-        """How many images, personalised models and training runs."""
-        return sum(map(len, self.images.values())), len(self.models), len(self.runs)
+    def _add_subjects(self, notebook: str, study: Study, p: params.Subjects) -> None:
+        is_known = features.have_features(study, study.data.splits["train"].images())
+        everyone = (subjects.of_experiment if is_known else subjects.stand_ins)(study, p)
+        asked = [subjects.subject_requests(study, name, everyone, p) for name in p.techniques]
+        if isinstance(p, params.DifferentSubjects):
+            asked.append(subjects.hypernym_requests(study, p))
+        for requests in asked:
+            self.ask(requests, notebook)
+            self.unshared += sum(len(request.indices) for request in requests)
 
 
-def missing(study: Study, wanted: Needs, done: Needs) -> Needs:
-    """What of ``wanted`` has to be made where ``done`` is made, too.
+def wanted(asked: Asked) -> dict[Study, Wanted]:
+    """What notebooks need of each study."""
+    found: dict[Study, Wanted] = {}
+    for notebook, study, p in asked:
+        found.setdefault(study, Wanted()).add(notebook, study, p)
+    return found
 
-    The models of ``done`` are those that are learnt for it; they are there until all images are.
+
+def first_units(asked: Asked) -> list[Unit]:
+    """What has to be there before a plan: subjects are chosen by the features of real images."""
+    studies = dict.fromkeys(study for _, study, p in asked if isinstance(p, params.Subjects))
+    return [features_of_splits(study, "") for study in studies]
+
+
+def units(needed: dict[Study, Wanted]) -> list[Unit]:
+    """All that is needed, in pieces; what a unit needs comes before it."""
+    return [unit for study, what in needed.items() for unit in Planner(study, what).units()]
+
+
+class Work:
+    """A list of units with what was left of each when it was looked at: all sums are over it."""
+
+    def __init__(self, units: Sequence[Unit], left: dict[str, int] | None = None) -> None:
+        """What a unit needs comes before it in the list."""
+        self.units = units
+        self.left = left or {unit.key: unit.left() for unit in units}
+        self.waiting = [unit for unit in units if self.left[unit.key]]
+
+    def of(self, notebook: str) -> Work:
+        """The part that a notebook is the first to ask for."""
+        return Work([unit for unit in self.units if unit.notebook == notebook], self.left)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How much is left and how much there is in all, by kind, passing models included."""
+        found = {kind: (0, 0) for kind in KINDS}
+        for unit in self.units:
+            left, items = found.get(unit.kind, (0, 0))
+            found[unit.kind] = (left + self.left[unit.key], items + unit.items)
+            if unit.models:
+                left, items = found["models"]
+                lacking = unit.models if self.left[unit.key] else 0
+                found["models"] = (left + lacking, items + unit.models)
+        return found
+
+    def seconds(self) -> float:
+        """How long it takes to make what is left, one unit after the other."""
+        return sum(unit.seconds * self.left[unit.key] / unit.items for unit in self.waiting)
+
+    def gibibytes(self, workers: int = 1) -> float:
+        """Disk that what is left takes, with the models that so many workers have at a time."""
+        parts = (unit.num_bytes * self.left[unit.key] / unit.items for unit in self.waiting)
+        passing = max((unit.passing_bytes for unit in self.waiting), default=0.0)
+        return (sum(parts) + passing * (workers + 1)) / GIB
+
+    def longest_paths(self) -> dict[str, float]:
+        """Seconds from the beginning of each unit that is left to the end of the last that needs
+        it, by key."""
+        seconds = {unit.key: unit.seconds for unit in self.waiting}
+        paths = dict(seconds)
+        for unit in reversed(self.waiting):
+            for key in unit.needs & paths.keys():
+                paths[key] = max(paths[key], seconds[key] + paths[unit.key])
+        return paths
+
+    def hours_on(self, workers: int) -> float:
+        """A bound from below: hours that so many workers take for what is left."""
+        longest = max(self.longest_paths().values(), default=0.0)
+        return max(self.seconds() / workers, longest) / 3600
+
+
+class Planner:
+    """Cuts what is wanted of one study into units."""
+
+    def __init__(self, study: Study, what: Wanted) -> None:
+        self.study, self.settings, self.what = study, study.settings, what
+        self.seconds = rates.rates(study.settings)[1]
+        self.image_bytes = PNG_BYTES * self.settings.sampling.resolution**2
+        self.is_large = rates.is_at_scale(self.settings)
+        self.makers: dict[str, set[str]] = {}  # of each pool: keys of the units that make images
+
+    def units(self) -> list[Unit]:
+        """Models before their images, images before what trains on them."""
+        by_model: dict[str, list[Request]] = {}  # pools of a model, or of a technique without any
+        for key, request in self.what.requests.items():
+            whole = replace(request, indices=sorted(self.what.images[key]), at=None)
+            together = digest(request.model) if request.model else request.technique.name
+            by_model.setdefault(together, []).append(whole)
+        kept: dict[str, dict[str, list[Request]]] = {}  # models by the technique that learns them
+        for key, requests in by_model.items():
+            technique = requests[0].technique
+            if technique.learns and technique.keeps_models(self.settings):
+                kept.setdefault(technique.shelf, {})[key] = requests
+        made, learnt = list[Unit](), dict[str, Unit]()
+        for shelf, models in kept.items():
+            made += self.models(shelf, models, learnt)
+        for key, requests in by_model.items():
+            if requests[0].technique.learns and key not in learnt:
+                made.append(self.passing_model(requests))
+            else:
+                made += self.images(requests, learnt.get(key))
+        return [*made, *self.training()]
+
+    def models(
+        self, shelf: str, models: dict[str, list[Request]], learnt: dict[str, Unit]
+    ) -> list[Unit]:
+        """Models that are kept, as many as learn in one go; ``learnt`` grows by them."""
+        technique, made = techniques()[shelf], []
+        size, keys = technique.at_once(self.settings), list(models)
+        cost, number = technique.model_cost(self.settings)
+        for start in range(0, len(keys), size):
+            some = keys[start : start + size]
+            pools = [models[key] for key in some]
+            unit = Unit(
+                name=f"{shelf}: models {start + 1} to {start + len(some)} of {len(keys)}",
+                key=f"models-{digest({'models': some})}",
+                kind="models",
+                items=len(some),
+                left=partial(_models_left, self.study, pools),
+                make=partial(_learn, self.study, pools),
+                seconds=len(some) * number * self.seconds[cost],
+                num_bytes=len(some) * technique.model_bytes * self.is_large,
+                notebook=self._first_notebook(pools[0]),
+            )
+            learnt |= dict.fromkeys(some, unit)
+            made.append(unit)
+        return made
+
+    def passing_model(self, requests: Sequence[Request]) -> Unit:
+        """A model that is not kept, with all its images."""
+        first, technique = requests[0], requests[0].technique
+        count = sum(len(request.indices) for request in requests)
+        cost, number = technique.model_cost(self.settings)
+        key = f"images-{digest({'images': [digest(r.spec) for r in requests], 'count': count})}"
+        for request in requests:
+            self.makers.setdefault(digest(request.spec), set()).add(key)
+        return Unit(
+            name=f"{technique.name}, {first.spec['class']}: a model and its {count} images, "
+            f"draw {first.spec['draw']}",
+            key=key,
+            kind="images",
+            items=count,
+            left=partial(_images_left, self.study, requests),
+            make=partial(fill, self.study, requests),
+            seconds=number * self.seconds[cost] + count * self.seconds[technique.image_cost],
+            num_bytes=count * self.image_bytes,
+            passing_bytes=technique.model_bytes * self.is_large,
+            models=1,
+            notebook=self._first_notebook(requests),
+        )
+
+    def images(self, requests: Sequence[Request], model: Unit | None) -> list[Unit]:
+        """Whole blocks of pools, in units that are neither large nor long, of a notebook each."""
+        each = self.seconds[requests[0].technique.image_cost]
+        most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / max(each, 1e-9))))
+        parts: list[list[Request]] = []
+        last = ""  # the notebook that the last part is for
+        for request in requests:
+            notebooks = self.what.images[digest(request.spec)]
+            for _, some in itertools.groupby(request.indices, lambda index: index // BLOCK):
+                block = replace(request, indices=list(some))
+                notebook = notebooks[block.indices[0]]
+                count = sum(len(one.indices) for one in parts[-1]) if parts else 0
+                if not parts or notebook != last or count + len(block.indices) > most:
+                    parts.append([])
+                parts[-1].append(block)
+                last = notebook
+        return [self._some_images(part, each, model) for part in parts]
+
+    def _some_images(self, blocks: Sequence[Request], each: float, model: Unit | None) -> Unit:
+        first, count = blocks[0], sum(len(block.indices) for block in blocks)
+        known = [[digest(b.spec), b.indices[0], b.indices[-1], len(b.indices)] for b in blocks]
+        key = f"images-{digest({'images': known})}"
+        whole = []  # blocks of one pool are one request again
+        for pool, group in itertools.groupby(blocks, lambda block: digest(block.spec)):
+            same = list(group)
+            indices = [index for block in same for index in block.indices]
+            whole.append(replace(same[0], indices=indices))
+            self.makers.setdefault(pool, set()).add(key)
+        return Unit(
+            name=f"{first.technique.name}, {first.spec['class']}: {count} images from "
+            f"{first.indices[0]}, draw {first.spec['draw']}",
+            key=key,
+            kind="images",
+            items=count,
+            left=partial(_images_left, self.study, whole),
+            make=partial(fill, self.study, whole),
+            seconds=count * each,
+            num_bytes=count * self.image_bytes,
+            needs=frozenset([model.key] if model else ()),
+            notebook=self._first_notebook(whole),
+        )
+
+    def _first_notebook(self, requests: Sequence[Request]) -> str:
+        first = requests[0]
+        return self.what.images[digest(first.spec)][first.indices[0]]
+
+    def training(self) -> list[Unit]:
+        """Features, runs, and what comes beside them."""
+        if not self.what.cells:
+            return []
+        split = features_of_splits(self.study, next(iter(self.what.cells.values())))
+        extra = [cell for beside, _ in self.what.beside.values() for cell in beside.cells]
+        needs: dict[Cell, set[str]] = {}
+        for cell in dict.fromkeys([*self.what.cells, *extra]):
+            makers = (self.makers.get(key, set()) for key in pool_keys(self.study, cell))
+            needs[cell] = {split.key}.union(*makers)
+        shared = self._features(needs)
+        runs = self._runs(needs)
+        return [split, *shared, *dict.fromkeys(runs.values()), *self._beside(needs, runs)]
+
+    def _features(self, needs: dict[Cell, set[str]]) -> list[Unit]:
+        """Features that cells have in common; cells need the unit from now on."""
+        made, views = [], dict[tuple[Any, ...], int]()
+        for alike in _with_features_in_common(self.study, needs):
+            number = rates.num_views(self.study, alike, views)
+            unit = Unit(
+                name=f"features of {alike[0].arm}, draw {alike[0].draw}",
+                key=f"features-{digest({'features': [cell.model_dump() for cell in alike]})}",
+                kind="features",
+                items=number,
+                left=partial(_features_left, self.study, alike, number),
+                make=partial(_prepare, self.study, alike),
+                seconds=number * self.seconds["feature"],
+                num_bytes=number * FEATURE_BYTES,
+                needs=frozenset().union(*(needs[cell] for cell in alike)),
+                notebook=self.what.cells.get(alike[0], ""),
+            )
+            made.append(unit)
+            for cell in alike:
+                needs[cell] = needs[cell] | {unit.key}
+        return made
+
+    def _runs(self, needs: dict[Cell, set[str]]) -> dict[Cell, Unit]:
+        """The unit that trains each cell."""
+        by_notebook: dict[str, list[Cell]] = {}
+        for cell, notebook in self.what.cells.items():
+            by_notebook.setdefault(notebook, []).append(cell)
+        made: dict[Cell, Unit] = {}
+        for notebook, own in by_notebook.items():
+            for some in cells.stacks(own):
+                unit = Unit(
+                    name=f"{len(some)} runs from {some[0].arm}, {some[0].real_percent:g} % real, "
+                    f"draw {some[0].draw}",
+                    key=f"runs-{digest({'runs': [cell.model_dump() for cell in some]})}",
+                    kind="runs",
+                    items=len(some),
+                    left=partial(_runs_left, self.study, some),
+                    make=partial(_run, self.study, some),
+                    seconds=sum(rates.run_seconds(self.study, cell, self.seconds) for cell in some),
+                    needs=frozenset().union(*(needs[cell] for cell in some)),
+                    notebook=notebook,
+                )
+                made |= dict.fromkeys(some, unit)
+        return made
+
+    def _beside(self, needs: dict[Cell, set[str]], runs: dict[Cell, Unit]) -> list[Unit]:
+        """What experiments measure beside their main tables; that it is made is noted."""
+        made = []
+        for name, (beside, notebook) in self.what.beside.items():
+            spec = {
+                "name": name,
+                "cells": [digest(cells.spec(self.study, cell)) for cell in beside.cells],
+                "numbers": beside.numbers,
+                "settings": self.settings.classifier.model_dump(mode="json"),
+                "shifts": shifts.CODE_VERSION,
+            }
+            each = (rates.run_seconds(self.study, cell, self.seconds) for cell in beside.cells)
+            own = {runs[cell].key for cell in beside.cells if cell in runs}
+            made.append(
+                Unit(
+                    name=f"runs beside the main table: {name}",
+                    key=f"beside-{digest(spec)}",
+                    kind="beside",
+                    items=len(beside.cells),
+                    left=partial(_beside_left, self.study, spec, len(beside.cells)),
+                    make=partial(_run_beside, self.study, spec, beside),
+                    seconds=beside.times * sum(each),
+                    needs=frozenset(own).union(*(needs[cell] for cell in beside.cells)),
+                    notebook=notebook,
+                )
+            )
+        return made
+
+
+def features_of_splits(study: Study, notebook: str) -> Unit:
+    """Features of the data set itself."""
+    sizes = {name: len(split) for name, split in study.data.splits.items()}
+    number, seconds = sum(sizes.values()), rates.rates(study.settings)[1]["feature"]
+    return Unit(
+        name=f"features of {study.data.name}",
+        key=f"features-{digest({'of': [study.data.name, study.data.class_names, sizes]})}",
+        kind="features",
+        items=number,
+        left=partial(_split_features_left, study),
+        make=partial(_prepare_splits, study),
+        seconds=number * seconds,
+        num_bytes=number * FEATURE_BYTES,
+        notebook=notebook,
+    )
+
+
+def _images_left(study: Study, requests: Sequence[Request]) -> int:
+    return sum(number_missing(study, request) for request in requests)
+
+
+def _lacking_models(study: Study, pools: Sequence[Sequence[Request]]) -> list[Request]:
+    """A request for each model that is not there, unless all its images are."""
+    firsts = [requests[0] for requests in pools if _images_left(study, requests)]
+    folders = [study.store.folder(first.technique.shelf, first.model) for first in firsts]
+    pairs = zip(firsts, folders, strict=True)
+    return [first for first, folder in pairs if not study.store.is_whole(folder)]
+
+
+def _models_left(study: Study, pools: Sequence[Sequence[Request]]) -> int:
+    return len(_lacking_models(study, pools))
+
+
+def _learn(study: Study, pools: Sequence[Sequence[Request]]) -> None:
+    learn_models(study, _lacking_models(study, pools))
+
+
+def _features_left(study: Study, some: Sequence[Cell], number: int) -> int:
+    return 0 if all(cells.is_made(study, cell) for cell in some) else number
+
+
+def _prepare(study: Study, some: Sequence[Cell]) -> None:
+    trainer = cells.trainer_of(study)
+    for cell in sorted(some, key=lambda cell: -cell.num_made):  # the largest pools first
+        trainer.prepare(cell)
+
+
+def _split_features_left(study: Study) -> int:
+    splits = study.data.splits.values()
+    return sum(len(s) for s in splits if not features.have_features(study, s.images()))
+
+
+def _prepare_splits(study: Study) -> None:
+    for name in study.data.splits:
+        cells.trainer_of(study).features_of(name)
+
+
+def _runs_left(study: Study, some: Sequence[Cell]) -> int:
+    return sum(not cells.is_made(study, cell) for cell in some)
+
+
+def _run(study: Study, some: Sequence[Cell]) -> None:
+    cells.make(study, some, trainer=cells.trainer_of(study))
+
+
+def _beside_left(study: Study, spec: dict[str, Any], number: int) -> int:
+    return 0 if study.store.is_whole(study.store.folder("beside", spec)) else number
+
+
+def _run_beside(study: Study, spec: dict[str, Any], beside: Beside) -> None:
+    def run(_: Path) -> None:
+        beside.run()
+
+    study.store.get("beside", spec, run)
+
+
+def pool_keys(study: Study, cell: Cell) -> list[str]:
+    """Keys of the pools that a cell's synthetic images are of."""
+    if not cell.technique:
+        return []
+    percent = cells.pool_percent(study, cell)
+    return cells.pool_digests(study, cell.technique, cell.draw, percent)
+
+
+def _with_features_in_common(study: Study, every: Iterable[Cell]) -> list[list[Cell]]:
+    """Heads' cells in groups: one for a technique and draw, or for an augmentation of real images.
+
+    Cells that differ in their seed alone have one set of features.
     """
-    root, rest = study.store.root, Needs()
-    for key, indices in wanted.images.items():
-        request, new = wanted.requests[key], indices - done.images.get(key, set())
-        most = request.technique.sampling(study.settings).max_attempts
-        rows = read_pool(root / "pools" / key)
-        new -= {i for i, row in rows.items() if row["size"] != "0" or is_given_up(row, most)}
-        rest.images[key], rest.requests[key] = new, request
-        if new and request.model:
-            technique, name = request.technique, digest(request.model)
-            is_there = study.store.is_whole(root / technique.shelf / name)
-            if not (is_there or name in done.models):
-                rest.models[name] = technique
-    for key, cell in wanted.runs.items():
-        if key not in done.runs and not study.store.is_whole(root / "cells" / key):
-            rest.runs[key] = cell
-    return rest
-
-
-def rates(settings: Settings) -> tuple[str, dict[str, float]]:
-    """Where rates come from, and the seconds that each kind of work takes there.
-
-    Those of ``benchmarks/rates.py`` for small models; for models of full size those that
-    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest. An image takes a fixed
-    time and a time per step where both are known, else as long as its number of steps.
-    """
-    content, steps = _measured(settings), _steps(settings)
-
-    def seconds(kind: str, rate: Any) -> float:
-        if isinstance(rate, dict):
-            return rate["once"] + steps[kind] * rate["step"]
-        return rate * (steps[kind] / content["steps"] if kind in steps else 1.0)
-
-    return content["source"], {kind: seconds(kind, x) for kind, x in content["seconds"].items()}
-
-
-def limits(settings: Settings) -> dict[str, float]:
-    """The seconds below which no code brings each kind of work on the hardware of :func:`rates`.
-
-    They are floating-point operations, as ``benchmarks/flops.py`` counts them, divided by the peak:
-    of a card by its data sheet, of a processor by a large matrix product.
-    """
-    size = "stable-diffusion-1.5" if is_at_scale(settings) else "miniature"
-    counted = json.loads((MEASURED / "flops.json").read_text())[size]
-    peak, steps = _measured(settings)["peak FLOP/s"], _steps(settings)
-    least = {
-        kind: (steps.get(kind, 0) * each.get("step", 0.0) + each["once"]) / peak
-        for kind, each in counted.items()
-    }
-    return {COMPILATION: 0.0, **least}
-
-
-def _measured(settings: Settings) -> dict[str, Any]:
-    """A table of rates: ``source``, ``seconds``, ``steps`` of an image, ``peak FLOP/s``."""
-    at_scale = is_at_scale(settings)
-    measured = MEASURED / ("gpu.json" if at_scale else "rates.json")
-    logged = json.loads((TABLES / "rates-a100.json").read_text()) if at_scale else {"seconds": {}}
-    if not measured.exists():
-        return logged
-    content = json.loads(measured.read_text())
-    machine, lacking = content["machine"], logged["seconds"].keys() - content["seconds"].keys()
-    name = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-    rest = f"; {', '.join(sorted(lacking))}: {logged['source']}" if lacking else ""
-    seconds = {
-        "source": f"{name}, measured{rest}",
-        "seconds": logged["seconds"] | content["seconds"],
-    }
-    return {**logged, **content, **seconds}
-
-
-def _steps(settings: Settings) -> dict[str, int]:
-    """How many steps an image takes, by the kind of work that it is."""
-    every = [technique for technique in techniques().values() if technique.is_generative]
-    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every}
-
-
-def is_at_scale(settings: Settings) -> bool:
-    """Whether models are of Stable Diffusion's size, not the miniature's."""
-    return settings.sampling.resolution >= 256
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in every:
+        if cell.task != "classification" or cell.protocol != "controlled" or cell.seed:
+            continue
+        percent = cell.real_percent if cell.augmentation != "none" else 0
+        if cell.technique:
+            own = (cell.draw, cells.pool_percent(study, cell), cell.controls_from_outside, percent)
+            groups.setdefault((cell.technique, cell.augmentation, *own), []).append(cell)
+        elif cell.augmentation != "none":
+            groups.setdefault((cell.augmentation,), []).append(cell)
+    return list(groups.values())
 
 
 def models(settings: Settings) -> list[tuple[str, str]]:
@@ -180,7 +518,7 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
         elif isinstance(value, params.Parameters):
             here = {own: "miniature" for own, name in value if name in absent}
             changes[key] = value.model_copy(update=here)
-    if is_at_scale(settings) and settings.device == settings.precision == "auto":
+    if rates.is_at_scale(settings) and settings.device == settings.precision == "auto":
         changes["precision"] = "float16"  # the GPU host's, though the plan be made elsewhere
     chosen = settings.data[domain]
     try:
@@ -194,117 +532,29 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
     return Study(profile, settings.model_copy(update=changes), data, Store()), absent
 
 
-def needs(study: Study, p: params.Experiment) -> Needs:
-    """All that a notebook asks for, given its parameters."""
-    total = Needs()
-    if isinstance(p, params.Subjects):
-        is_known = features.have_features(study, study.data.splits["train"].images())
-        everyone = (subjects.of_experiment if is_known else subjects.stand_ins)(study, p)
-        for technique in p.techniques:
-            total.ask(subjects.subject_requests(study, technique, everyone, p))
-        if isinstance(p, params.DifferentSubjects):
-            total.ask(subjects.hypernym_requests(study, p))
-        total.unshared = total.counts()[0]
-        return total
-    assert isinstance(p, params.Runs)
-    asked, settings = dict[tuple[Any, ...], None](), set()  # in order, which a set has not
-    for cell in experiments.every_cell(study, p):
-        total.runs[digest(cells.spec(study, cell))] = cell
-        if cell.technique:
-            settings.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
-            percent = cells.pool_percent(study, cell)
-            asked[cell.technique, cell.draw, cell.num_made, percent] = None
-    for arguments in asked:
-        total.ask(technique_requests(study, *arguments))
-    total.beside = experiments.beside(study, p)
-    total.unshared = len(study.data.class_names) * sum(count for _, _, count, _ in settings)
-    return total
-
-
-def gibibytes(study: Study, wanted: Needs) -> float:
-    """Disk that what is wanted takes: images, kept or passing models, features."""
-    settings = study.settings
-    size = wanted.counts()[0] * PNG_BYTES * settings.sampling.resolution**2
-    size += _views(study, wanted) * 1280 * 4
-    if is_at_scale(settings):
-        every = wanted.models.values()
-        size += sum(t.model_bytes for t in every if t.keeps_models(settings))
-        size += max((t.model_bytes for t in every if not t.keeps_models(settings)), default=0)
-    return size / GIB
-
-
-def thesis_hours(experiment: str) -> float:
-    """GPU hours in the thesis's run logs: training, and what they tell of generation."""
-    runs = pd.read_csv(TABLES / "published_results.csv")
-    runs = runs[runs["experiment"] == experiment].drop_duplicates("run")
-    per_class = runs[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
-    sizes = {name: count for name, (count, _) in photos.SIZES.items()}
-    num_classes = runs["dataset"].map(sizes).astype(float)  # of no runs they would be texts
-    generation = per_class.fillna(0).sum(axis=1) * num_classes
-    return float(runs["elapsed_train_seconds"].fillna(0).sum() + generation.sum()) / 3600
-
-
-def _views(study: Study, wanted: Needs) -> int:
-    """How many features: each image once, and the augmented views of it."""
-    total = num_views(study, wanted.runs.values(), {})
-    return total + (sum(map(len, study.data.splits.values())) if wanted.runs else 0)
-
-
-def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], int]) -> int:
-    """How many features cells' heads need beside those of real images as they are.
-
-    ``views``, those of each image that are there already, grow by them.
-    """
-    settings, classes = study.settings.classifier.controlled, len(study.data.class_names)
-    before = sum(views.values())
-    for cell in every:
-        if cell.protocol != "controlled" or cell.task != "classification":
-            continue
-        pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
-        if cell.augmentation in ("none", "mixup"):  # which mixes features
-            here = classes * cell.num_made
-            views[pool] = max(views.get(pool, 0), here)  # all the images of one view
-            continue
-        made = itertools.product(range(classes), range(cell.synthetic_per_class))
-        rows = cells.real_rows(study, cell).tolist()
-        number = len(rows) + classes * cell.synthetic_per_class
-        for image in (*rows, *((*pool, *one) for one in made)):
-            key = (cell.augmentation, image)
-            wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
-            views[key] = max(views.get(key, 0), wanted_views)
-    return sum(views.values()) - before
-
-
 def costs(study: Study, names: Iterable[str], count: int, real_percent: float) -> pd.DataFrame:
     """What ``count`` images of each class cost by some techniques, for one draw: a row for each.
 
     Columns: ``technique``, ``images``, ``models``, and by the rates in use ``learning`` and
     ``sampling``, in seconds.
     """
-    rates_in_use, rows = rates(study.settings)[1], []
+    seconds, rows = rates.rates(study.settings)[1], []
     for name in names:
         technique = techniques()[name]
-        needed = Needs().ask(technique_requests(study, name, 0, count, real_percent))
-        num_images, num_models, _ = needed.counts()
+        requests = technique_requests(study, name, 0, count, real_percent)
+        num_images = sum(len(request.indices) for request in requests)
+        num_models = len({digest(request.model) for request in requests if request.model})
         learning = 0.0
         if technique.learns:
             kind, number = technique.model_cost(study.settings)
-            learning = num_models * number * rates_in_use[kind]
+            learning = num_models * number * seconds[kind]
         rows.append(
             {
                 "technique": name,
                 "images": num_images,
                 "models": num_models,
                 "learning": learning,
-                "sampling": num_images * rates_in_use[technique.image_cost],
+                "sampling": num_images * seconds[technique.image_cost],
             }
         )
     return pd.DataFrame(rows)
-
-
-def pool_keys(study: Study, cell: Cell) -> list[str]:
-    """Keys of the pools that a cell's synthetic images are of."""
-    if not cell.technique:
-        return []
-    percent = cells.pool_percent(study, cell)
-    return cells.pool_digests(study, cell.technique, cell.draw, percent)

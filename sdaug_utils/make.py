@@ -1,0 +1,330 @@
+"""Who makes the units: this process, processes of this machine, or a cluster, by Dask.
+
+Each worker is a process that makes one unit at a time and keeps what it has loaded. One that dies
+costs its unit, which is made again, and nothing else; a unit that fails is reported by name, what
+needs its result is left out, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from sdaug_utils import params, plan, rates
+from sdaug_utils.compute import device_of, dtype_name
+from sdaug_utils.errors import InputError
+from sdaug_utils.lazy import torch
+from sdaug_utils.params import load_settings
+from sdaug_utils.plan import Unit
+from sdaug_utils.store import KINDS
+from sdaug_utils.study import Study, open_study
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+LOOPBACK = "127.0.0.1"
+CLUSTERS = {"slurm": "SLURM", "lsf": "LSF", "pbs": "PBS", "sge": "SGE"}  # of dask-jobqueue
+LINES_EVERY = 60  # seconds
+IN_PROCESS = 30  # seconds of work for which no other process is started
+TIMEOUT = 600 * 60  # seconds after which a unit is taken to hang
+DASK = {
+    "distributed.scheduler.allowed-failures": 3,  # of a unit whose worker dies
+    "distributed.scheduler.worker-saturation": 1.0,  # what waits, waits at the scheduler
+    "distributed.comm.timeouts.connect": "60s",
+}
+
+
+@dataclass
+class Outcome:
+    """What became of a list of units."""
+
+    made: dict[str, int] = field(default_factory=dict)  # items, by kind
+    failures: dict[str, str] = field(default_factory=dict)  # an error, by the unit's name
+    left_out: list[str] = field(default_factory=list)  # names of what needs a failed one's result
+    seconds: float = 0.0
+    busy: float = 0.0  # seconds of all workers together
+    workers: int = 0
+
+    def add(self, other: Outcome) -> None:
+        """Add what became of a later list, by the same workers."""
+        for kind, number in other.made.items():
+            self.made[kind] = self.made.get(kind, 0) + number
+        self.failures |= other.failures
+        self.left_out += other.left_out
+        self.seconds += other.seconds
+        self.busy += other.busy
+        self.workers = max(self.workers, other.workers)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where units are made: in processes of this machine unless a cluster is named."""
+
+    number: int | None = None  # of processes or jobs; by default one per GPU or else per core
+    cluster: str | None = None  # a kind of queue: a key of CLUSTERS
+    scheduler: str | None = None  # the address of a Dask scheduler that runs
+    timeout: float = TIMEOUT
+
+
+@contextlib.contextmanager
+def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
+    """A client of the workers, which end with it if they are started for it.
+
+    What they say to each other is encrypted and they know each other by a certificate: nobody else
+    on a shared host can hand them work.
+
+    Raises:
+        InputError: no scheduler answers at an address; a package is missing.
+    """
+    import dask
+    from distributed import Client, Nanny, Scheduler, Security, SpecCluster
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(DASK))
+        if workers.scheduler:
+            try:
+                client = Client(workers.scheduler, timeout=10)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f"--scheduler {workers.scheduler}: {reason}") from error
+            yield stack.enter_context(client)
+            return
+        security = Security.temporary()
+        if workers.cluster:
+            cluster: Any = _queue(workers.cluster)(security=security, **settings.cluster)
+            cluster.scale(jobs=workers.number or 1)
+        else:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
+            both = {"security": security, "protocol": "tls://", "host": LOOPBACK}
+            both |= {"dashboard_address": f"{LOOPBACK}:0"}  # no fixed ports
+            options = {"nthreads": 1, "memory_limit": 0, "local_directory": scratch}
+            options |= {"silence_logs": logging.CRITICAL}
+
+            def nanny(gpu: str) -> dict[str, Any]:
+                variables = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+                return {"cls": Nanny, "options": {**both, **options, "env": variables}}
+
+            cluster = SpecCluster(
+                dict(enumerate(map(nanny, _shares(workers.number, settings)))),
+                {"cls": Scheduler, "options": both},
+                security=security,
+                silence_logs=logging.CRITICAL,
+            )
+        stack.enter_context(cluster)
+        yield stack.enter_context(Client(cluster, security=security))
+
+
+def _queue(kind: str) -> Any:
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        message = f"--cluster {kind}: dask-jobqueue is missing: pip install '.[cluster]'"
+        raise InputError(message) from error
+    return getattr(dask_jobqueue, f"{CLUSTERS[kind]}Cluster")
+
+
+def _shares(number: int | None, settings: params.Settings) -> list[str]:
+    """The GPU of each process, as ``CUDA_VISIBLE_DEVICES`` names it; "" on the CPU."""
+    if device_of(settings).type != "cuda":
+        return [""] * (number or torch.get_num_threads())
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else list(map(str, range(torch.cuda.device_count())))
+    return [gpus[worker % len(gpus)] for worker in range(number or len(gpus))]
+
+
+def orders_for(profile: str, asked: plan.Asked) -> str:
+    """What a worker needs to know to plan for itself: JSON."""
+    settings = load_settings(profile)
+    return json.dumps(
+        {
+            "profile": profile,
+            "notebooks": {name: p.model_dump(mode="json") for name, _, p in asked},
+            "computes": [device_of(settings).type, dtype_name(settings)],
+        }
+    )
+
+
+@cache
+def _planned(orders: str, first: bool) -> dict[str, Unit]:
+    """The units by key, as this process plans them."""
+    told = json.loads(orders)
+    settings = load_settings(told["profile"])
+    here = [device_of(settings).type, dtype_name(settings)]
+    if here != told["computes"]:
+        raise InputError(
+            f"a worker computes on {here[0]} in {here[1]}, the process that asks on "
+            f"{told['computes'][0]} in {told['computes'][1]}: start it on a machine like the "
+            "workers', or set common.device and common.precision"
+        )
+    asked = []
+    opened: dict[params.Domain, Study] = {}
+    for name, values in told["notebooks"].items():
+        domain = params.domain_of(name)
+        if domain not in opened:
+            opened[domain] = open_study(told["profile"], domain=domain, download=False)
+        asked.append((name, opened[domain], params.check_notebook(name, values)))
+    listed = plan.first_units(asked) if first else plan.units(plan.wanted(asked))
+    return {unit.key: unit for unit in listed}
+
+
+def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = ()) -> float:
+    """Make a unit in this process, which ends if that takes longer than ``timeout`` seconds.
+
+    ``needed`` are the results of the units that it needs.
+
+    Returns:
+        Seconds that it took.
+    """
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    began = time.monotonic()
+    torch.set_num_threads(1)
+    try:
+        for first in (True, False):  # the second list, only if the first is made
+            if key in (listed := _planned(orders, first)):
+                listed[key].make()
+                break
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return time.monotonic() - began
+
+
+def make_all(asked: plan.Asked, profile: str, workers: Workers) -> Outcome:
+    """Make what is left of all that some notebooks need."""
+    asked, total = list(asked), Outcome()
+    if not asked:
+        return total
+    orders = orders_for(profile, asked)
+    with contextlib.ExitStack() as stack:
+        client: Client | None = None
+        for listed in (plan.first_units, lambda asked: plan.units(plan.wanted(asked))):
+            work = plan.Work(listed(asked))
+            if not work.waiting:
+                continue
+            if client is None:
+                settings = asked[0][1].settings
+                client = stack.enter_context(connected(workers, settings))
+            total.add(_make_on(client, orders, work, workers.timeout))
+    return total
+
+
+def _make_on(client: Client, orders: str, work: plan.Work, timeout: float) -> Outcome:
+    """Make units on workers; the longest path of what needs each other goes first."""
+    from distributed import as_completed
+
+    began, outcome = time.monotonic(), Outcome()
+    paths, futures = work.longest_paths(), dict[str, Any]()
+    for unit in work.waiting:
+        futures[unit.key] = client.submit(
+            *(make_unit, orders, unit.key, timeout),
+            [futures[key] for key in sorted(unit.needs & futures.keys())],
+            key=unit.key,
+            priority=paths[unit.key],
+            pure=False,
+        )
+    by_key = {unit.key: unit for unit in work.waiting}
+    failed: set[str] = set()
+    with Progress(work) as progress:
+        for future in as_completed(futures.values()):
+            unit = by_key[future.key]
+            if future.status == "error":
+                failed.add(unit.key)
+                continue
+            outcome.busy += future.result()
+            number = work.left[unit.key]
+            outcome.made[unit.kind] = outcome.made.get(unit.kind, 0) + number
+            progress.update(unit.kind, number)
+    for unit in work.waiting:
+        if unit.key not in failed:
+            continue
+        if unit.needs & failed:
+            outcome.left_out.append(unit.name)
+        else:
+            outcome.failures[unit.name] = _reason(futures[unit.key].exception())
+            tqdm.write(f"{unit.name}: {outcome.failures[unit.name]}")
+    outcome.seconds = time.monotonic() - began
+    outcome.workers = len(client.nthreads())
+    return outcome
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}"
+
+
+class Progress(contextlib.ExitStack):
+    """For each kind of unit done and total, rate, time left: bars, or in a log a line a minute."""
+
+    def __init__(self, work: plan.Work) -> None:
+        super().__init__()
+        self.totals = {kind: left for kind, (left, _) in work.counts().items() if left}
+        self.done = dict.fromkeys(self.totals, 0)
+        self.began = self.told = time.monotonic()
+        self.bars: dict[str, tqdm] = {}
+        if sys.stderr.isatty():
+            for place, (kind, total) in enumerate(self.totals.items()):
+                bar = tqdm(total=total, desc=f"{kind:<8}", position=place)
+                self.bars[kind] = self.enter_context(bar)
+
+    def update(self, kind: str, number: int) -> None:
+        """So many more are done."""
+        self.done[kind] += number
+        if self.bars:
+            self.bars[kind].update(number)
+        self.tell()
+
+    def tell(self) -> None:
+        """Write into a log, once a minute, how far everything is."""
+        now = time.monotonic()
+        if self.bars or now - self.told < LINES_EVERY:
+            return
+        self.told, form = now, partial(tqdm.format_meter, elapsed=now - self.began, ncols=80)
+        for kind, total in self.totals.items():
+            if 0 < self.done[kind] < total:
+                print(
+                    form(self.done[kind], total, prefix=f"{kind:<8}"), file=sys.stderr, flush=True
+                )
+
+
+def make(study: Study, p: params.Experiment) -> None:
+    """Make what a notebook needs, with a word on what is missing and about how long it takes.
+
+    Little is made in this process, more in processes of their own.
+    """
+    [name] = [name for name, model in params.EXPERIMENTS.items() if model is type(p)]
+    asked = [(name, study, p)]
+    work = plan.Work(plan.units(plan.wanted(asked)))
+    print(_told(study, work))
+    if work.seconds() > IN_PROCESS:
+        make_all(asked, p.profile, Workers())
+        return
+    for listed in (plan.first_units, lambda asked: plan.units(plan.wanted(asked))):
+        for unit in plan.Work(listed(asked)).waiting:
+            unit.make()
+
+
+def _told(study: Study, work: plan.Work) -> str:
+    """One line: what of a notebook's units is left, and about how long that takes here."""
+    counts = work.counts()
+    named = {label: counts[kind] for kind, label in KINDS.items()}
+    if not work.waiting:
+        made = ", ".join(f"{whole:,} {what}" for what, (_, whole) in named.items() if whole)
+        return f"All made already: {made}."
+    lacks = ", ".join(
+        f"{lacking:,} of {whole:,} {what}" for what, (lacking, whole) in named.items() if whole
+    )
+    seconds = work.seconds()
+    shown = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
+    source = rates.rates(study.settings)[0]
+    return f"To be made: {lacks}: about {shown} in one process (rates: {source})."

@@ -1,0 +1,126 @@
+"""How long each kind of work takes: measured here, on a GPU, or by the thesis's logs."""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sdaug_utils.data import photos
+from sdaug_utils.evidence.claims import TABLES
+from sdaug_utils.params import Settings
+from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training import cells
+from sdaug_utils.training.cells import Cell
+
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
+COMPILATION = "compilation of a network"  # as rates have it
+
+
+def rates(settings: Settings) -> tuple[str, dict[str, float]]:
+    """Where rates come from, and the seconds that each kind of work takes there.
+
+    Those of ``benchmarks/rates.py`` for small models; for models of full size those that
+    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest. An image takes a fixed
+    time and a time per step where both are known, else as long as its number of steps.
+    """
+    content, steps = measured(settings), steps_of_images(settings)
+
+    def seconds(kind: str, rate: Any) -> float:
+        if isinstance(rate, dict):
+            return rate["once"] + steps[kind] * rate["step"]
+        return rate * (steps[kind] / content["steps"] if kind in steps else 1.0)
+
+    return content["source"], {kind: seconds(kind, x) for kind, x in content["seconds"].items()}
+
+
+def measured(settings: Settings) -> dict[str, Any]:
+    """A table of rates: ``source``, ``seconds``, ``steps`` of an image, ``peak FLOP/s``."""
+    at_scale = is_at_scale(settings)
+    file = MEASURED / ("gpu.json" if at_scale else "rates.json")
+    logged = json.loads((TABLES / "rates-a100.json").read_text()) if at_scale else {"seconds": {}}
+    if not file.exists():
+        return logged
+    content = json.loads(file.read_text())
+    machine, lacking = content["machine"], logged["seconds"].keys() - content["seconds"].keys()
+    name = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    rest = f"; {', '.join(sorted(lacking))}: {logged['source']}" if lacking else ""
+    seconds = {
+        "source": f"{name}, measured{rest}",
+        "seconds": logged["seconds"] | content["seconds"],
+    }
+    return {**logged, **content, **seconds}
+
+
+def steps_of_images(settings: Settings) -> dict[str, int]:
+    """How many steps an image takes, by the kind of work that it is."""
+    every = [technique for technique in techniques().values() if technique.is_generative]
+    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every}
+
+
+def is_at_scale(settings: Settings) -> bool:
+    """Whether models are of Stable Diffusion's size, not the miniature's."""
+    return settings.sampling.resolution >= 256
+
+
+def run_seconds(study: Study, cell: Cell, rates: Mapping[str, float]) -> float:
+    """Seconds that a cell's run takes, features not included."""
+    settings, classes = study.settings, len(study.data.class_names)
+    real = len(study.data.splits["train"]) * cell.real_percent / 100
+    images = real + classes * cell.synthetic_per_class
+    if cell.task == "segmentation":
+        segmenter = settings.segmenter
+        seen = segmenter.max_train_steps * segmenter.batch_size
+        if cell.protocol == "published":
+            seen = int(segmenter.max_epochs * images)
+        return seen * rates["image, training of a segmenter"]
+    if cell.protocol != "published":
+        controlled = settings.classifier.controlled
+        seen = controlled.max_train_steps * controlled.batch_size
+        return seen * rates["image, training of a head"]
+    published = settings.classifier.published
+    tested = published.max_epochs * len(study.data.splits["validation"])
+    tested += len(study.data.splits["test"])
+    trained = published.max_updates(int(images)) * published.batch_size
+    smaller = (published.image_size / settings.classifier.image_size) ** 2
+    whole = trained * rates["image, training of the whole network"]
+    return smaller * (whole + tested * rates["feature"])
+
+
+def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], int]) -> int:
+    """How many features cells' heads need beside those of real images as they are.
+
+    ``views``, those of each image that are there already, grow by them.
+    """
+    settings, classes = study.settings.classifier.controlled, len(study.data.class_names)
+    before = sum(views.values())
+    for cell in every:
+        if cell.protocol != "controlled" or cell.task != "classification":
+            continue
+        pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
+        if cell.augmentation in ("none", "mixup"):  # which mixes features
+            here = classes * cell.num_made
+            views[pool] = max(views.get(pool, 0), here)  # all the images of one view
+            continue
+        made = itertools.product(range(classes), range(cell.synthetic_per_class))
+        rows = cells.real_rows(study, cell).tolist()
+        number = len(rows) + classes * cell.synthetic_per_class
+        for image in (*rows, *((*pool, *one) for one in made)):
+            key = (cell.augmentation, image)
+            wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
+            views[key] = max(views.get(key, 0), wanted_views)
+    return sum(views.values()) - before
+
+
+def thesis_hours(experiment: str) -> float:
+    """GPU hours in the thesis's run logs: training, and what they tell of generation."""
+    runs = pd.read_csv(TABLES / "published_results.csv")
+    runs = runs[runs["experiment"] == experiment].drop_duplicates("run")
+    per_class = runs[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
+    sizes = {name: count for name, (count, _) in photos.SIZES.items()}
+    num_classes = runs["dataset"].map(sizes).astype(float)  # of no runs they would be texts
+    generation = per_class.fillna(0).sum(axis=1) * num_classes
+    return float(runs["elapsed_train_seconds"].fillna(0).sum() + generation.sum()) / 3600
