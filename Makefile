@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 
 .PHONY: help study beyond report test notebooks figures lab mutants faults bench pets-check \
-        gpu-check lock clean
+        gpu-check slurm-check lock clean
 
 help:                           ## list what there is to make
 	@sed -nE 's/^([a-z-]+):.*##( .*)/  make \1#\2/p' Makefile | column -ts '#'
@@ -46,6 +46,9 @@ mutants: .venv/installed        ## plant faults one by one: do the tests see the
 
 faults: .venv/installed         ## kill the study at random moments, fill its disk: does it end well?
 	$(BIN)/python tests/faults.py
+
+slurm-check: .venv/installed    ## the smoke study on a Slurm of one node, as root: needs slurm-wlm and munge
+	$(BIN)/python cluster/slurm_check.py
 
 bench: .venv/installed          ## what is fast, side by side; README's table "How fast"
 	$(BIN)/python benchmarks/bench.py

@@ -549,8 +549,8 @@ def print_given_up(pools: Iterable[Path]) -> None:
 def print_plan(jobs: list[Job], workers: list[int]) -> None:
     """What the notebooks need, what the store has not got, how long that takes, and on what disk.
 
-    What several notebooks need stands beside the first. Where the models are those of the thesis,
-    the hours in the thesis's own logs stand there, too.
+    What several notebooks need is missing for the first of them alone. Where the models are those
+    of the thesis, the hours in the thesis's own logs stand there, too.
     """
     import pandas as pd
 
@@ -561,10 +561,11 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
     label, per_second = ("GPU hours", 1 / 3600) if at_scale else ("minutes", 1 / 60)
     needed = plan.wanted(asked_for(jobs))
     work, rows = plan.Work(plan.units(needed)), []
+    used = {name: counts for what in needed.values() for name, counts in what.used.items()}
     for job in jobs:
         own = work.of(job.path.stem)
-        counts = own.counts()
-        row: dict[str, Any] = {kind: "{} / {}".format(*counts[kind]) for kind in store.KINDS}
+        counts, uses = own.counts(), used[job.path.stem]
+        row: dict[str, Any] = {k: f"{counts[k][0]} / {uses[k]}" for k in store.KINDS}
         row[label], row["GiB"] = own.seconds() * per_second, own.gibibytes()
         row["thesis, hours"] = rates.thesis_hours(job.path.stem)
         rows.append(row)

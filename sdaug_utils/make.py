@@ -28,7 +28,7 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import load_settings
 from sdaug_utils.plan import Unit
-from sdaug_utils.store import KINDS
+from sdaug_utils.store import KINDS, default_root
 from sdaug_utils.study import Study, open_study
 
 if TYPE_CHECKING:
@@ -103,13 +103,19 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
             return
         security = Security.temporary()
         if workers.cluster:
-            cluster: Any = _queue(workers.cluster)(security=security, **settings.cluster)
+            scratch = tempfile.TemporaryDirectory(prefix="sdaug-", dir=default_root())
+            given = {
+                "shared_temp_directory": stack.enter_context(scratch),  # of the certificates
+                "protocol": "tls://",
+                "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
+            }
+            cluster: Any = _queue(workers.cluster)(security=security, **(given | settings.cluster))
             cluster.scale(jobs=workers.number or 1)
         else:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
             both = {"security": security, "protocol": "tls://", "host": LOOPBACK}
             both |= {"dashboard_address": f"{LOOPBACK}:0"}  # no fixed ports
-            options = {"nthreads": 1, "memory_limit": 0, "local_directory": scratch}
+            options = {"nthreads": 1, "memory_limit": 0, "local_directory": folder}
             options |= {"silence_logs": logging.CRITICAL}
 
             def nanny(gpu: str) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = (
     Returns:
         Seconds that it took.
     """
-    faulthandler.dump_traceback_later(timeout, exit=True)
+    faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     began = time.monotonic()
     torch.set_num_threads(1)
     try:

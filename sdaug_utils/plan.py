@@ -64,6 +64,27 @@ class Wanted:
     cells: dict[Cell, str] = field(default_factory=dict)
     beside: dict[str, tuple[Beside, str]] = field(default_factory=dict)
     unshared: int = 0  # images, if each setting made its own, as in the thesis
+    used: dict[str, dict[str, int]] = field(default_factory=dict)  # by notebook: how much, by kind
+
+    def counts(self) -> dict[str, int]:
+        """How many images, personalised models and training runs."""
+        models = {digest(request.model) for request in self.requests.values() if request.model}
+        images = sum(map(len, self.images.values()))
+        return {"images": images, "models": len(models), "runs": len(self.cells)}
+
+    def merge(self, other: Wanted) -> None:
+        """Add what other notebooks need."""
+        for key, indices in other.images.items():
+            known = self.images.setdefault(key, {})
+            for index, notebook in indices.items():
+                known.setdefault(index, notebook)
+        self.requests = {**other.requests, **self.requests}
+        for cell, notebook in other.cells.items():
+            self.cells.setdefault(cell, notebook)
+        for name, extra in other.beside.items():
+            self.beside.setdefault(name, extra)
+        self.unshared += other.unshared
+        self.used |= other.used
 
     def ask(self, requests: Iterable[Request], notebook: str = "") -> None:
         """Add what is needed for some pools."""
@@ -108,7 +129,10 @@ def wanted(asked: Asked) -> dict[Study, Wanted]:
     """What notebooks need of each study."""
     found: dict[Study, Wanted] = {}
     for notebook, study, p in asked:
-        found.setdefault(study, Wanted()).add(notebook, study, p)
+        own = Wanted()
+        own.add(notebook, study, p)
+        own.used[notebook] = own.counts()
+        found.setdefault(study, Wanted()).merge(own)
     return found
 
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 import run_all
+from sdaug_utils import make
 
 S, D, T, C = "common.sampling", "common.dreambooth", "common.textual_inversion", "common.classifier"
 G, N = "common.segmenter", "common.controlnet"
@@ -119,13 +120,13 @@ LINES = [
     (["--profile", ""], "profile '' is unknown"),
     (["--dataset", "nowhere"], "needs a folder for each"),
     (["--output", "README.md/runs"], "cannot write"),
-    (["--ray", "nowhere:1"], "--ray nowhere:1: no cluster answers there"),
+    (["--cluster", "night"], "invalid choice: 'night'"),
 ]
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(run_all, "make_all", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(make, "make_all", lambda *_: pytest.fail("work was started"))
     monkeypatch.setenv("SDAUG_PARAMETERS", "")
     for name in ("SDAUG_DATASET", "SDAUG_VERIFY"):
         monkeypatch.setenv(name, "")
@@ -161,7 +162,7 @@ def test_a_bad_command_line_is_one_line(call, arguments, message):
     "arguments",
     [
         *(["--workers", "0"], ["--workers", "many"], ["--timeout", "-3"], ["--gpus", "0"]),
-        *(["--parameter", "03.x"], ["--protocol", "loose"], ["--nonsense"], ["--ray"]),
+        *(["--parameter", "03.x"], ["--protocol", "loose"], ["--nonsense"], ["--scheduler"]),
     ],
 )
 def test_what_argparse_refuses(call, capsys, arguments):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 import run_all
-from sdaug_utils import experiments, params, plan
+from sdaug_utils import experiments, params, plan, rates
 from sdaug_utils.data import shifts
 from sdaug_utils.evidence import claims, figures, likeness, metrics
 from sdaug_utils.training import cells, selection
@@ -246,10 +246,10 @@ def test_likeness_has_a_row_for_each_technique_and_draw(world):
 
 def test_costs_are_those_of_the_plan(world):
     found = plan.costs(world, ["retrieval", "stable-diffusion-prompt", "dreambooth-lora"], 4, 50)
-    rates = plan.rates(world.settings)[1]
+    seconds = rates.rates(world.settings)[1]
     assert found["images"].tolist() == [8, 8, 8]
     assert found["models"].tolist() == [0, 0, 2]
-    assert found["sampling"].iloc[1] == pytest.approx(8 * rates["image by a prompt"])
+    assert found["sampling"].iloc[1] == pytest.approx(8 * seconds["image by a prompt"])
     assert found["learning"].iloc[2] > 0 == found["learning"].iloc[1]
 
 
@@ -259,10 +259,10 @@ def test_the_plan_knows_what_is_chosen_from(world):
         params.parameters_cell(run_all.NOTEBOOKS / "10-selection.ipynb")
         | params.overrides("smoke", "10-selection"),
     )
-    needs = plan.needs(world, p)
+    [what] = plan.wanted([("10-selection", world, p)]).values()
     # two classes, four images of each; prompts and textual inversion, whose words differ by draw
-    assert {len(indices) for indices in needs.images.values()} == {4}
-    assert sum(cell.rule is not None for cell in needs.runs.values()) == 3 * 2 * 3
+    assert {len(indices) for indices in what.images.values()} == {4}
+    assert sum(cell.rule is not None for cell in what.cells) == 3 * 2 * 3
     experiments.check(world, p)
 
 

@@ -19,7 +19,8 @@ from packaging.utils import canonicalize_name
 from torchvision.models import ResNet34_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
 
-from sdaug_utils import params, plan
+from sdaug_utils import params
+from sdaug_utils import rates as plan
 from sdaug_utils.generation import pools
 from sdaug_utils.registry import techniques
 from sdaug_utils.training import features

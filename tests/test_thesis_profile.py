@@ -1,11 +1,11 @@
 """The thesis profile's parts on their real interfaces, as small as they can be."""
 
+import importlib
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partialmethod
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from torchvision.models.segmentation import (
 )
 
 import run_all
-from sdaug_utils import experiments, params, plan, tasks
+from sdaug_utils import experiments, params, plan, rates
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
@@ -79,40 +79,39 @@ def test_a_dry_run_needs_neither_data_nor_models(monkeypatch, capsys, tmp_path):
     assert "times as many" in shown
 
 
+def seconds_of(study, *requested):
+    """By the plan, of what some techniques are asked for."""
+    what = plan.Wanted()
+    for arguments in requested:
+        what.ask(technique_requests(study, *arguments))
+    return plan.Work(plan.units({study: what})).seconds()
+
+
 def test_hours_are_those_of_the_rates(world):
-    rates = {"image by a prompt": 2.0, "feature": 0.0}
-    needs = plan.Needs().ask(technique_requests(world, "stable-diffusion-prompt", 0, 9))
-    assert tasks.hours(world, needs, rates) == pytest.approx(2 * 9 * 2.0 / 3600)
-    both = {kind: np.array([seconds, seconds]) for kind, seconds in rates.items()}
-    assert tasks.hours(world, plan.Needs(), both).tolist() == [0.0, 0.0]
-    assert plan.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
-    assert plan.thesis_hours("01-number-of-images") == 0
+    each = rates.rates(world.settings)[1]["image by a prompt"]
+    planned = seconds_of(world, ("stable-diffusion-prompt", 0, 9))
+    assert planned == pytest.approx(2 * 9 * each)
+    assert seconds_of(world) == 0
+    assert rates.thesis_hours("08-segmentation") == pytest.approx(1.65, abs=0.01)
+    assert rates.thesis_hours("01-number-of-images") == 0
 
 
 def test_images_take_as_long_as_their_number_of_steps():
     slow, fast = (params.load_settings(name) for name in ("thesis", "thesis-fast"))
     for kind in ("image by a prompt", "image with a ControlNet", "image of a personalised model"):
-        whole, part = (plan.rates(settings)[1][kind] for settings in (slow, fast))
+        whole, part = (rates.rates(settings)[1][kind] for settings in (slow, fast))
         assert part == pytest.approx(whole * 20 / 50)
-    assert plan.rates(slow)[1]["feature"] == plan.rates(fast)[1]["feature"]
+    assert rates.rates(slow)[1]["feature"] == rates.rates(fast)[1]["feature"]
 
 
 @pytest.mark.parametrize("profile", ["thesis", "thesis-fast", "miniature", "smoke"])
-def test_no_rate_beats_the_peak_of_its_hardware(profile):
+def test_no_rate_beats_the_peak_of_its_hardware(profile, monkeypatch):
+    monkeypatch.syspath_prepend(str(run_all.ROOT / "benchmarks"))
+    flops = importlib.import_module("flops")
     settings = params.load_settings(profile)
-    rates, limits = plan.rates(settings)[1], plan.limits(settings)
-    assert rates.keys() == limits.keys()
-    assert all(0 <= limits[kind] < rates[kind] for kind in rates)
-
-
-def test_compilation_is_planned_once_for_each_network(world):
-    needs = plan.Needs().ask(technique_requests(world, "dreambooth", 0, 2))
-    needs.ask(technique_requests(world, "stable-diffusion-prompt", 0, 2))
-    rates = plan.rates(world.settings)[1]
-    compiled = changed(world, compile=True)
-    more = tasks.hours(compiled, needs, rates) - tasks.hours(world, needs, rates)
-    # of the U-Net that makes images, and of its training
-    assert more * 3600 == pytest.approx(2 * rates[plan.COMPILATION])
+    seconds, limits = rates.rates(settings)[1], flops.limits(settings)
+    assert seconds.keys() == limits.keys() | {rates.COMPILATION}
+    assert all(0 <= limits[kind] < seconds[kind] for kind in limits)
 
 
 @pytest.fixture
@@ -161,31 +160,27 @@ def test_every_table_says_what_was_not_done_as_in_the_thesis(monkeypatch, tmp_pa
     assert list(pd.read_csv(next(tmp_path.rglob("others.csv")))) == ["score"]
 
 
-def test_a_model_that_is_not_kept_counts_once_in_a_run_and_again_in_the_next(world, monkeypatch):
-    def needs(study, count):
-        return plan.Needs().ask(technique_requests(study, "dreambooth", 0, count))
+def test_a_model_that_is_not_kept_counts_where_its_images_are_still_to_be_made(world):
+    def learnt(study, count):
+        what = plan.Wanted()
+        what.ask(technique_requests(study, "dreambooth", 0, count))
+        return plan.Work(plan.units({study: what})).counts()["models"]
 
-    def learnt(study, counts=(1, 3)):
-        jobs = [SimpleNamespace(study=study, parameters=count) for count in counts]
-        return [len(missing.models) for _, missing in run_all.planned(jobs)]
-
-    monkeypatch.setattr(plan, "needs", needs)
     world = changed(world, dreambooth={"prior_loss_weight": 0.0, "keep_models": False})
-    assert learnt(world) == learnt(world, (3, 1)) == [2, 0]
+    assert learnt(world, 1) == learnt(world, 3) == (2, 2)
     pools.technique_pools(world, "dreambooth", 0, 1, progress=False)
-    assert learnt(world) == [0, 2]  # they were deleted when all that was asked for was made
-    pools.technique_pools(world, "dreambooth", 0, 3, progress=False)
-    assert learnt(world) == [0, 0]  # nothing is left to make
-    assert learnt(changed(world, dreambooth={"keep_models": True})) == [0, 0]
+    assert learnt(world, 1) == (0, 2)
+    assert learnt(world, 3) == (2, 2)  # they were deleted when all that was asked for was made
+    assert learnt(changed(world, dreambooth={"keep_models": True}), 1) == (0, 2)
 
 
 def test_a_disk_that_is_too_small_stops_the_study_before_it_starts(monkeypatch, tmp_path):
     jobs = run_all.check(run_all.chosen_notebooks(["04"]), "smoke", tmp_path)
-    run_all.require_disk(jobs)
+    run_all.require_disk(jobs, 2)
     usage = shutil._ntuple_diskusage(2**40, 2**40, 1000)
     monkeypatch.setattr(run_all.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"not enough disk: the plan needs .* GiB in .* are free"):
-        run_all.require_disk(jobs)
+        run_all.require_disk(jobs, 2)
 
 
 def test_a_batch_that_exceeds_the_memory_is_halved_down_to_one(capsys):

@@ -185,7 +185,7 @@ def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
 def card(profile: str, record: Mapping[str, Any]) -> dict[str, Rows]:
     """The report card: tables by title, each with its head."""
     facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
-    columns = ["minutes", "of which making", "images", "models", "runs", "status"]
+    columns = ["minutes", "images", "models", "runs", "status"]
     found: dict[str, Rows] = {
         "The run": [["what", "value"], *map(list, facts.items())],
         "Experiments": [["notebook", *columns]]

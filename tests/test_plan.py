@@ -1,0 +1,187 @@
+"""Units: what experiments need, each thing once, and the sums that are told of it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_all
+from sdaug_utils import experiments, params, plan
+from sdaug_utils.generation.technique import technique_requests
+from sdaug_utils.registry import techniques
+from sdaug_utils.store import digest
+from sdaug_utils.study import open_study
+from sdaug_utils.training import cells
+
+NOTEBOOKS = ("02-different-subjects", "09-food-101")
+
+
+def parameters(notebook, profile="smoke"):
+    path = run_all.NOTEBOOKS / f"{notebook}.ipynb"
+    values = params.parameters_cell(path) | params.overrides(profile, notebook)
+    return params.check_notebook(notebook, values)
+
+
+def asked(store=None, notebooks=NOTEBOOKS):
+    """Some notebooks at the smoke profile, with their studies."""
+    opened = {d: open_study("smoke", store, domain=d) for d in ("main", "second")}
+    return [(name, opened[params.domain_of(name)], parameters(name)) for name in notebooks]
+
+
+def units_of(some):
+    return plan.units(plan.wanted(some))
+
+
+def unit(key, seconds=1.0, needs=(), **more):
+    given = {"kind": "images", "items": 1, "left": lambda: 1, "make": lambda: None} | more
+    return plan.Unit(name=key, key=key, seconds=seconds, needs=frozenset(needs), **given)
+
+
+def thesis_units(**changes):
+    """The thesis profile, planned by its published sizes: nothing of it need be here."""
+    paths = run_all.chosen_notebooks(None)
+    jobs = run_all.check(paths, "thesis", Path(os.environ["SDAUG_STORE"]), None, True)
+    return units_of(run_all.asked_for(jobs))
+
+
+def test_every_process_plans_the_same_list():
+    script = (
+        "from tests.test_plan import asked, plan, units_of;"
+        "print([unit.key for unit in (*plan.first_units(asked()), *units_of(asked()))])"
+    )
+    lists = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=run_all.ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(lists) == 1
+
+
+def test_the_list_is_what_the_notebooks_need_each_thing_once(store):
+    names = ("03-training-percentage", "04-generation-percentage", "06-controlnet")
+    some = asked(store, names)
+    listed = units_of(some)
+    before = set()
+    for one in listed:  # what a unit needs comes before it
+        assert one.needs <= before
+        assert one.key not in before
+        before.add(one.key)
+    images, models, runs = set(), set(), set()
+    for _, study, p in some:
+        for cell in experiments.every_cell(study, p):
+            runs.add(digest(cells.spec(study, cell)))
+            if not cell.technique:
+                continue
+            percent = cells.pool_percent(study, cell)
+            for request in technique_requests(
+                study, cell.technique, cell.draw, cell.num_made, percent
+            ):
+                images |= {(digest(request.spec), index) for index in request.indices}
+                if request.model:
+                    models.add(digest(request.model))
+    counts = plan.Work(listed).counts()
+    assert counts["images"] == (len(images), len(images))
+    assert counts["models"] == (len(models), len(models))
+    assert counts["runs"] == (len(runs), len(runs))
+    by_notebook = [plan.Work(listed).of(name).counts() for name in names]
+    for kind, total in counts.items():
+        parts = [part.get(kind, (0, 0)) for part in by_notebook]
+        assert tuple(map(sum, zip(*parts, strict=True))) == total or kind == "features"
+
+
+def test_what_is_made_is_not_left(store):
+    some = asked(store, ["09-food-101"])
+    for one in units_of(some):
+        one.make()
+    again = plan.Work(units_of(some))
+    assert not again.waiting
+    assert again.seconds() == again.gibibytes() == again.hours_on(1) == 0
+    assert all(left == 0 < items for left, items in again.counts().values() if items)
+
+
+def test_sums_and_bounds():
+    half = {"items": 4, "left": lambda: 2, "num_bytes": 8 * plan.GIB}
+    work = plan.Work(
+        [
+            unit("base", 2),
+            unit("upon it", 9, {"base"}),
+            unit("half", 8, **half),
+            unit("made", 100, left=lambda: 0),
+            unit("passing", 1, passing_bytes=3 * plan.GIB, models=1),
+        ]
+    )
+    assert work.seconds() == 2 + 9 + 4 + 1
+    assert work.longest_paths() == {"base": 11, "upon it": 9, "half": 8, "passing": 1}
+    assert work.counts() == {"images": (5, 8), "models": (1, 1), "runs": (0, 0)}
+    assert work.gibibytes(workers=2) == 4 + 3 * 3
+    assert work.hours_on(1) * 3600 == pytest.approx(16)
+    assert work.hours_on(16) * 3600 == pytest.approx(11)  # no sooner than the longest path
+
+
+def test_a_model_that_is_not_kept_lives_with_its_images():
+    listed = thesis_units()
+    dreambooth = techniques()["dreambooth"]
+    passing = [one for one in listed if one.passing_bytes]
+    assert {one.passing_bytes for one in passing} == {dreambooth.model_bytes}
+    assert len(passing) == sum(one.models for one in passing) > 200
+    assert not [one for one in listed if one.name.startswith("dreambooth: models")]
+    work = plan.Work(listed)
+    lasting = sum(one.num_bytes for one in listed) / plan.GIB
+    for workers in (1, 8):  # never more than workers + 1 of them, however the list is gone through
+        there = (workers + 1) * dreambooth.model_bytes / plan.GIB
+        assert work.gibibytes(workers) == pytest.approx(lasting + there)
+
+
+def test_it_is_learnt_once_and_gone_when_its_images_are_there(store, monkeypatch):
+    learnt, most = [], []
+    dreambooth = techniques()["dreambooth"]
+    learn = type(dreambooth).learn
+
+    def noted(self, study, pipeline, requests, *rest):
+        learnt.extend(digest(request.model) for request in requests)
+        learn(self, study, pipeline, requests, *rest)
+        most.append(len(list((store.root / "dreambooth").glob("*"))))
+
+    monkeypatch.setattr(type(dreambooth), "learn", noted)
+    [(name, study, p)] = asked(store, ["02-different-subjects"])
+    section = study.settings.dreambooth.model_copy(update={"keep_models": False})
+    settings = study.settings.model_copy(update={"dreambooth": section})
+    own = [(name, dataclasses.replace(study, settings=settings), p)]
+    for listed in (plan.first_units, units_of):
+        for one in listed(own):
+            one.make()
+    assert len(set(learnt)) == len(learnt) > 1
+    assert max(most) == 1  # the one that is learnt
+    assert not [path for path in (store.root / "dreambooth").iterdir() if path.name in learnt]
+    assert not plan.Work(units_of(own)).waiting
+
+
+def test_many_gpus_are_kept_busy():
+    work = plan.Work(thesis_units())
+    alone = work.hours_on(1)
+    for number in (8, 64):
+        assert alone / (number * work.hours_on(number)) >= 0.85
+
+
+def test_two_domains_of_one_data_set_are_told_apart(store, monkeypatch):
+    few = {"train": 20, "validation": 5, "test": 5}
+    second = {"name": "fashion-mnist", "classes": ["coat", "dress"], "max_images_per_class": few}
+    monkeypatch.setenv("SDAUG_PARAMETERS", json.dumps([[["common", "data", "second"], second]]))
+    some = asked(store, ("04-generation-percentage", "09-food-101"))
+    needed = plan.wanted(some)
+    for study, what in needed.items():
+        made = {request.spec["class"] for request in what.requests.values()}
+        assert made == set(study.data.class_names)
+    listed = plan.units(needed)
+    assert sum(one.name == "features of fashion-mnist" for one in listed) == 2
+    assert len({one.key for one in listed}) == len(listed)
