@@ -43,6 +43,8 @@ DASK = {
     "distributed.scheduler.allowed-failures": 3,  # of a unit whose worker dies
     "distributed.scheduler.worker-saturation": 1.0,  # what waits, waits at the scheduler
     "distributed.comm.timeouts.connect": "60s",
+    # Its own would have the allocator give memory back at once: half of a small network's time.
+    "distributed.nanny.pre-spawn-environ": {},
 }
 
 
@@ -107,6 +109,7 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
             given = {
                 "shared_temp_directory": stack.enter_context(scratch),  # of the certificates
                 "protocol": "tls://",
+                "nanny": False,  # a job ends with its worker, and Dask starts another
                 "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
             }
             cluster: Any = _queue(workers.cluster)(security=security, **(given | settings.cluster))
@@ -195,7 +198,8 @@ def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = (
     """
     faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     began = time.monotonic()
-    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # small networks gain little from more
     try:
         for first in (True, False):  # the second list, only if the first is made
             if key in (listed := _planned(orders, first)):

@@ -207,6 +207,8 @@ class Planner:
         self.image_bytes = PNG_BYTES * self.settings.sampling.resolution**2
         self.is_large = rates.is_at_scale(self.settings)
         self.makers: dict[str, set[str]] = {}  # of each pool: keys of the units that make images
+        # A request's specification is long, and stays the same object in all parts of the request.
+        self.keys = {id(request.spec): key for key, request in what.requests.items()}
 
     def units(self) -> list[Unit]:
         """Models before their images, images before what trains on them."""
@@ -229,6 +231,10 @@ class Planner:
             else:
                 made += self.images(requests, learnt.get(key))
         return [*made, *self.training()]
+
+    def pool_of(self, request: Request) -> str:
+        """The key of the pool that a part of a request is of."""
+        return self.keys[id(request.spec)]
 
     def models(
         self, shelf: str, models: dict[str, list[Request]], learnt: dict[str, Unit]
@@ -260,9 +266,9 @@ class Planner:
         first, technique = requests[0], requests[0].technique
         count = sum(len(request.indices) for request in requests)
         cost, number = technique.model_cost(self.settings)
-        key = f"images-{digest({'images': [digest(r.spec) for r in requests], 'count': count})}"
+        key = f"images-{digest({'images': [self.pool_of(r) for r in requests], 'count': count})}"
         for request in requests:
-            self.makers.setdefault(digest(request.spec), set()).add(key)
+            self.makers.setdefault(self.pool_of(request), set()).add(key)
         return Unit(
             name=f"{technique.name}, {first.spec['class']}: a model and its {count} images, "
             f"draw {first.spec['draw']}",
@@ -285,7 +291,7 @@ class Planner:
         parts: list[list[Request]] = []
         last = ""  # the notebook that the last part is for
         for request in requests:
-            notebooks = self.what.images[digest(request.spec)]
+            notebooks = self.what.images[self.pool_of(request)]
             for _, some in itertools.groupby(request.indices, lambda index: index // BLOCK):
                 block = replace(request, indices=list(some))
                 notebook = notebooks[block.indices[0]]
@@ -298,10 +304,10 @@ class Planner:
 
     def _some_images(self, blocks: Sequence[Request], each: float, model: Unit | None) -> Unit:
         first, count = blocks[0], sum(len(block.indices) for block in blocks)
-        known = [[digest(b.spec), b.indices[0], b.indices[-1], len(b.indices)] for b in blocks]
+        known = [[self.pool_of(b), b.indices[0], b.indices[-1], len(b.indices)] for b in blocks]
         key = f"images-{digest({'images': known})}"
         whole = []  # blocks of one pool are one request again
-        for pool, group in itertools.groupby(blocks, lambda block: digest(block.spec)):
+        for pool, group in itertools.groupby(blocks, self.pool_of):
             same = list(group)
             indices = [index for block in same for index in block.indices]
             whole.append(replace(same[0], indices=indices))
@@ -322,7 +328,7 @@ class Planner:
 
     def _first_notebook(self, requests: Sequence[Request]) -> str:
         first = requests[0]
-        return self.what.images[digest(first.spec)][first.indices[0]]
+        return self.what.images[self.pool_of(first)][first.indices[0]]
 
     def training(self) -> list[Unit]:
         """Features, runs, and what comes beside them."""

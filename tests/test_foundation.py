@@ -168,17 +168,18 @@ def test_a_missing_model_says_where_it_was_looked_for_and_how_to_get_it(cache, n
 
 
 def test_a_hub_that_does_not_answer_leaves_the_cache(hub_study, monkeypatch):
-    download = DiffusionPipeline.download
+    asked = []
 
-    def timing_out(*arguments, local_files_only=False, **more):
-        if not local_files_only:
-            raise RuntimeError("timed out")
-        return download(*arguments, local_files_only=True, **more)
+    def timing_out(*arguments, **more):
+        asked.append(arguments)
+        raise RuntimeError("timed out")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(DiffusionPipeline, "download", timing_out)
     assert foundation.revision(hub_study.settings.foundation) == COMMIT
     with pytest.raises(InputError, match="hf download some-lab/nothing"):
         foundation.revision("some-lab/nothing")
+    assert len(asked) == 2
 
 
 def test_xformers_that_does_not_work_is_one_line(world, monkeypatch):

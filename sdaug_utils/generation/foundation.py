@@ -61,30 +61,39 @@ def _key(part: str) -> str:
 
 @cache
 def _from_hub(name: str, part: str) -> Path:
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
     from huggingface_hub import constants, snapshot_download
 
     identifier, _, revision = name.partition("@")
     wanted: dict[str, Any] = {"revision": revision or None}
-    fetch: Callable[..., str] = snapshot_download
     if part:
         wanted["allow_patterns"] = ["config.json", "diffusion_pytorch_model.safetensors"]
-    else:
-        wanted["use_safetensors"], fetch = True, DiffusionPipeline.download
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the hub is out of reach is told below, in one line
     try:
         try:
-            folder = fetch(identifier, **wanted)
+            if not (part or constants.HF_HUB_OFFLINE):
+                return _pipeline_from_hub(identifier, revision)
+            folder = snapshot_download(identifier, **wanted)
         except Exception:  # of any kind: a firewall's time-out is no OSError
-            folder = fetch(identifier, local_files_only=True, **wanted)
+            folder = snapshot_download(identifier, local_files_only=True, **wanted)
     except Exception as error:
         at = f" --revision {revision}" if revision else ""
         raise InputError(
             f"model '{name}': not in {constants.HF_HUB_CACHE} and not to be had from the hub: run "
             f"'hf download {identifier}{at}' where there is internet"
         ) from error
+    return Path(folder)
+
+
+def _pipeline_from_hub(identifier: str, revision: str) -> Path:
+    """The folder of a pipeline, downloaded as far as it is needed; silent if the hub is away."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        folder = DiffusionPipeline.download(
+            identifier, revision=revision or None, use_safetensors=True
+        )
     finally:
         logging.set_verbosity(verbosity)
     return Path(folder)
