@@ -311,7 +311,7 @@ def table(result: Mapping[str, Any]) -> str:
     """README's table."""
     rows = ["| one … | against … | times as fast |", "|---|---|---|"]
     rows += [
-        f"| {line['item']} | {line['other way']} | {line['times as fast']:g} |"
+        f"| {line['item']} | {line['other way']} | {float(f"{line['times as fast']:.2g}"):g} |"
         for line in result["side by side"].values()
     ]
     small, large = result["peak memory by images of a pool, GiB"].values()
