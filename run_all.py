@@ -22,7 +22,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -774,15 +773,11 @@ def main() -> int:
 
 
 def interruptible() -> int:
-    """As :func:`main`; Ctrl-C ends it at once, threads included, with exit code 130."""
+    """As :func:`main`; Ctrl-C ends it at once, with exit code 130."""
     try:
         return main()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if any(thread.name.startswith("ThreadPool") for thread in threading.enumerate()):
-            os._exit(130)  # they would be waited for; what they write is whole or absent
         return 130
 
 

@@ -307,11 +307,16 @@ def plot(found: Mapping[str, Mapping[int, float]]) -> None:
     figure.savefig(RESULTS / "scaling.png")
 
 
+def two_digits(value: float) -> float:
+    """What of a ratio is the same when it is measured again."""
+    return float(f"{value:.2g}")
+
+
 def table(result: Mapping[str, Any]) -> str:
     """README's table."""
     rows = ["| one … | against … | times as fast |", "|---|---|---|"]
     rows += [
-        f"| {line['item']} | {line['other way']} | {float(f"{line['times as fast']:.2g}"):g} |"
+        f"| {line['item']} | {line['other way']} | {two_digits(line['times as fast']):g} |"
         for line in result["side by side"].values()
     ]
     small, large = result["peak memory by images of a pool, GiB"].values()

@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from machine import describe
 
-from sdaug_utils.compute import in_parallel
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.foundation import compiled, load_pipeline, scale_condition
@@ -142,9 +142,10 @@ def main() -> None:
     data = classifier.TrainingSet(torch.randn(550, 1, 1280), torch.arange(550) % 10, seed=0)
     head = settings.classifier.controlled.model_copy(update={"max_train_steps": 500})
     workers = torch.get_num_threads()  # small networks are trained on a core each
+    on_cores = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def on_each_core(work: Callable[[], object]) -> Callable[[], object]:
-        return lambda: in_parallel(settings, lambda _: work(), range(workers))
+        return lambda: list(on_cores.map(lambda _: work(), range(workers)))
 
     result["linear head, updates per second"] = rates(
         {

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -70,19 +69,21 @@ def half_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def in_parallel(
+def one_by_one(
     settings: Settings, work: Callable[[int], Result], items: Sequence[int]
 ) -> list[Result]:
-    """Do independent pieces of work on a thread per core; one after the other on a GPU.
+    """Do pieces of work; on the CPU with a single thread of PyTorch.
 
-    Small networks gain little from several cores: a thread per piece keeps all of them busy.
-    The results do not depend on the number of workers.
+    Small networks gain little from several cores, and so the results do not depend on their number.
     """
     if device_of(settings).type != "cpu":
         return [work(item) for item in items]
-    workers = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        return list(executor.map(work, items))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [work(item) for item in items]
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Batch:
@@ -113,7 +114,7 @@ class Batch:
                     raise InputError(
                         f"{self.name}: the GPU's memory is too small even for one ({short})"
                     )
-                self.size = min(self.size, tried // 2)  # threads may share the batch
+                self.size = min(self.size, tried // 2)
                 torch.cuda.empty_cache()
                 tqdm.write(
                     f"{self.name}: {tried} exceed the GPU's memory: going on with {self.size}"

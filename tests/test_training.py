@@ -1,7 +1,5 @@
 import copy
-from concurrent.futures import ThreadPoolExecutor, wait
 
-import accelerate
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images
-from sdaug_utils.generation import pools
 from sdaug_utils.params import Controlled, Published
 from sdaug_utils.store import array_digest
 from sdaug_utils.training import classifier, features, segmenter
@@ -411,48 +408,6 @@ def test_images_that_do_not_fit_into_memory_are_resized_as_they_come(world, monk
     assert predictions() == kept
 
 
-def test_whatever_draws_from_the_global_generator_holds_its_lock(world, monkeypatch):
-    """A network's first weights are drawn from it; a view that another thread seeds it for is not
-    the same again if they are drawn in between."""
-    outside, drawn, number = [], [], 0
-    random = resnet34().state_dict()
-    monkeypatch.setattr(ResNet34_Weights, "get_state_dict", lambda self, **_: random)
-
-    def draws_more():
-        nonlocal number
-        number, before = len(drawn), number
-        return number > before
-
-    for name in ("uniform_", "normal_"):
-        own = getattr(torch.Tensor, name)
-
-        def draw(self, *limits, generator=None, own=own, **more):
-            if generator is None:
-                drawn.append(self.shape)
-                outside.extend([] if augment.GLOBAL_GENERATOR.locked() else [self.shape])
-            return own(self, *limits, generator=generator, **more)
-
-        monkeypatch.setattr(torch.Tensor, name, draw)
-    for backbone, stride in (
-        ("efficientnet-lite0", 32),
-        ("efficientnet-lite0", 8),
-        ("resnet34", 32),
-    ):
-        features.load_backbone.__wrapped__(backbone, stride)
-        assert draws_more()
-    pools.loaded_pipelines.clear()
-    for technique in ("dreambooth-lora", "textual-inversion", "controlnet-canny"):
-        pools.technique_pools(world, technique, 0, 1, progress=False)
-        assert draws_more()
-    train = world.data.splits["train"]
-    held_out = dict.fromkeys(("validation", "test"), world.data.splits["test"])
-    maps = segmenter.FeatureMaps(world)
-    trimaps = [train.trimap(row) for row in range(4)]
-    segmenter.train(maps, train.images(np.arange(4)), trimaps, held_out, "controlled", 0)
-    assert draws_more()
-    assert outside == []
-
-
 def test_the_segmentation_head_is_torchvisions(world):
     as_there = {"channels": 256, "atrous_rates": [12, 24, 36], "dropout": 0.5}
     settings = world.settings.segmenter.model_copy(update=as_there)
@@ -471,13 +426,3 @@ def test_a_stage_says_which_maps_the_segmenter_sees(world, stage, channels):
     side = 16 if stage == 1 else 8  # dilation keeps deeper maps at a stride of 8
     made = maps.of(world.data.splits["train"].images(range(2)))([0, 1])
     assert made.shape == (2, channels, side, side)
-
-
-def test_a_backbone_is_folded_while_no_pipeline_loads():
-    """As one does, parameters that any thread makes meanwhile stay without data."""
-    features.load_backbone("efficientnet-lite0", 32)  # as it is kept for whoever folds it
-    with ThreadPoolExecutor(1) as beside:
-        with augment.GLOBAL_GENERATOR, accelerate.init_empty_weights():
-            folding = beside.submit(features.folded_backbone.__wrapped__, "efficientnet-lite0")
-            assert wait([folding], timeout=2).not_done
-        assert not any(weight.is_meta for weight in folding.result().parameters())

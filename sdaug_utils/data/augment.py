@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
 
 import numpy as np
 from PIL import Image
@@ -12,9 +11,7 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation
 
 CODE_VERSION = 1
-GLOBAL_GENERATOR = Lock()
-"""For what torch has once for all threads: its generator, from which torchvision draws, and how new
-layers are made, which whoever loads a model changes for a moment."""
+
 Transform = Callable[[Image.Image], Image.Image]
 
 
@@ -56,10 +53,9 @@ def view(image: np.ndarray, transform: Transform, seed: int) -> np.ndarray:
     if isinstance(transform, v2.Resize):
         return np.asarray(transform(picture))
     # The generator itself: torch.manual_seed has one for each GPU, and notes down who called.
-    with GLOBAL_GENERATOR:
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        try:
-            return np.asarray(transform(picture))
-        finally:
-            torch.default_generator.set_state(state)
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        return np.asarray(transform(picture))
+    finally:
+        torch.default_generator.set_state(state)

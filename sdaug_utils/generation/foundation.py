@@ -11,18 +11,15 @@ from collections.abc import Callable
 from functools import cache
 from logging import LogRecord, getLogger
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from sdaug_utils.compute import device_of, dtype_of
-from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.errors import InputError
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling, Settings
 from sdaug_utils.store import digest_of, sha256, verify_checksums
 
 Pipeline = Any  # of diffusers: StableDiffusionPipeline or one of its kind
-TOKENIZING = Lock()  # a tokenizer keeps how it pads as a state, and threads share it
 COMPILERS = ("g++", "clang++", "c++", "cl")  # that torch.compile looks for
 GRAPHS = 64  # that may be compiled: one for each shape and kind of pass; torch stops at eight
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
@@ -252,14 +249,13 @@ def load_pipeline(
     transformers.utils.logging.disable_progress_bar()
     # It warns of how a new token's embedding is initialised, though the learnt one follows at once.
     transformers.utils.logging.set_verbosity_error()
-    with GLOBAL_GENERATOR:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            locate(settings.foundation),
-            dtype=dtype_of(settings),
-            use_safetensors=True,
-            requires_safety_checker=False,
-            **({} if settings.sampling.safety_checker else {"safety_checker": None}),
-        ).to(device_of(settings))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        locate(settings.foundation),
+        dtype=dtype_of(settings),
+        use_safetensors=True,
+        requires_safety_checker=False,
+        **({} if settings.sampling.safety_checker else {"safety_checker": None}),
+    ).to(device_of(settings))
     compiled(settings, laid_out(pipeline.unet))
     laid_out(pipeline.vae)
     if kind != type(pipeline).__name__:

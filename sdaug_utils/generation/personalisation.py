@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdaug_utils.compute import device_of, dtype_name, half_precision
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.foundation import TOKENIZING, Pipeline, revision
+from sdaug_utils.generation.foundation import Pipeline, revision
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Settings
@@ -156,10 +156,7 @@ def encode_images(
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
     """Prompts as (n, length) tokens, padded to the tokenizer's length."""
-    with TOKENIZING:
-        tokens = tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
-        )
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device)
 
 

@@ -18,16 +18,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sdaug_utils.compute import Batch, device_of, in_parallel
+from sdaug_utils.compute import Batch, device_of, one_by_one
 from sdaug_utils.data.images import Images, read_listed
-from sdaug_utils.generation.foundation import TOKENIZING, Pipeline, compiled, takes_scale
+from sdaug_utils.generation.foundation import Pipeline, compiled, takes_scale
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling, Settings
@@ -344,7 +343,7 @@ def pipeline_sampler(
 
     @cache
     def read(prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with TOKENIZING, torch.no_grad():
+        with torch.no_grad():
             return pipeline.encode_prompt(prompt, pipeline.device, 1, twice)
 
     def sample(items: Sequence[Item], seeds: Sequence[int]) -> list[Image.Image | None]:
@@ -446,7 +445,7 @@ def fill(
         pools.update(zip(groups[key], grown, strict=True))
 
     with bar:
-        in_parallel(settings, lambda number: fill_group(list(groups)[number]), range(len(groups)))
+        one_by_one(settings, lambda number: fill_group(list(groups)[number]), range(len(groups)))
     return [pools[position] for position in range(len(requests))]
 
 
@@ -486,7 +485,7 @@ def learn_models(study: Study, requests: Sequence[Request], label: str | None = 
 
             store.get_all(technique.shelf, [request.model for request in parts[number]], make)
 
-        in_parallel(study.settings, learn, range(len(parts)))
+        one_by_one(study.settings, learn, range(len(parts)))
 
 
 def denoising(study: Study, request: Request) -> np.ndarray:
@@ -533,17 +532,15 @@ def _passing(store: Store, request: Request) -> Iterator[None]:
 loaded_pipelines: dict[str, Pipeline] = {}
 MOST_LOADED = {"cpu": 2}  # by device; on any other one: there may be no room for two
 LOADED_BY = {"foundation", "device", "precision", "attention", "compile"}  # of the settings
-_LOADING = Lock()
 
 
 def loaded(technique: Any, settings: Settings) -> Pipeline:
-    """The pipeline that a technique starts from; the last ones stay in memory, for all threads."""
+    """The pipeline that a technique starts from; the last ones stay in memory."""
     sampling, common = technique.sampling(settings), settings.model_dump(include=LOADED_BY)
     own = [technique.kind, technique.models(settings), sampling.scheduler]
     key = digest({"technique": own, **common, "safety checker": settings.sampling.safety_checker})
-    with _LOADING:
-        if key not in loaded_pipelines:
-            while len(loaded_pipelines) >= MOST_LOADED.get(device_of(settings).type, 1):
-                del loaded_pipelines[next(iter(loaded_pipelines))]
-            loaded_pipelines[key] = technique.load(settings)
-        return loaded_pipelines[key]
+    if key not in loaded_pipelines:
+        while len(loaded_pipelines) >= MOST_LOADED.get(device_of(settings).type, 1):
+            del loaded_pipelines[next(iter(loaded_pipelines))]
+        loaded_pipelines[key] = technique.load(settings)
+    return loaded_pipelines[key]

@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import Field
 from tqdm import tqdm
 
-from sdaug_utils.compute import device_of, in_parallel
+from sdaug_utils.compute import device_of, one_by_one
 from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import first_per_class, subset
 from sdaug_utils.data.images import Images
@@ -177,7 +177,7 @@ def make(
             bar.update(len(some))
 
         parts = stacks(missing)
-        in_parallel(study.settings, lambda number: train(parts[number]), range(len(parts)))
+        one_by_one(study.settings, lambda number: train(parts[number]), range(len(parts)))
     return missing
 
 
@@ -338,7 +338,7 @@ class Trainer:
         def train(_: int) -> torch.nn.Linear:
             return classifier.judge(data, recipe, self.num_classes)
 
-        [judge] = in_parallel(self.study.settings, train, [0])  # on one core: it is small
+        [judge] = one_by_one(self.study.settings, train, [0])  # on one core: it is small
         with torch.no_grad():
             probabilities = judge(made).softmax(dim=1).numpy()
         kept = []
@@ -361,11 +361,11 @@ class Trainer:
         return features.image_features(self.study, images)
 
     def prepare(self, cell: Cell) -> None:
-        """Load or make what a cell needs, so that cells can then be trained side by side."""
+        """Load or make what a cell needs, so that cells can then be trained."""
         self.cell_pools(cell)
         if cell.task == "segmentation":
             self.maps().of(self.training_set(cell)[0])
-        elif cell.protocol == "published":  # new weights draw from the one global generator
+        elif cell.protocol == "published":
             features.load_backbone(self.study.settings.classifier.backbone)
         elif cell.protocol == "controlled":
             self.features_of("validation")
@@ -629,7 +629,7 @@ def with_shifts(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
 
         return study.store.get_all("shifts", specs[some], make)
 
-    parts = in_parallel(study.settings, train, range(0, len(cells), STACK))
+    parts = one_by_one(study.settings, train, range(0, len(cells), STACK))
     rows = []
     for cell, folder in zip(cells, [folder for part in parts for folder in part], strict=True):
         predictions, sure = (np.load(folder / f"{x}.npy") for x in ("predictions", "confidences"))
@@ -685,7 +685,7 @@ def accuracy_curves(
 
         return study.store.get_all("curves", specs[some], make)
 
-    parts = in_parallel(study.settings, train, range(0, len(cells), STACK))
+    parts = one_by_one(study.settings, train, range(0, len(cells), STACK))
     folders = [folder for part in parts for folder in part]
     return pd.concat(
         pd.read_csv(folder / "curve.csv").assign(

@@ -39,11 +39,10 @@ class Outcome:
 def new_head(num_features: int, num_classes: int, seed: int) -> torch.nn.Linear:
     """A linear layer with PyTorch's initial weights, from a seed."""
     generator = torch.Generator().manual_seed(seed)
-    with augment.GLOBAL_GENERATOR:
-        head = torch.nn.utils.skip_init(torch.nn.Linear, num_features, num_classes)
-        torch.nn.init.kaiming_uniform_(head.weight, a=math.sqrt(5), generator=generator)
-        bound = 1 / math.sqrt(num_features)
-        torch.nn.init.uniform_(head.bias, -bound, bound, generator=generator)
+    head = torch.nn.utils.skip_init(torch.nn.Linear, num_features, num_classes)
+    torch.nn.init.kaiming_uniform_(head.weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(num_features)
+    torch.nn.init.uniform_(head.bias, -bound, bound, generator=generator)
     return head
 
 

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from sdaug_utils.compute import device_of, in_parallel
+from sdaug_utils.compute import device_of, one_by_one
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, digests
 from sdaug_utils.errors import InputError
@@ -72,9 +72,7 @@ def efficientnet(name: str, weights: bytes, **options: Any) -> torch.nn.Module:
     """
     import timm  # takes seconds, and a study whose features are all in the store needs none
 
-    # Its first weights are drawn from the one global generator, though others follow at once.
-    with augment.GLOBAL_GENERATOR:
-        model = timm.create_model(name, pretrained=False, **options)
+    model = timm.create_model(name, pretrained=False, **options)
     tensors = torch.load(io.BytesIO(weights), weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     model.reset_classifier(0)
@@ -96,13 +94,12 @@ def _torchvision_backbone(name: str) -> torch.nn.Module:
             f"backbone '{name}': {weights.url} is not in torch's cache ({torch.hub.get_dir()}) "
             "and cannot be downloaded; fetch it where there is internet"
         ) from error
-    with augment.GLOBAL_GENERATOR:
-        if name == "resnet34":
-            whole = resnet34()
-        else:
-            whole = segmentation.deeplabv3_resnet101(
-                weights_backbone=None, num_classes=21, aux_loss=True
-            )
+    if name == "resnet34":
+        whole = resnet34()
+    else:
+        whole = segmentation.deeplabv3_resnet101(
+            weights_backbone=None, num_classes=21, aux_loss=True
+        )
     whole.load_state_dict(state)
     if name == "resnet34":
         model = whole
@@ -128,11 +125,9 @@ def folded_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     In evaluation mode it is the same function, but for rounding, and half as fast again.
     """
     model = copy.deepcopy(load_backbone(name, output_stride))
-    # While a pipeline loads in another thread, new parameters have no data, wherever they are made.
-    with augment.GLOBAL_GENERATOR:
-        for module in list(model.modules()):
-            for before, after in itertools.pairwise(list(module._modules)):
-                _fold(module, before, after)
+    for module in list(model.modules()):
+        for before, after in itertools.pairwise(list(module._modules)):
+            _fold(module, before, after)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -338,5 +333,5 @@ def _compute(
         pixels = to_pixels(filled(part)).to(device)
         return backbone(normalise(pixels, backbone))[: len(part)].cpu().numpy()
 
-    parts = in_parallel(study.settings, features, range(0, len(views), FEATURE_BATCH))
+    parts = one_by_one(study.settings, features, range(0, len(views), FEATURE_BATCH))
     return np.concatenate(parts).reshape(len(rows), len(numbers), -1)

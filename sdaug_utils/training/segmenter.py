@@ -10,13 +10,12 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Lock
 from typing import Any
 
 import cv2
 import numpy as np
 
-from sdaug_utils.compute import device_of, in_parallel
+from sdaug_utils.compute import device_of, one_by_one
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, Split
 from sdaug_utils.lazy import torch
@@ -55,9 +54,7 @@ class FeatureMaps:
         self.study, self.settings = study, study.settings.segmenter
         self.device = device_of(study.settings)
         self.known: dict[str, torch.Tensor] = {}
-        self.lock = Lock()
         self.held_out = cache(self._held_out)  # of a split
-        folded_backbone(self.settings.backbone, self.settings.output_stride)  # not from a thread
 
     def of(self, images: Images) -> Features:
         """What gives the maps of some of the images: (n, channels, height, width), 32-bit floats.
@@ -66,18 +63,17 @@ class FeatureMaps:
         """
         if not self.settings.keep_features:
             return lambda rows: self._maps([images[row] for row in rows]).float()
-        with self.lock:
-            keys = images.digests()
-            missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
-            parts = [missing[i : i + FEATURE_BATCH] for i in range(0, len(missing), FEATURE_BATCH)]
+        keys = images.digests()
+        missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
+        parts = [missing[i : i + FEATURE_BATCH] for i in range(0, len(missing), FEATURE_BATCH)]
 
-            def make(number: int) -> None:
-                made = self._maps(filled([images[i] for _, i in parts[number]]))
-                kept = made.half().cpu().contiguous()
-                self.known.update(zip((key for key, _ in parts[number]), kept, strict=False))
+        def make(number: int) -> None:
+            made = self._maps(filled([images[i] for _, i in parts[number]]))
+            kept = made.half().cpu().contiguous()
+            self.known.update(zip((key for key, _ in parts[number]), kept, strict=False))
 
-            in_parallel(self.study.settings, make, range(len(parts)))
-            every = torch.stack([self.known[key] for key in keys])
+        one_by_one(self.study.settings, make, range(len(parts)))
+        every = torch.stack([self.known[key] for key in keys])
         return lambda rows: every[list(rows)].to(self.device).float()
 
     def _held_out(self, split: Split) -> tuple[Features, torch.Tensor]:
@@ -152,7 +148,7 @@ def train(
         last, every, patience = settings.max_epochs * epoch, epoch, settings.patience
     features = maps.of(images)
     num_features = features([0]).shape[1]
-    with augment.GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = new_head(num_features, settings).to(device)
     _seed_dropout(head, torch.Generator(device).manual_seed(seed))

@@ -1,6 +1,5 @@
 """ControlNet: images that follow the edges or trimap of a real one (Zhang et al., ICCV 2023)."""
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -11,7 +10,6 @@ from pydantic import Field
 
 from sdaug_utils.compute import device_of, dtype_of
 from sdaug_utils.data import control
-from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation.foundation import (
     Pipeline,
@@ -41,14 +39,14 @@ class ControlNetSettings(Parameters):
 
 
 def _once(embed: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An embedding of control images that is made once for all steps of a thread's pass."""
-    last = threading.local()
+    """An embedding of control images that is made once for all steps of a pass."""
+    last: list[Any] = [None, None]  # control images, and their embedding
 
     @torch.compiler.disable  # the rest of the network is compiled around it
     def embedded(images: Any) -> Any:
-        if getattr(last, "images", None) is not images:
-            last.images, last.embedded = images, embed(images)
-        return last.embedded
+        if last[0] is not images:
+            last[:] = images, embed(images)
+        return last[1]
 
     return embedded
 
@@ -75,10 +73,9 @@ class ControlNet(Technique):
         import diffusers
 
         [model] = self.models(settings).values()
-        with GLOBAL_GENERATOR:
-            controlnet = diffusers.ControlNetModel.from_pretrained(
-                locate(*model), dtype=dtype_of(settings), use_safetensors=True
-            ).to(device_of(settings))
+        controlnet = diffusers.ControlNetModel.from_pretrained(
+            locate(*model), dtype=dtype_of(settings), use_safetensors=True
+        ).to(device_of(settings))
         embedding = controlnet.controlnet_cond_embedding
         embedding.forward = _once(embedding.forward)
         compiled(settings, laid_out(controlnet))

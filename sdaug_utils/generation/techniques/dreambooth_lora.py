@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.generation.foundation import Pipeline
 from sdaug_utils.generation.technique import twin
 from sdaug_utils.generation.techniques.dreambooth import DreamBooth, DreamBoothSettings
@@ -54,8 +53,7 @@ class DreamBoothLoRA(DreamBooth):
 
         rank = self.of(settings).rank
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS))
-        with GLOBAL_GENERATOR:
-            unet.add_adapter(config)  # type: ignore[operator]
+        unet.add_adapter(config)  # type: ignore[operator]
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():  # as peft does by "gaussian", but from a generator of our own
             for name, weight in unet.named_parameters():
@@ -71,9 +69,7 @@ class DreamBoothLoRA(DreamBooth):
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         adapted = twin(pipeline, unet=copy.deepcopy(pipeline.unet))
-        # low_cpu_mem_usage patches all of torch for a moment: not where other threads are at work
-        with GLOBAL_GENERATOR:
-            adapted.unet.load_lora_adapter(
-                folder, prefix="unet", weight_name=FILE, low_cpu_mem_usage=False
-            )
+        adapted.unet.load_lora_adapter(
+            folder, prefix="unet", weight_name=FILE, low_cpu_mem_usage=False
+        )
         return adapted

@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import Field
 
 from sdaug_utils.compute import Batch
-from sdaug_utils.data.augment import GLOBAL_GENERATOR
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, scale_condition, vocabulary
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
@@ -161,8 +160,7 @@ class TextualInversion(Personalised):
             )
         first = len(tokenizer)
         tokenizer.add_tokens(tokens)
-        with GLOBAL_GENERATOR:
-            text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         text_encoder.requires_grad_(False)
         with torch.no_grad():
             table = text_encoder.get_input_embeddings().weight
@@ -172,8 +170,7 @@ class TextualInversion(Personalised):
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         names = ("tokenizer", "text_encoder")
         made = twin(pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names})
-        with GLOBAL_GENERATOR:
-            made.load_textual_inversion(folder, weight_name=FILE)
+        made.load_textual_inversion(folder, weight_name=FILE)
         return made
 
     def check(self, settings: Settings) -> None:
