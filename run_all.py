@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -480,8 +480,6 @@ def print_summary(reports: list[Report], profile: str, outcome: Any) -> None:
         made = sum(report.made.get(kind, 0) for report in reports) + outcome.made.get(kind, 0)
         used = sum(len(x) for report in reports for x in report.used.get(kind, {}).values())
         print(f"{label:<26} {made:>7} made, {max(0, used - made)} reused")
-    root = store.Store().root
-    print_given_up(root / pool for each in reports for pool in each.used.get("images", {}))
     if outcome.seconds:
         share = outcome.busy / (outcome.seconds * outcome.workers)
         print(
@@ -537,14 +535,6 @@ def write_record(
     store.write_atomically(file, lambda path: path.write_text(text))
 
 
-def print_given_up(pools: Iterable[Path]) -> None:
-    """Tell of images that were rejected too often, if some of these pools' were."""
-    from sdaug_utils.generation.pools import number_given_up
-
-    if number := number_given_up(set(pools)):
-        print(f"given up after too many rejections: {number} images, the next in their places")
-
-
 def print_plan(jobs: list[Job], workers: list[int]) -> None:
     """What the notebooks need, what the store has not got, how long that takes, and on what disk.
 
@@ -585,8 +575,6 @@ def print_plan(jobs: list[Job], workers: list[int]) -> None:
         f"{total} images in all; if each setting made its own, as in the thesis, {unshared}: "
         f"{unshared / max(total, 1):.1f} times as many"
     )
-    root = jobs[0].study.store.root
-    print_given_up(root / "pools" / key for what in needed.values() for key in what.images)
     if workers:
         print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours, at least':>16}")
         for number in workers:

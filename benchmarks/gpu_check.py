@@ -190,7 +190,7 @@ def every_technique(check: Check) -> Found:
     learners = ("dreambooth", "dreambooth_lora", "datadream", "textual_inversion")
     study = changed(
         check.study,
-        sampling={**few, "batch_size": 2},
+        sampling={**few, "batch_size": 2, "max_attempts": 2},
         controlnet=few,
         da_fusion={"strengths": [0.5, 1.0]},  # less would leave none of two steps
         **dict.fromkeys(learners, learning),

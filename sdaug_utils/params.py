@@ -77,7 +77,7 @@ class Sampling(Parameters):
     scheduler: Scheduler
     resolution: int = Field(ge=8)
     batch_size: int = Field(ge=1)
-    max_attempts: int = Field(ge=1)
+    max_attempts: int = Field(default=100, ge=1)  # at an image that is rejected
     safety_checker: bool  # on by default; only models that have one check
 
 

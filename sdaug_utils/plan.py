@@ -214,7 +214,7 @@ class Planner:
         """Models before their images, images before what trains on them."""
         by_model: dict[str, list[Request]] = {}  # pools of a model, or of a technique without any
         for key, request in self.what.requests.items():
-            whole = replace(request, indices=sorted(self.what.images[key]), at=None)
+            whole = replace(request, indices=sorted(self.what.images[key]))
             together = digest(request.model) if request.model else request.technique.name
             by_model.setdefault(together, []).append(whole)
         kept: dict[str, dict[str, list[Request]]] = {}  # models by the technique that learns them

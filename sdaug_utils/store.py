@@ -177,10 +177,23 @@ class Store:
     def lock(self, kind: str, *specs: Spec) -> Iterator[None]:
         """A lock between processes for some artefacts, in one order for all: no deadlock."""
         with ExitStack() as stack:
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
             for key in sorted({digest(spec) for spec in specs}):
-                stack.enter_context(FileLock(self.root / "locks" / f"{kind}-{key}.lock"))
+                stack.enter_context(self._locked(f"{kind}-{key}"))
             yield
+
+    @contextmanager
+    def _locked(self, name: str, timeout: float = -1) -> Iterator[None]:
+        """A lock by its name, for which one waits without end unless there is a ``timeout``.
+
+        Its file goes while it is still held: whoever has opened it in the meantime finds that out.
+        """
+        file = self.root / "locks" / f"{name}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file, timeout=timeout):
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
 
     def get(self, kind: str, spec: Spec, make: Callable[[Path], None]) -> Path:
         """The folder of an artefact, made by ``make(folder)`` if it is not there yet."""
@@ -226,10 +239,8 @@ class Store:
         Who reads it, or makes images for it but does not list them yet, is not waited for.
         """
         kind = {"pools": "listings"}.get(folder.parent.name, folder.parent.name)
-        lock = self.root / "locks" / f"{kind}-{folder.stem}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(lock, timeout=0):
+            with self._locked(f"{kind}-{folder.stem}", timeout=0):
                 _delete(folder)
         except Timeout:
             return False

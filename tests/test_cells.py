@@ -8,7 +8,6 @@ import torch
 
 from sdaug_utils import experiments
 from sdaug_utils.data import augment
-from sdaug_utils.study import Study
 from sdaug_utils.training import cells, classifier, features, segmenter
 
 
@@ -225,17 +224,6 @@ def test_a_classifier_on_pixels_learns_without_a_network(world, monkeypatch):
     assert row["protocol"] == "pixels"
     assert row["test_score"] > 0.8  # trousers and bags
     assert row["num_updates"] == world.settings.classifier.controlled.max_train_steps
-
-
-def test_a_key_knows_of_unusual_attempts_where_there_are_synthetic_images(world):
-    arms = [{"real_percent": 50}, {"real_percent": 50, "technique": "dreambooth"}]
-    arms[1]["synthetic_per_class"] = 1
-    both = cells.repeated(arms, "controlled", 1, 1)
-    sampling = world.settings.sampling.model_copy(update={"max_attempts": 11})
-    settings = world.settings.model_copy(update={"sampling": sampling})
-    more = Study("smoke", settings, world.data, world.store)
-    changed = [cells.spec(more, cell) != cells.spec(world, cell) for cell in both]
-    assert changed == [False, True]
 
 
 def test_maps_are_freed_with_the_trainer_that_made_them(world):

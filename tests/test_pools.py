@@ -154,18 +154,14 @@ def test_rejected_images_are_replaced_with_the_next_attempts_seed(store):
     assert pool.seeds[1] == pools.image_seed(SPEC, 1, 2)
 
 
-def test_an_image_that_is_always_rejected_is_given_up_and_the_next_takes_its_place(store):
+def test_an_image_that_is_always_rejected_is_an_error_by_name_and_the_others_stay(store):
     bad = {pools.image_seed(SPEC, 1, attempt) for attempt in range(5)}
-    pool = grow(store, 4, FakeSampler(rejects=bad.__contains__))
-    assert [file.name for file in pool.files] == [f"0000{i}.png" for i in (0, 2, 3, 4)]
-    larger = grow(store, 6, FakeSampler())
-    assert larger.files[:4] == pool.files
-    assert [file.name for file in larger.files[4:]] == ["00005.png", "00006.png"]
-    again = grow(store, 4, FakeSampler(), max_attempts=6)  # one attempt more is asked for
-    assert [file.name for file in again.files] == [f"0000{i}.png" for i in (0, 1, 2, 3)]
-    other, sampler = Store(store.root / "other"), FakeSampler(rejects=lambda seed: True)
-    with pytest.raises(RuntimeError, match="all 2 images were rejected 5 times"):
-        grow(other, 2, sampler)
+    with pytest.raises(RuntimeError, match="image 1 was rejected 5 times; choose another prompt"):
+        grow(store, 4, FakeSampler(rejects=bad.__contains__))
+    sampler = FakeSampler(rejects=bad.__contains__)
+    pool = grow(store, 4, sampler, max_attempts=6)  # one attempt more is asked for
+    assert pool.attempts == (1, 6, 1, 1)
+    assert 0 not in {index for index, _ in sampler.asked}  # it is there already
 
 
 def test_bits_that_flip_are_found_when_an_image_is_read_or_all_are_verified(store, monkeypatch):
@@ -411,50 +407,3 @@ def test_what_is_made_and_what_is_reused_is_noted(world, tmp_path, monkeypatch):
         assert len(models) == 2
     class_images = world.settings.dreambooth.num_class_images
     assert sum(len(entry["made"]) for entry in images) == 2 * 3 + class_images
-
-
-def test_threads_that_share_a_tokenizer_read_a_prompt_alike(world):
-    """A fast tokenizer pads as it was last asked to, whichever thread asked."""
-    pipeline, settings = load_pipeline(world.settings), world.settings
-    sampling = settings.sampling.model_copy(update={"guidance_scale": 1.0})
-    seen = []
-
-    class Recording(type(pipeline)):
-        def __call__(self, prompt_embeds, **_):
-            seen.append(prompt_embeds)
-            return SimpleNamespace(images=[Image.new("RGB", (8, 8))], nsfw_content_detected=None)
-
-    pipeline.__class__ = Recording
-
-    def read(number):
-        sample = pools.pipeline_sampler(pipeline, sampling, ["a bag"], [lambda some: {}])
-        sample([(0, 0)], [number])
-
-    with ThreadPoolExecutor(4) as executor:
-        list(executor.map(read, range(400)))
-    assert len(seen) == 400
-    assert all(torch.equal(one, seen[0]) for one in seen)
-
-
-def test_a_class_without_images_is_named_by_who_needs_it_and_not_while_planning(world, monkeypatch):
-    def rejecting(*_):
-        return lambda items, seeds: [None] * len(items)
-
-    monkeypatch.setattr(pools, "pipeline_sampler", rejecting)
-    [request, *_] = techniques.technique_requests(world, "stable-diffusion-prompt", 0, 3)
-    alone = dataclasses.replace(request, at=None)  # as a task has it
-    with pytest.raises(RuntimeError, match="all 3 images were rejected"):
-        pools.fill(world, [alone])
-    assert pools.number_missing(world, alone) == 0
-    with pytest.raises(RuntimeError, match="all 3 images were rejected"):
-        pools.fill(world, [request])
-
-
-def test_a_part_of_a_pool_that_was_given_up_fails_nobody(store):
-    bad = {pools.image_seed(SPEC, index, attempt) for index in (2, 3) for attempt in range(5)}
-    asked = techniques.Request(SPEC, [2, 3], None, {}, (), None, at=None)
-    grow(store, 2, FakeSampler())
-    batch = Batch(2, "sampling.batch_size")
-    sampler = FakeSampler(rejects=bad.__contains__)
-    [pool] = pools.grow(store, [asked], lambda: sampler, batch, 5)
-    assert pool.files == ()

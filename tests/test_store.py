@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
@@ -122,3 +124,23 @@ def test_files_are_read_once_for_all_processes_unless_they_change(tmp_path, monk
     (stores.default_root() / "digests.json").write_text("{half")
     stores._known_digests.cache_clear()
     assert stores.kept_digest(other) == whole(other)
+
+
+COUNTING = """
+import sys
+from sdaug_utils.store import Store
+store = Store(sys.argv[1])
+counter = store.root / "counter"
+for _ in range(200):
+    with store.lock("kind", {"a": 1}, {"b": 2}):
+        counter.write_text(str(int(counter.read_text()) + 1))
+"""
+
+
+def test_a_lock_excludes_other_processes_and_leaves_no_file(store):
+    (store.root / "counter").write_text("0")
+    command = [sys.executable, "-c", COUNTING, str(store.root)]
+    together = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait() for process in together] == [0] * 4
+    assert (store.root / "counter").read_text() == "800"
+    assert not list((store.root / "locks").iterdir())

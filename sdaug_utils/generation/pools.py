@@ -80,10 +80,9 @@ def image_seed(spec: Spec, index: int, attempt: int) -> int:
 
 
 def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
-    """The rows of ``metadata.csv`` by index: of images that are whole, and of those given up.
+    """The rows of ``metadata.csv`` by index, of images that are whole.
 
-    A file is whole if it has its size; to ``verify``, if it has its digest. An image that was given
-    up has no file, and a size of 0.
+    A file is whole if it has its size; to ``verify``, if it has its digest.
     """
     if not (rows := _listed(folder)):
         return {}
@@ -92,10 +91,9 @@ def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
         sizes = {entry.name: entry.stat().st_size for entry in own}
 
     def is_whole(row: Row) -> bool:
-        size = sizes.get(row["file_name"], 0)
-        if str(size) != row["size"]:
+        if str(sizes.get(row["file_name"], 0)) != row["size"]:
             return False
-        return not (size and verify) or file_digest(folder / row["file_name"]) == row["digest"]
+        return not verify or file_digest(folder / row["file_name"]) == row["digest"]
 
     return {index: row for index, row in rows.items() if is_whole(row)}
 
@@ -108,31 +106,10 @@ def _listed(folder: Path) -> dict[int, Row]:
     try:
         with listing.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        whole = [row for row in rows if len(row["digest"]) == (20 if int(row["size"]) else 0)]
+        whole = [row for row in rows if len(row["digest"]) == 20 and int(row["size"])]
         return {int(row["file_name"].removesuffix(".png")): row for row in whole}
     except (KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
         return {}
-
-
-def number_given_up(pools: Iterable[Path]) -> int:
-    """How many images of some pools were rejected too often, so that others took their places."""
-    return sum(row["size"] == "0" for pool in pools for row in read_pool(pool).values())
-
-
-def is_given_up(row: Row, max_attempts: int) -> bool:
-    """Whether an image was rejected so often that another takes its place."""
-    return row["size"] == "0" and int(row["attempts"]) >= max_attempts
-
-
-def chosen(request: Request, rows: Mapping[int, Row], max_attempts: int) -> list[int]:
-    """The indices of the images that a request gets, in order: those given up are left out.
-
-    In their place come the next of the sequence, so that 50 images are the first of 400.
-    """
-    number, gone = len(request.indices), {i for i in rows if is_given_up(rows[i], max_attempts)}
-    further = map(request.at, itertools.count(number)) if request.at else ()
-    sequence = itertools.chain(request.indices, further)
-    return list(itertools.islice((i for i in sequence if i not in gone), number))
 
 
 def grow(
@@ -147,7 +124,6 @@ def grow(
     """Make those images of some pools that are missing; the pools share a sampler and its passes.
 
     Every pass has the batch's size, since rounding depends on its shape: a last one is filled up.
-    An image that was rejected ``max_attempts`` times is given up: see :func:`chosen`.
 
     Args:
         requests: of each pool what determines its images (``class`` and ``prompt`` go into the
@@ -156,23 +132,18 @@ def grow(
         alike: what images of one pass must have in common, by their index.
 
     Raises:
-        RuntimeError: all images of a pool were given up.
+        RuntimeError: an image was rejected ``max_attempts`` times.
     """
     folders = [store.folder("pools", request.spec) for request in requests]
     sampler, verify = cache(make_sampler), bool(os.environ.get("SDAUG_VERIFY"))
     made: set[Item] = set()
     while True:
         rows = [read_pool(folder, verify) for folder in folders]
-        for request, own in zip(requests, rows, strict=True):
-            _require_some(request, own, max_attempts)
-        indices = [
-            chosen(request, own, max_attempts) for request, own in zip(requests, rows, strict=True)
-        ]
         missing = [
             (number, index)
-            for number, own in enumerate(indices)
-            for index in own
-            if rows[number].get(index, {}).get("size", "0") == "0"
+            for number, request in enumerate(requests)
+            for index in request.indices
+            if index not in rows[number]
         ]
         if not missing:
             break
@@ -181,10 +152,9 @@ def grow(
         )
     pools = []
     for number, (folder, request) in enumerate(zip(folders, requests, strict=True)):
-        store.record(
-            "images", folder, indices[number], [index for own, index in made if own == number]
-        )
-        wanted = [rows[number][index] for index in indices[number]]
+        new = [index for own, index in made if own == number]
+        store.record("images", folder, request.indices, new)
+        wanted = [rows[number][index] for index in request.indices]
         pools.append(
             Pool(
                 request.spec["class"],
@@ -192,24 +162,10 @@ def grow(
                 tuple(row["digest"] for row in wanted),
                 tuple(int(row["seed"]) for row in wanted),
                 tuple(int(row["attempts"]) for row in wanted),
-                request.followed(indices[number]),
+                request.followed(request.indices),
             )
         )
     return pools
-
-
-def _require_some(request: Request, rows: Mapping[int, Row], max_attempts: int) -> None:
-    """Check that of the images asked for, or at least of their pool, one is not given up.
-
-    Raises:
-        RuntimeError: none is left.
-    """
-    gone = {index for index in rows if is_given_up(rows[index], max_attempts)}
-    if gone == set(rows) and gone >= set(request.indices) and request.indices:
-        raise RuntimeError(
-            f"pool of '{request.spec['class']}': all {len(gone)} images were rejected "
-            f"{max_attempts} times; choose another prompt or raise sampling.max_attempts"
-        )
 
 
 def _make(
@@ -226,25 +182,27 @@ def _make(
     """Make images and list them; those that another process makes in the meantime are not its own.
 
     Returns:
-        What it made, or gave up.
+        What it made.
     """
     specs = [request.spec for request in requests]
     folders = [store.folder("pools", spec) for spec in specs]
     blocks = sorted({(number, index // BLOCK) for number, index in missing})
     with store.lock("pools", *({**specs[number], "block": block} for number, block in blocks)):
         rows = [read_pool(folder, verify) for folder in folders]
-        items = [
-            (number, index)
-            for number, index in missing
-            if (row := rows[number].get(index)) is None
-            or (row["size"] == "0" and not is_given_up(row, max_attempts))
-        ]
+        items = [(number, index) for number, index in missing if index not in rows[number]]
 
         def make(part: Sequence[Item]) -> Sequence[Item]:
             new = _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
             for number in {number for number, _ in part}:
                 own = {index: row for (n, index), row in new.items() if n == number}
                 _list(store, specs[number], own)
+            for number, index in part:
+                if (number, index) not in new:
+                    raise RuntimeError(
+                        f"pool of '{specs[number]['class']}': image {index} was rejected "
+                        f"{max_attempts} times; choose another prompt or raise "
+                        "sampling.max_attempts"
+                    )
             if progress:
                 progress.update(len(part))
             return part
@@ -290,7 +248,7 @@ def _make_batch(
 
     def row(item: Item, seed: int, attempt: int, content: bytes) -> Row:
         spec, name = specs[item[0]], _file_name(item[1])
-        made = (len(content), digest_of(content) if content else "")
+        made = (len(content), digest_of(content))
         values = (name, spec["class"], spec["prompt"], seed, attempt, *made)
         return dict(zip(COLUMNS, map(str, values), strict=True))
 
@@ -306,13 +264,7 @@ def _make_batch(
                 rows[item] = row(item, seed, attempt + 1, data)
         waiting = [item for item in waiting if item not in rows]
         if not waiting:
-            return rows
-    for item in waiting:
-        tqdm.write(
-            f"pool of '{specs[item[0]]['class']}': image {item[1]} was rejected {max_attempts} "
-            "times and is given up: the next takes its place"
-        )
-        rows[item] = row(item, image_seed(specs[item[0]], item[1], 0), max_attempts, b"")
+            break
     return rows
 
 
@@ -451,10 +403,8 @@ def fill(
 
 def number_missing(study: Study, request: Request) -> int:
     """How many of the images that a request gets are still to be made."""
-    most = request.technique.sampling(study.settings).max_attempts
-    rows = read_pool(study.store.folder("pools", request.spec))
-    there = {index for index, row in rows.items() if row["size"] != "0"}
-    return len(set(chosen(request, rows, most)) - there)
+    there = read_pool(study.store.folder("pools", request.spec))
+    return len(set(request.indices) - there.keys())
 
 
 def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,8 +33,6 @@ class Request:
     model: Spec  # what determines the personalised model; empty if there is none
     inputs: Sequence[np.ndarray]  # real images that it learns from
     rows: np.ndarray | None  # of the train split, which image 0, 1, ... follow in turn
-    at: Callable[[int], int] | None = int
-    """The index at a place of the sequence that ``indices`` begins; None if they are all of it."""
 
     def followed(self, indices: Sequence[int]) -> tuple[int, ...]:
         """The row of the train split that each image follows."""
@@ -272,12 +270,11 @@ def technique_requests(
         rows = technique.follows(orders, label)
         inside = np.flatnonzero(np.isin(rows, allowed)).tolist()
 
-        def at(place: int, inside: list[int] = inside, whole: int = len(rows)) -> int:
-            return inside[place % len(inside)] + whole * (place // len(inside))
-
-        indices = [at(place) for place in range(count)]
-        asked = request(study, technique, name, prompt, indices, draw, inputs, rows)
-        requests.append(replace(asked, at=at))
+        indices = [
+            inside[place % len(inside)] + len(rows) * (place // len(inside))
+            for place in range(count)
+        ]
+        requests.append(request(study, technique, name, prompt, indices, draw, inputs, rows))
     return requests
 
 

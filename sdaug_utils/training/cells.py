@@ -28,7 +28,6 @@ from sdaug_utils.study import Study
 from sdaug_utils.training import classifier, features, mixing, segmenter, selection
 
 CODE_VERSION = 3
-USUAL_ATTEMPTS = 10  # in every profile: their keys leave it out
 STACK = 9  # heads that are trained side by side: more are not faster
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""
@@ -233,8 +232,6 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
     trained = settings.published if cell.protocol == "published" else settings.controlled
     backbone, recipe = str(settings.backbone), trained.model_dump()
     versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
-    of_images = techniques()[cell.technique].sampling(study.settings) if cell.technique else None
-    most = of_images.max_attempts if of_images else USUAL_ATTEMPTS  # decides what is given up
     if cell.task == "classification":
         versions.append(classifier.CODE_VERSION)
         if cell.protocol == "controlled":
@@ -251,7 +248,6 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         "backbone": features.BACKBONES[backbone],
         "settings": recipe,
         **({"share": share(study, cell)} if share(study, cell) < 1 else {}),
-        **({"max_attempts": most} if most != USUAL_ATTEMPTS else {}),
         "pools": pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
         if cell.technique
         else [],
