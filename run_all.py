@@ -707,12 +707,29 @@ def set_environment(arguments: argparse.Namespace) -> str:
     return name
 
 
+def workers_of(arguments: argparse.Namespace) -> Any:
+    """Who is to make everything.
+
+    Raises:
+        InputError: there can be no such workers.
+    """
+    from sdaug_utils import make
+
+    workers = make.Workers(
+        arguments.workers, arguments.cluster, arguments.scheduler, arguments.timeout * 60.0
+    )
+    make.require_workers(workers)
+    return workers
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then plan, download, make again from results, or run the study.
 
     Raises:
         InputError: what is wrong, before any work has started.
     """
+    if arguments.cluster or arguments.scheduler:
+        workers_of(arguments)
     profile, name = arguments.profile, set_environment(arguments)
     output = arguments.output or ROOT / "runs" / name
     paths = chosen_notebooks(arguments.only)
@@ -733,15 +750,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.download_only:
         return 0
-    workers = make.Workers(
-        arguments.workers, arguments.cluster, arguments.scheduler, arguments.timeout * 60.0
-    )
     if jobs and rates.is_at_scale(jobs[0].study.settings):
         require_disk(jobs, arguments.workers or 1)
     began = time.time()
     recalled = [recall(job, output, profile, arguments.force) for job in jobs]
     waiting = [job for job, report in zip(jobs, recalled, strict=True) if not report]
-    outcome = make.make_all(asked_for(waiting), profile, workers)
+    outcome = make.make_all(asked_for(waiting), profile, workers_of(arguments))
     reports = execute_all(jobs, recalled, output, profile, arguments.keep_going)
     used = {artefact for each in reports for kind in each.used.values() for artefact in kind}
     root = store.Store().root

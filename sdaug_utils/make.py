@@ -12,12 +12,15 @@ import faulthandler
 import json
 import logging
 import os
+import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -35,7 +38,12 @@ if TYPE_CHECKING:
     from distributed import Client
 
 LOOPBACK = "127.0.0.1"
-CLUSTERS = {"slurm": "SLURM", "lsf": "LSF", "pbs": "PBS", "sge": "SGE"}  # of dask-jobqueue
+CLUSTERS = {  # dask-jobqueue's classes, and what they hand in jobs with
+    "slurm": ("SLURMCluster", "sbatch"),
+    "lsf": ("LSFCluster", "bsub"),
+    "pbs": ("PBSCluster", "qsub"),
+    "sge": ("SGECluster", "qsub"),
+}
 LINES_EVERY = 60  # seconds
 IN_PROCESS = 30  # seconds of work for which no other process is started
 TIMEOUT = 600 * 60  # seconds after which a unit is taken to hang
@@ -88,7 +96,7 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
     on a shared host can hand them work.
 
     Raises:
-        InputError: no scheduler answers at an address; a package is missing.
+        InputError: what answers at an address is no scheduler that lets one in.
     """
     import dask
     from distributed import Client, Nanny, Scheduler, Security, SpecCluster
@@ -112,7 +120,10 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
                 "nanny": False,  # a job ends with its worker, and Dask starts another
                 "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
             }
-            cluster: Any = _queue(workers.cluster)(security=security, **(given | settings.cluster))
+            import dask_jobqueue
+
+            kind = getattr(dask_jobqueue, CLUSTERS[workers.cluster][0])
+            cluster: Any = kind(security=security, **(given | settings.cluster))
             cluster.scale(jobs=workers.number or 1)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
@@ -135,13 +146,27 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
         yield stack.enter_context(Client(cluster, security=security))
 
 
-def _queue(kind: str) -> Any:
-    try:
-        import dask_jobqueue
-    except ImportError as error:
-        message = f"--cluster {kind}: dask-jobqueue is missing: pip install '.[cluster]'"
-        raise InputError(message) from error
-    return getattr(dask_jobqueue, f"{CLUSTERS[kind]}Cluster")
+def require_workers(workers: Workers) -> None:
+    """Check that there can be such workers; nothing is started.
+
+    Raises:
+        InputError: a package or a command is missing; nothing answers at an address.
+    """
+    if workers.scheduler:
+        host, _, port = workers.scheduler.rpartition("/")[2].rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except (OSError, ValueError) as error:
+            message = f"--scheduler {workers.scheduler}: nothing answers there ({error})"
+            raise InputError(message) from error
+    if workers.cluster:
+        command = CLUSTERS[workers.cluster][1]
+        if find_spec("dask_jobqueue") is None:
+            raise InputError(
+                f"--cluster {workers.cluster}: dask-jobqueue is missing: pip install '.[cluster]'"
+            )
+        if shutil.which(command) is None:
+            raise InputError(f"--cluster {workers.cluster}: there is no command '{command}' here")
 
 
 def _shares(number: int | None, settings: params.Settings) -> list[str]:

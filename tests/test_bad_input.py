@@ -120,7 +120,9 @@ LINES = [
     (["--profile", ""], "profile '' is unknown"),
     (["--dataset", "nowhere"], "needs a folder for each"),
     (["--output", "README.md/runs"], "cannot write"),
-    (["--cluster", "night"], "invalid choice: 'night'"),
+    (["--cluster", "lsf"], "--cluster lsf: there is no command 'bsub' here"),
+    (["--scheduler", "nowhere:1"], "--scheduler nowhere:1: nothing answers there"),
+    (["--scheduler", "tls://127.0.0.1"], "--scheduler tls://127.0.0.1: nothing answers there"),
 ]
 
 
@@ -163,6 +165,7 @@ def test_a_bad_command_line_is_one_line(call, arguments, message):
     [
         *(["--workers", "0"], ["--workers", "many"], ["--timeout", "-3"], ["--gpus", "0"]),
         *(["--parameter", "03.x"], ["--protocol", "loose"], ["--nonsense"], ["--scheduler"]),
+        ["--cluster", "night"],
     ],
 )
 def test_what_argparse_refuses(call, capsys, arguments):
