@@ -99,51 +99,64 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
         InputError: what answers at an address is no scheduler that lets one in.
     """
     import dask
-    from distributed import Client, Nanny, Scheduler, Security, SpecCluster
+    from distributed import Client, Security
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(DASK))
         if workers.scheduler:
-            try:
-                client = Client(workers.scheduler, timeout=10)
-            except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise InputError(f"--scheduler {workers.scheduler}: {reason}") from error
-            yield stack.enter_context(client)
-            return
-        security = Security.temporary()
-        if workers.cluster:
-            scratch = tempfile.TemporaryDirectory(prefix="sdaug-", dir=default_root())
-            given = {
-                "shared_temp_directory": stack.enter_context(scratch),  # of the certificates
-                "protocol": "tls://",
-                "nanny": False,  # a job ends with its worker, and Dask starts another
-                "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
-            }
-            import dask_jobqueue
-
-            kind = getattr(dask_jobqueue, CLUSTERS[workers.cluster][0])
-            cluster: Any = kind(security=security, **(given | settings.cluster))
-            cluster.scale(jobs=workers.number or 1)
+            client = _client_of(workers.scheduler)
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
-            both = {"security": security, "protocol": "tls://", "host": LOOPBACK}
-            both |= {"dashboard_address": f"{LOOPBACK}:0"}  # no fixed ports
-            options = {"nthreads": 1, "memory_limit": 0, "local_directory": folder}
-            options |= {"silence_logs": logging.CRITICAL}
+            security, place = Security.temporary(), default_root() if workers.cluster else None
+            scratch = tempfile.TemporaryDirectory(prefix="sdaug-", dir=place)
+            folder, start = stack.enter_context(scratch), _jobs if workers.cluster else _processes
+            cluster = stack.enter_context(start(workers, settings, security, folder))
+            client = Client(cluster, security=security)
+        yield stack.enter_context(client)
 
-            def nanny(gpu: str) -> dict[str, Any]:
-                variables = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-                return {"cls": Nanny, "options": {**both, **options, "env": variables}}
 
-            cluster = SpecCluster(
-                dict(enumerate(map(nanny, _shares(workers.number, settings)))),
-                {"cls": Scheduler, "options": both},
-                security=security,
-                silence_logs=logging.CRITICAL,
-            )
-        stack.enter_context(cluster)
-        yield stack.enter_context(Client(cluster, security=security))
+def _client_of(scheduler: str) -> Client:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--scheduler {scheduler}: {' '.join(str(error).split())}") from error
+
+
+def _processes(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
+    """Processes of this machine, each with its share of the GPUs; ``folder`` is for what they keep.
+
+    No port of theirs is fixed, and none is open to other machines.
+    """
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    both = {"security": security, "protocol": "tls://", "host": LOOPBACK}
+    both["dashboard_address"] = f"{LOOPBACK}:0"
+    own = {"nthreads": 1, "memory_limit": 0, "local_directory": folder}
+    specs = {}
+    for number, gpu in enumerate(_shares(workers.number, settings)):
+        env = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        quiet = {"silence_logs": logging.CRITICAL, "env": env}
+        specs[number] = {"cls": Nanny, "options": {**both, **own, **quiet}}
+    scheduler = {"cls": Scheduler, "options": both}
+    return SpecCluster(specs, scheduler, security=security, silence_logs=logging.CRITICAL)
+
+
+def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
+    """Jobs of a queue; ``folder``, on a disk that they share, is for their certificates."""
+    import dask_jobqueue
+
+    assert workers.cluster
+    given = {
+        "shared_temp_directory": folder,
+        "protocol": "tls://",
+        "nanny": False,  # a job ends with its worker, and Dask starts another
+        "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
+    }
+    kind = getattr(dask_jobqueue, CLUSTERS[workers.cluster][0])
+    cluster = kind(security=security, **(given | settings.cluster))
+    cluster.scale(jobs=workers.number or 1)
+    return cluster
 
 
 def require_workers(workers: Workers) -> None:
