@@ -8,11 +8,11 @@ help:                           ## list what there is to make
 	@sed -nE 's/^([a-z-]+):.*##( .*)/  make \1#\2/p' Makefile | column -ts '#'
 
 study: .venv/installed          ## run every notebook at the miniature profile, and its report
-	$(BIN)/python run_all.py --workers auto
+	$(BIN)/python run_all.py
 	$(BIN)/python -m sdaug_utils report
 
 beyond: .venv/installed         ## what the thesis did not ask: notebooks 10 and 11
-	$(BIN)/python run_all.py --only 10 11 --workers auto
+	$(BIN)/python run_all.py --only 10 11
 
 report: .venv/installed         ## what was run as a site: runs/miniature/report/index.html
 	$(BIN)/python -m sdaug_utils report

@@ -1,4 +1,4 @@
-"""Where the work is done: device, precision, threads, batches that fit; torch comes when used."""
+"""Where the work is done: device, precision, batches that fit; torch comes when used."""
 
 from __future__ import annotations
 

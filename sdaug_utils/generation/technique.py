@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -250,32 +251,41 @@ def technique_requests(
     N + n - 1, and so on. So cells of other percentages share what they have in common.
     """
     technique = techniques()[technique_name]
+    # What else is asked of the same models and pools need not be worked out again.
+    requests = _of_classes(study, technique, draw, real_percent if technique.learns else 100)
+    if technique.inputs != "all":
+        return [replace(one, indices=range(count)) for one in requests]
+    labels, asked = study.data.splits["train"].labels, []
+    allowed = subset(labels, real_percent, draw)  # it refuses to leave a class empty
+    for one in requests:
+        assert one.rows is not None
+        inside = np.flatnonzero(np.isin(one.rows, allowed)).tolist()
+        indices = [
+            inside[place % len(inside)] + len(one.rows) * (place // len(inside))
+            for place in range(count)
+        ]
+        asked.append(replace(one, indices=indices))
+    return asked
+
+
+@lru_cache(maxsize=256)
+def _of_classes(study: Study, technique: Any, draw: int, real_percent: float) -> list[Request]:
+    """A request without images for each class: models learn from that percentage."""
     train, prompt = study.data.splits["train"], study.settings.sampling.prompt
     names = study.data.class_names
-    if technique.inputs == "none":
-        return [request(study, technique, name, prompt, range(count), draw) for name in names]
     learnt_from: list[Sequence[np.ndarray]] = [()] * len(names)
     if technique.learns:
         _, number = technique.num_inputs(study.settings)
         chosen = personalisation_inputs(train.labels, number, draw, real_percent)
         learnt_from = [train.images(rows) for rows in chosen]
-    if technique.inputs == "first":
-        return [
-            request(study, technique, name, prompt, range(count), draw, inputs)
-            for name, inputs in zip(names, learnt_from, strict=True)
-        ]
-    allowed = subset(train.labels, real_percent, draw)  # it refuses to leave a class empty
-    orders, requests = shuffled(train.labels, draw), []
-    for label, (name, inputs) in enumerate(zip(names, learnt_from, strict=True)):
-        rows = technique.follows(orders, label)
-        inside = np.flatnonzero(np.isin(rows, allowed)).tolist()
-
-        indices = [
-            inside[place % len(inside)] + len(rows) * (place // len(inside))
-            for place in range(count)
-        ]
-        requests.append(request(study, technique, name, prompt, indices, draw, inputs, rows))
-    return requests
+    followed: list[np.ndarray | None] = [None] * len(names)
+    if technique.inputs == "all":
+        orders = shuffled(train.labels, draw)
+        followed = [technique.follows(orders, label) for label in range(len(names))]
+    return [
+        request(study, technique, name, prompt, (), draw, inputs, rows)
+        for name, inputs, rows in zip(names, learnt_from, followed, strict=True)
+    ]
 
 
 def inputs_percent(study: Study, technique: Any, real_percent: float) -> float:
