@@ -53,6 +53,12 @@ DASK = {
     "distributed.comm.timeouts.connect": "60s",
     # Its own would have the allocator give memory back at once: half of a small network's time.
     "distributed.nanny.pre-spawn-environ": {},
+    # What watches a worker takes turns with its Python code: much more often than one would need.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.tick.limit": "1h",
+    "distributed.admin.system-monitor.interval": "1s",
+    "distributed.admin.system-monitor.gil.enabled": False,
 }
 
 
