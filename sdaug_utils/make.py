@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -242,6 +243,7 @@ def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = (
     """
     faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     began = time.monotonic()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # small networks gain little from more
     try:
