@@ -188,7 +188,8 @@ def test_it_measures_every_kind_of_work_and_loads_each_pipeline_once(
     assert source.endswith("cores, measured")  # nothing is taken from the thesis
     parts = content["seconds"]["image by a prompt"]
     assert rates["image by a prompt"] == pytest.approx(parts["once"] + 50 * parts["step"])
-    assert all(rate > 0 for rate in rates.values())
+    differences = {plan.COMPILATION, "image, training of a segmenter"}  # small ones may vanish
+    assert all(rate > 0 or kind in differences for kind, rate in rates.items())
 
 
 def test_a_measurement_that_fails_stops_no_other(gpu_check, tiny, record, monkeypatch):
