@@ -362,6 +362,8 @@ def make(study: Study, p: params.Experiment) -> None:
     asked = [(name, study, p)]
     work = plan.Work(plan.units(plan.wanted(asked)))
     print(_told(study, work))
+    if not work.waiting:
+        return
     if work.seconds() > IN_PROCESS:
         make_all(asked, p.profile, Workers())
         return
