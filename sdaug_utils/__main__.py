@@ -45,11 +45,12 @@ def list_techniques(arguments: argparse.Namespace) -> None:
 def make_images(arguments: argparse.Namespace) -> None:
     """Images of some classes by a technique, as an image folder with ``metadata.csv``."""
     from sdaug_utils.generation import export
-    from sdaug_utils.study import open_study
+    from sdaug_utils.study import configure, open_study
 
+    profile = arguments.profile
     if arguments.dataset:
-        os.environ["SDAUG_DATASET"] = str(arguments.dataset.resolve())
-    study = open_study(arguments.profile)
+        profile, _ = configure(profile, dataset=arguments.dataset.resolve())
+    study = open_study(profile)
     number = export.write_images(
         study,
         arguments.technique,
@@ -145,7 +146,7 @@ def show_results(arguments: argparse.Namespace) -> None:
         arrays = [key for key in runs if isinstance(runs[key].iloc[0], np.ndarray)]
         several = {"num_views", "step", "shift", "protocol"} & set(runs)  # runs of one setting
         is_plain = settings <= set(runs) and all(len(set(runs[key])) == 1 for key in several)
-        table = claims.summary(runs, None) if is_plain else runs.drop(columns=arrays)
+        table = claims.summary(runs) if is_plain else runs.drop(columns=arrays)
         print(table.to_string(index=False, float_format="{:.3f}".format))
     else:
         raise InputError(f"results: '{what}': choose from claims, {', '.join(known)}")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from sdaug_utils import params, plan, rates
 from sdaug_utils.compute import device_of, dtype_name
 from sdaug_utils.errors import InputError
+from sdaug_utils.generation import pools
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import load_settings
 from sdaug_utils.plan import Unit
@@ -198,9 +199,10 @@ def _shares(number: int | None, settings: params.Settings) -> list[str]:
     return [gpus[worker % len(gpus)] for worker in range(number or len(gpus))]
 
 
-def orders_for(profile: str, asked: plan.Asked) -> str:
+def orders_for(asked: plan.Asked) -> str:
     """What a worker needs to know to plan for itself: JSON."""
-    settings = load_settings(profile)
+    studies = {study.profile: study.settings for _, study, _ in asked}
+    [(profile, settings)] = studies.items()
     return json.dumps(
         {
             "profile": profile,
@@ -211,7 +213,7 @@ def orders_for(profile: str, asked: plan.Asked) -> str:
 
 
 @cache
-def _planned(orders: str, first: bool) -> dict[str, Unit]:
+def _planned(orders: str, stage: int) -> dict[str, Unit]:
     """The units by key, as this process plans them."""
     told = json.loads(orders)
     settings = load_settings(told["profile"])
@@ -229,8 +231,7 @@ def _planned(orders: str, first: bool) -> dict[str, Unit]:
         if domain not in opened:
             opened[domain] = open_study(told["profile"], domain=domain, download=False)
         asked.append((name, opened[domain], params.check_notebook(name, values)))
-    listed = plan.first_units(asked) if first else plan.units(plan.wanted(asked))
-    return {unit.key: unit for unit in listed}
+    return {unit.key: unit for unit in plan.STAGES[stage](asked)}
 
 
 def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = ()) -> float:
@@ -247,8 +248,8 @@ def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = (
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # small networks gain little from more
     try:
-        for first in (True, False):  # the second list, only if the first is made
-            if key in (listed := _planned(orders, first)):
+        for stage in range(len(plan.STAGES)):
+            if key in (listed := _planned(orders, stage)):
                 listed[key].make()
                 break
     finally:
@@ -256,15 +257,22 @@ def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = (
     return time.monotonic() - began
 
 
-def make_all(asked: plan.Asked, profile: str, workers: Workers) -> Outcome:
+def verify(asked: plan.Asked) -> None:
+    """Delete images that notebooks need whose files are not as they were written."""
+    for study, what in plan.wanted(asked).items():
+        for request in what.requests.values():
+            pools.verify(study.store, request.spec)
+
+
+def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
     """Make what is left of all that some notebooks need."""
     asked, total = list(asked), Outcome()
     if not asked:
         return total
-    orders = orders_for(profile, asked)
+    orders = orders_for(asked)
     with contextlib.ExitStack() as stack:
         client: Client | None = None
-        for listed in (plan.first_units, lambda asked: plan.units(plan.wanted(asked))):
+        for listed in plan.STAGES:
             work = plan.Work(listed(asked))
             if not work.waiting:
                 continue
@@ -365,9 +373,9 @@ def make(study: Study, p: params.Experiment) -> None:
     if not work.waiting:
         return
     if work.seconds() > IN_PROCESS:
-        make_all(asked, p.profile, Workers())
+        make_all(asked, Workers())
         return
-    for listed in (plan.first_units, lambda asked: plan.units(plan.wanted(asked))):
+    for listed in plan.STAGES:
         for unit in plan.Work(listed(asked)).waiting:
             unit.make()
 

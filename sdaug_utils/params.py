@@ -2,12 +2,14 @@
 
 ``params/<profile>.yaml`` has a section ``common`` (:class:`Settings`: data, models, training) and
 one per notebook that overrides the values in its ``parameters`` cell. It may be based on another.
+``run_all.py`` writes what it was asked for into ``runs/<name>/config.yaml``: a profile with all
+that its command line changed. Wherever a profile is named, such a file's path may stand.
 """
 
 import ast
+import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -186,6 +188,13 @@ class Settings(Parameters):
         if set(value) != {"main", "second"}:
             raise ValueError("needs both 'main' and 'second'")
         return value
+
+
+class Run(Parameters):
+    """Section ``run`` of a ``config.yaml``: what a command line says beside parameters."""
+
+    name: str  # of the folders in runs, figures and results
+    from_results: bool = False  # shipped runs are read, nothing is made
 
 
 class Experiment(Parameters):
@@ -383,25 +392,70 @@ def override(key: str, text: str) -> tuple[list[str], Any]:
     return [*(named or ["common"]), *path], value
 
 
-def read_profile(profile: str) -> dict[str, Any]:
-    """The sections of ``params/<profile>.yaml``, unchecked but for their names.
+def configure(
+    profile: str,
+    changes: Sequence[tuple[list[str], Any]] = (),
+    protocol: Protocol | None = None,
+    dataset: Path | None = None,
+    from_results: bool = False,
+) -> dict[str, Any]:
+    """What ``config.yaml`` holds: a profile with all that a command line changes, checked.
 
-    A profile that names another as its ``base`` is that other but for what it sets itself. The
-    environment's ``SDAUG_PARAMETERS``, if it is set, changes some values: a JSON list of pairs of a
-    path of keys and a value.
+    Args:
+        changes: paths of keys and values, as :func:`override` gives them.
+        dataset: a folder of class folders that takes the place of the main data set.
+
+    Raises:
+        InputError: unknown profile; unknown, missing or ill-typed key.
+    """
+    sections, name = read_profile(profile), profile
+    for (section, *keys), value in changes:
+        _put(sections.setdefault(section, {}), keys, value)
+    if protocol:
+        name += f"-{protocol}"
+        for notebook, model in EXPERIMENTS.items():
+            if issubclass(model, Runs):
+                sections.setdefault(notebook, {})["protocol"] = protocol
+    if dataset:
+        name += f"-{dataset.name}"
+        own = {"name": "imagefolder", "folder": str(dataset), "classes": None}
+        _put(sections, ["common", "data", "main"], {**own, "max_images_per_class": None})
+    if dataset or changes:  # two folders or values may have one name
+        asked = json.dumps([str(dataset), changes]).encode()
+        name += f"-{hashlib.sha256(asked).hexdigest()[:8]}"
+    for domain in get_args(Domain):
+        _settings_of(sections, domain, str(_file(profile)))
+    return {"run": {"name": name, "from_results": from_results}, **sections}
+
+
+def run_of(profile: str) -> Run:
+    """What a profile's ``config.yaml`` says of the run; of a plain profile, its name."""
+    if not _is_file(profile):
+        return Run(name=profile)
+    return _checked(Run, read_profile(profile).get("run", {}), f"{profile}: run")
+
+
+def _is_file(profile: str) -> bool:
+    return profile.endswith(".yaml")
+
+
+def _file(profile: str) -> Path:
+    return Path(profile) if _is_file(profile) else PARAMS_FOLDER / f"{profile}.yaml"
+
+
+def read_profile(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The sections of a profile, unchecked but for their names.
+
+    A profile that names another as its ``base`` is that other but for what it sets itself.
+
+    Args:
+        profile: its name, or the path of a ``config.yaml`` that was made of one.
+        heirs: profiles that have it for their base.
 
     Raises:
         InputError: no such profile, no YAML, or a section that is no notebook's.
     """
-    sections = _sections(profile)
-    for (section, *keys), value in json.loads(os.environ.get("SDAUG_PARAMETERS") or "[]"):
-        _put(sections.setdefault(section, {}), keys, value)
-    return sections
-
-
-def _sections(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The sections of a profile on top of its base's; ``heirs`` have it for theirs."""
-    path = PARAMS_FOLDER / f"{profile}.yaml"
+    path = _file(profile)
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in PARAMS_FOLDER.glob("*.yaml")))
         raise InputError(f"profile '{profile}' is unknown: choose from {known}")
@@ -412,7 +466,7 @@ def _sections(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     base = sections.pop("base", None) if isinstance(sections, dict) else None
-    valid = ["common", SECOND, *EXPERIMENTS]
+    valid = ["common", SECOND, *EXPERIMENTS, *(["run"] if _is_file(profile) else [])]
     if not isinstance(sections, dict) or not (base or "common" in sections):
         raise InputError(f"{path}: needs a section 'common' and may have others of {valid[1:]}")
     for name, section in sections.items():
@@ -420,26 +474,25 @@ def _sections(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
             raise InputError(f"{path}: section '{name}' is unknown: choose from {valid}")
         if not isinstance(section, dict):
             raise InputError(f"{path}: section '{name}': must be a list of 'key: value'")
-    return _merged(_sections(base, (*heirs, profile)), sections) if base else sections
+    return _merged(read_profile(base, (*heirs, profile)), sections) if base else sections
 
 
 def load_settings(profile: str, domain: Domain = "main") -> Settings:
     """The checked section ``common`` of a profile, with what is different for the second domain.
 
-    That is in the section ``second-domain``, if there is one. The environment's ``SDAUG_DATASET``,
-    if it is set, is a folder of class folders that takes the place of the main data set.
+    That is in the section ``second-domain``, if there is one.
 
     Raises:
         InputError: unknown profile; unknown, missing or ill-typed key.
     """
-    sections = read_profile(profile)
+    return _settings_of(read_profile(profile), domain, str(_file(profile)))
+
+
+def _settings_of(sections: dict[str, Any], domain: Domain, where: str) -> Settings:
     values = sections["common"]
     if domain == "second":
         values = _merged(values, sections.get(SECOND, {}))
-    if (own := os.environ.get("SDAUG_DATASET")) and isinstance(values.get("data"), dict):
-        main = {"name": "imagefolder", "classes": None, "max_images_per_class": None, "folder": own}
-        values = values | {"data": values["data"] | {"main": main}}
-    return _checked(_settings(), values, str(PARAMS_FOLDER / f"{profile}.yaml"))
+    return _checked(_settings(), values, where)
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:

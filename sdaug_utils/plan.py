@@ -64,13 +64,22 @@ class Wanted:
     cells: dict[Cell, str] = field(default_factory=dict)
     beside: dict[str, tuple[Beside, str]] = field(default_factory=dict)
     unshared: int = 0  # images, if each setting made its own, as in the thesis
-    used: dict[str, dict[str, int]] = field(default_factory=dict)  # by notebook: how much, by kind
+    by_notebook: dict[str, Wanted] = field(default_factory=dict)  # what each asks for
 
     def counts(self) -> dict[str, int]:
         """How many images, personalised models and training runs."""
         models = {digest(request.model) for request in self.requests.values() if request.model}
         images = sum(map(len, self.images.values()))
         return {"images": images, "models": len(models), "runs": len(self.cells)}
+
+    def folders(self, study: Study) -> list[Path]:
+        """Where the store has it, or will have it."""
+        shelves = [(r.technique.shelf, r.model) for r in self.requests.values() if r.model]
+        return [
+            *(study.store.root / "pools" / key for key in self.images),
+            *(study.store.folder(*model) for model in shelves),
+            *(cells.folder(study, cell) for cell in self.cells),
+        ]
 
     def merge(self, other: Wanted) -> None:
         """Add what other notebooks need."""
@@ -84,7 +93,7 @@ class Wanted:
         for name, extra in other.beside.items():
             self.beside.setdefault(name, extra)
         self.unshared += other.unshared
-        self.used |= other.used
+        self.by_notebook |= other.by_notebook
 
     def ask(self, requests: Iterable[Request], notebook: str = "") -> None:
         """Add what is needed for some pools."""
@@ -131,7 +140,7 @@ def wanted(asked: Asked) -> dict[Study, Wanted]:
     for notebook, study, p in asked:
         own = Wanted()
         own.add(notebook, study, p)
-        own.used[notebook] = own.counts()
+        own.by_notebook[notebook] = own
         found.setdefault(study, Wanted()).merge(own)
     return found
 
@@ -145,6 +154,10 @@ def first_units(asked: Asked) -> list[Unit]:
 def units(needed: dict[Study, Wanted]) -> list[Unit]:
     """All that is needed, in pieces; what a unit needs comes before it."""
     return [unit for study, what in needed.items() for unit in Planner(study, what).units()]
+
+
+STAGES = (first_units, lambda asked: units(wanted(asked)))
+"""Two lists of units, of which the second is known when the first is made."""
 
 
 class Work:

@@ -29,7 +29,7 @@ Spec = Mapping[str, Any]
 PARTIAL = ".partial"  # of a folder that is being made
 FILES = "files.json"
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
-"""What is counted, as the ledger of :func:`note` names it and as people do."""
+"""What is counted: kinds of units, and as people call what they make."""
 
 
 def digest(spec: Spec) -> str:
@@ -168,17 +168,12 @@ class Store:
             tqdm.write(f"{damaged.relative_to(self.root)}: damaged: it is made again")
         self.told.add(damaged)
 
-    def record(self, what: str, folder: Path, used: Sequence[int], made: Sequence[int]) -> None:
-        """Note which items of an artefact were used, and which had to be made, for the runner."""
-        artefact = folder.relative_to(self.root).as_posix()
-        note({"what": what, "artefact": artefact, "used": list(used), "made": list(made)})
-
     @contextmanager
-    def lock(self, kind: str, *specs: Spec) -> Iterator[None]:
-        """A lock between processes for some artefacts, in one order for all: no deadlock."""
+    def lock(self, *names: str) -> Iterator[None]:
+        """Locks between processes, by names of a kind and a key, in one order: no deadlock."""
         with ExitStack() as stack:
-            for key in sorted({digest(spec) for spec in specs}):
-                stack.enter_context(self._locked(f"{kind}-{key}"))
+            for name in sorted(set(names)):
+                stack.enter_context(self._locked(name))
             yield
 
     @contextmanager
@@ -212,7 +207,7 @@ class Store:
         folders = [self.folder(kind, spec) for spec in specs]
         if all(self.is_whole(folder, to_read=True) for folder in folders):
             return folders
-        with self.lock(kind, *specs):
+        with self.lock(*(f"{kind}-{folder.name}" for folder in folders)):
             missing = [i for i, folder in enumerate(folders) if not self.is_whole(folder, True)]
             partial = [folders[i].with_suffix(PARTIAL) for i in missing]
             for i, folder in zip(missing, partial, strict=True):
@@ -229,18 +224,22 @@ class Store:
 
     def drop(self, kind: str, spec: Spec) -> None:
         """Delete an artefact that can be made again."""
-        with self.lock(kind, spec):
-            if (folder := self.folder(kind, spec)).exists():
+        folder = self.folder(kind, spec)
+        with self.lock(f"{kind}-{folder.name}"):
+            if folder.exists():
                 _delete(folder)
 
     def remove(self, folder: Path) -> bool:
         """Delete the folder of an artefact, or of one in the making, unless somebody writes to it.
 
-        Who reads it, or makes images for it but does not list them yet, is not waited for.
+        Who reads it is not waited for.
         """
-        kind = {"pools": "listings"}.get(folder.parent.name, folder.parent.name)
+        name = f"{folder.parent.name}-{folder.stem}"
+        held = {name, *(file.stem for file in (self.root / "locks").glob(f"{name}-*.lock"))}
         try:
-            with self._locked(f"{kind}-{folder.stem}", timeout=0):
+            with ExitStack() as stack:
+                for one in sorted(held):  # a lock of its own, or of its parts
+                    stack.enter_context(self._locked(one, timeout=0))
                 _delete(folder)
         except Timeout:
             return False
@@ -284,13 +283,6 @@ def _makers(folder: Path) -> list[dict[str, str]]:
         return json.loads((folder / "spec.json").read_text()).get("made_with", [])
     except (OSError, ValueError, AttributeError):
         return []
-
-
-def note(entry: Spec) -> None:
-    """Add a line to the file that the environment's ``SDAUG_LEDGER`` names, if it does."""
-    if path := os.environ.get("SDAUG_LEDGER"):
-        with open(path, "a") as ledger:
-            ledger.write(json.dumps(entry) + "\n")
 
 
 def require_writable(folder: Path) -> None:

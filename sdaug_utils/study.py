@@ -1,33 +1,86 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from sdaug_utils import params
 from sdaug_utils.data import datasets
 from sdaug_utils.data.images import Dataset
-from sdaug_utils.params import Domain, Settings, load_settings
-from sdaug_utils.store import Store
+from sdaug_utils.params import Domain, Protocol, Settings, load_settings, run_of
+from sdaug_utils.store import Store, require_writable, write_atomically
 
-FIGURES, RESULTS = (Path(__file__).parents[1] / name for name in ("figures", "results"))
+ROOT = Path(__file__).parents[1]
+CONFIG = "config.yaml"  # in a run's folder: what was asked for
+STANDS_FOR = {"main": "oxford-iiit-pet", "second": "food-101"}  # the thesis's data sets
+
+
+def output() -> Path:
+    """Where runs, figures and results go: the environment's ``SDAUG_OUTPUT``, else the project."""
+    return Path(os.environ.get("SDAUG_OUTPUT") or ROOT)
 
 
 def figures_folder(profile: str) -> Path:
-    """Where a profile's figures go; the environment's ``SDAUG_FIGURES`` moves them elsewhere."""
-    return Path(os.environ.get("SDAUG_FIGURES") or FIGURES) / profile
+    """Where a profile's figures go, and the tables behind them."""
+    return output() / "figures" / run_of(profile).name
 
 
 def results_folder(profile: str) -> Path:
-    """Where a profile's raw runs go; the environment's ``SDAUG_RESULTS`` moves them elsewhere."""
-    return Path(os.environ.get("SDAUG_RESULTS") or RESULTS) / profile
+    """Where a profile's raw runs go."""
+    return output() / "results" / run_of(profile).name
+
+
+def configure(
+    profile: str,
+    changes: Sequence[tuple[list[str], Any]] = (),
+    protocol: Protocol | None = None,
+    dataset: Path | None = None,
+    from_results: bool = False,
+    folder: Path | None = None,
+) -> tuple[str, Path]:
+    """Write what is asked for, as :func:`params.configure` resolves it, into a ``config.yaml``.
+
+    Returns:
+        What to open studies by, the file's path or, where nothing is changed, the profile's name;
+        and the run's folder, ``runs/<name>`` unless one is given, in which the file is.
+
+    Raises:
+        InputError: something that is asked for cannot be; the folder cannot be written to.
+    """
+    sections = params.configure(profile, changes, protocol, dataset, from_results)
+    name = sections["run"]["name"]
+    folder = folder or output() / "runs" / name
+    require_writable(folder)
+    file, text = folder / CONFIG, yaml.safe_dump(sections, sort_keys=False)
+    if from_results:  # of a run that may go on beside
+        file = file.with_stem("from-results")
+    write_atomically(file, lambda path: path.write_text(text))
+    return profile if name == profile and not from_results else str(file.resolve()), folder
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    profile: str
+    profile: str  # its name, or the path of a config.yaml
     settings: Settings
     data: Dataset
     store: Store
+    domain: Domain = "main"
+
+    @cached_property
+    def name(self) -> str:
+        """As the folders of its figures and results are called."""
+        return run_of(self.profile).name
+
+    @property
+    def stands_for(self) -> str:
+        """The thesis's data set whose results stand beside the study's; none for own images."""
+        own = self.settings.data[self.domain].name == "imagefolder"
+        return "" if own else STANDS_FOR[self.domain]
 
 
 def open_study(
@@ -35,15 +88,16 @@ def open_study(
 ) -> Study:
     """Check a profile's settings and data, and open the store; no work starts.
 
-    ``domain`` says which of the profile's two data sets: only experiment 09 uses the second.
-    ``download`` False keeps a data set that the profile would download from being downloaded; so
-    does ``SDAUG_FROM_RESULTS`` in the environment, with which shipped runs are enough.
+    Args:
+        profile: its name, or the path of a ``config.yaml`` that was made of one.
+        domain: which of the profile's two data sets: only experiment 09 uses the second.
+        download: False keeps a data set that the profile would download from being downloaded.
 
     Raises:
         InputError: anything in the profile, the data files or the store's folder is amiss.
     """
     settings = load_settings(profile, domain)
     chosen = settings.data[domain]
-    fetch = chosen.download and download and not os.environ.get("SDAUG_FROM_RESULTS")
+    fetch = chosen.download and download and not run_of(profile).from_results
     data = datasets.load(**chosen.model_dump(exclude={"download"}), download=fetch)
-    return Study(profile, settings, data, store or Store())
+    return Study(profile, settings, data, store or Store(), domain)

@@ -21,7 +21,7 @@ from PIL import Image
 from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.params import load_settings
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import note, write_atomically
+from sdaug_utils.store import write_atomically
 from sdaug_utils.study import figures_folder
 
 LARGEST = 128  # pixels of an image's side on a sheet
@@ -100,7 +100,6 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
     pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
     for suffix, write in (("png", png), ("pdf", pdf)):
         write_atomically(target / f"{name}.{suffix}", write)
-        note({"file": f"{name}.{suffix}"})
     if data is not None:
         save_table(profile, name, data)
 
@@ -113,7 +112,6 @@ def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     target.mkdir(parents=True, exist_ok=True)
     write = partial(data.to_csv, index=False, float_format="%.6g", lineterminator="\n")
     write_atomically(target / f"{name}.csv", write)
-    note({"file": f"{name}.csv"})
 
 
 def curves(

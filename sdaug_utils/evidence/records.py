@@ -1,13 +1,13 @@
 """Raw runs, shipped: a row each, with all that figures, tables and verdicts are made from."""
 
-import os
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from sdaug_utils.errors import InputError
-from sdaug_utils.store import note, write_atomically
+from sdaug_utils.params import run_of
+from sdaug_utils.store import write_atomically
 from sdaug_utils.study import results_folder
 
 SMALL = {
@@ -22,20 +22,19 @@ SMALL = {
 def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """Results, written to ``results/<profile>/<name>.parquet`` once made.
 
-    With ``SDAUG_FROM_RESULTS`` in the environment (``run_all.py --from-results``) they are read
-    from there, and ``make`` is not called. In either case what is returned is what was written.
+    With ``run_all.py --from-results`` they are read from there, and ``make`` is not called. In
+    either case what is returned is what was written.
 
     Raises:
         InputError: they are to be read, and are not there.
     """
     path = results_folder(profile) / f"{name}.parquet"
-    if not os.environ.get("SDAUG_FROM_RESULTS"):
+    if not run_of(profile).from_results:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = _small(make())
         write_atomically(path, lambda beside: rows.to_parquet(beside, compression="zstd"))
-        note({"file": path.name})
     if not path.exists():
-        raise InputError(f"{path.name}: no such results of profile '{profile}': run it first")
+        raise InputError(f"{path.name}: no such results in {path.parent}: run it first")
     return pd.read_parquet(path)
 
 

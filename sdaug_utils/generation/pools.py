@@ -1,19 +1,21 @@
 """Synthetic images: a pool per technique, class and draw.
 
 A pool is a sequence: image i depends only on the pool's specification and i. Asking for 50 after
-10 adds 40. On disk it is an ordinary image folder with ``metadata.csv``, which lists the size and
-the digest of each file: sizes are compared whenever a pool is opened, digests when an image is read
-or where ``SDAUG_VERIFY`` is set.
+10 adds 40. On disk it is an ordinary image folder. An image is there if its file is there, which is
+written beside its place and renamed. ``metadata.csv`` lists the images afterwards, with the size
+and the digest of each file. A file that is not listed, or with another size, is read and compared
+with PNG's own checksums; one of another digest is refused when it is read, or found by
+:func:`verify`.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -42,6 +44,8 @@ from sdaug_utils.store import (
 from sdaug_utils.study import Study
 
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts", "size", "digest")
+LISTING = "metadata.csv"
+ATTEMPTS = ".attempts"  # beside an image that is not its first attempt's: whose it is
 BLOCK = 50  # images of a pool that are locked together: others may make the next at the same time
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
@@ -75,41 +79,105 @@ def images_of(pools: Iterable[Pool]) -> Images:
 
 def image_seed(spec: Spec, index: int, attempt: int) -> int:
     """The seed of one attempt at one image of a pool, in 0 to 2**63 - 1."""
-    text = f"{digest(spec)}/{index}/{attempt}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return _seed(digest(spec), index, attempt)
 
 
-def read_pool(folder: Path, verify: bool = False) -> dict[int, Row]:
-    """The rows of ``metadata.csv`` by index, of images that are whole.
+def _seed(key: str, index: int, attempt: int) -> int:
+    hashed = hashlib.sha256(f"{key}/{index}/{attempt}".encode()).digest()
+    return int.from_bytes(hashed[:8], "big") >> 1
 
-    A file is whole if it has its size; to ``verify``, if it has its digest.
+
+def there(folder: Path) -> set[int]:
+    """The images of a pool that are there; one that is listed has the size that is listed."""
+    sizes = _sizes(folder)
+    listed = _listed(folder) if sizes else {}
+    return {i for i, size in sizes.items() if i not in listed or listed[i]["size"] == str(size)}
+
+
+def read_pool(folder: Path, spec: Spec) -> dict[int, Row]:
+    """The rows of a pool's ``metadata.csv`` by index, of images that are there.
+
+    Images that are not listed yet, or with another size, are listed first: or deleted, if they are
+    damaged.
     """
-    if not (rows := _listed(folder)):
-        return {}
-    with os.scandir(folder) as entries:  # but for what others are writing: it may be gone
-        own = [entry for entry in entries if not entry.name.startswith(".")]
-        sizes = {entry.name: entry.stat().st_size for entry in own}
+    sizes = _sizes(folder)
+    listed = {i: row for i, row in _listed(folder).items() if row["size"] == str(sizes.get(i))}
+    if new := sizes.keys() - listed.keys():
+        for index in new:
+            file = folder / _file_name(index)
+            if is_whole_png(content := file.read_bytes()):
+                listed[index] = _row(file, index, spec, content)
+            else:
+                tqdm.write(f"pools/{folder.name}/{file.name}: damaged: it is made again")
+                file.unlink()
+        rows = [listed[index] for index in sorted(listed)]
+        write_atomically(folder / LISTING, partial(_write_rows, rows))
+    return listed
 
-    def is_whole(row: Row) -> bool:
-        if str(sizes.get(row["file_name"], 0)) != row["size"]:
+
+def _row(file: Path, index: int, spec: Spec, content: bytes) -> Row:
+    own = file.with_suffix(ATTEMPTS)
+    attempts = int(own.read_text()) if own.exists() else 1
+    seed = _seed(file.parent.name, index, attempts - 1)
+    made = (len(content), digest_of(content))
+    values = (file.name, spec["class"], spec["prompt"], seed, attempts, *made)
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def verify(store: Store, spec: Spec) -> None:
+    """Delete those images of a pool whose files have not the digests that are listed."""
+    folder = store.folder("pools", spec)
+    for index, row in _listed(folder).items():
+        file = folder / _file_name(index)
+        if file.exists() and file_digest(file) != row["digest"]:
+            store.tell(folder)
+            file.unlink()
+
+
+def is_whole_png(content: bytes) -> bool:
+    """Whether a PNG's parts are all there and have the checksums that stand behind each."""
+    at = 8  # behind the signature
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        told = int.from_bytes(content[end - 4 : end], "big")
+        if end > len(content) or zlib.crc32(content[at + 4 : end - 4]) != told:
             return False
-        return not verify or file_digest(folder / row["file_name"]) == row["digest"]
+        if content[at + 4 : at + 8] == b"IEND":
+            return True
+        at = end
+    return False
 
-    return {index: row for index, row in rows.items() if is_whole(row)}
+
+def _sizes(folder: Path) -> dict[int, int]:
+    """The sizes of a pool's files by index, but for what others are writing."""
+    try:
+        with os.scandir(folder) as entries:
+            files = [e for e in entries if e.name.endswith(".png") and not e.name.startswith(".")]
+            return {int(file.name.removesuffix(".png")): file.stat().st_size for file in files}
+    except FileNotFoundError:
+        return {}
 
 
 def _listed(folder: Path) -> dict[int, Row]:
     """The rows of ``metadata.csv`` by index; none if it is damaged."""
-    listing = folder / "metadata.csv"
-    if not listing.exists():
-        return {}
     try:
-        with listing.open(newline="") as file:
+        with (folder / LISTING).open(newline="") as file:
             rows = list(csv.DictReader(file))
         whole = [row for row in rows if len(row["digest"]) == 20 and int(row["size"])]
         return {int(row["file_name"].removesuffix(".png")): row for row in whole}
-    except (KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
+    except (OSError, KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
         return {}
+
+
+def _write_rows(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _file_name(index: int) -> str:
+    return f"{index:05d}.png"
 
 
 def grow(
@@ -134,105 +202,65 @@ def grow(
     Raises:
         RuntimeError: an image was rejected ``max_attempts`` times.
     """
+    sampler, specs = cache(make_sampler), [request.spec for request in requests]
     folders = [store.folder("pools", request.spec) for request in requests]
-    sampler, verify = cache(make_sampler), bool(os.environ.get("SDAUG_VERIFY"))
-    made: set[Item] = set()
+
+    def lacking(known: Sequence[Collection[int]]) -> list[Item]:
+        wanted = [set(request.indices) for request in requests]
+        return [(n, i) for n, some in enumerate(known) for i in sorted(wanted[n].difference(some))]
+
     while True:
-        rows = [read_pool(folder, verify) for folder in folders]
-        missing = [
-            (number, index)
-            for number, request in enumerate(requests)
-            for index in request.indices
-            if index not in rows[number]
-        ]
-        if not missing:
+        rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
+        if not (missing := lacking(rows)):
             break
-        made |= _make(
-            store, requests, missing, sampler, batch, max_attempts, progress, verify, alike
-        )
-    pools = []
-    for number, (folder, request) in enumerate(zip(folders, requests, strict=True)):
-        new = [index for own, index in made if own == number]
-        store.record("images", folder, request.indices, new)
-        wanted = [rows[number][index] for index in request.indices]
-        pools.append(
-            Pool(
-                request.spec["class"],
-                tuple(folder / row["file_name"] for row in wanted),
-                tuple(row["digest"] for row in wanted),
-                tuple(int(row["seed"]) for row in wanted),
-                tuple(int(row["attempts"]) for row in wanted),
-                request.followed(request.indices),
-            )
-        )
-    return pools
+        blocks = {f"pools-{folders[number].name}-{index // BLOCK}" for number, index in missing}
+        with store.lock(*blocks):
+            missing = lacking([there(folder) for folder in folders])  # others may have made some
+            _make(specs, folders, missing, sampler, batch, max_attempts, progress, alike)
+    return [_pool(*one) for one in zip(requests, folders, rows, strict=True)]
+
+
+def _pool(request: Request, folder: Path, rows: dict[int, Row]) -> Pool:
+    wanted = [rows[index] for index in request.indices]
+    return Pool(
+        request.spec["class"],
+        tuple(folder / row["file_name"] for row in wanted),
+        tuple(row["digest"] for row in wanted),
+        tuple(int(row["seed"]) for row in wanted),
+        tuple(int(row["attempts"]) for row in wanted),
+        request.followed(request.indices),
+    )
 
 
 def _make(
-    store: Store,
-    requests: Sequence[Request],
-    missing: Sequence[Item],
+    specs: Sequence[Spec],
+    folders: Sequence[Path],
+    items: Sequence[Item],
     sampler: Callable[[], Sampler],
     batch: Batch,
     max_attempts: int,
     progress: tqdm | None,
-    verify: bool,
     alike: Callable[[int], Any],
-) -> set[Item]:
-    """Make images and list them; those that another process makes in the meantime are not its own.
+) -> None:
+    """Make images; what a process that was killed was writing is deleted first."""
+    for number in {number for number, _ in items}:
+        folders[number].mkdir(parents=True, exist_ok=True)
+        write_spec(folders[number], {**specs[number], "batch_size": batch.size})
+    for number, index in items:
+        for leftover in folders[number].glob(f".{_file_name(index)}.*"):
+            leftover.unlink()
 
-    Returns:
-        What it made.
-    """
-    specs = [request.spec for request in requests]
-    folders = [store.folder("pools", spec) for spec in specs]
-    blocks = sorted({(number, index // BLOCK) for number, index in missing})
-    with store.lock("pools", *({**specs[number], "block": block} for number, block in blocks)):
-        rows = [read_pool(folder, verify) for folder in folders]
-        items = [(number, index) for number, index in missing if index not in rows[number]]
+    def make(part: Sequence[Item]) -> Sequence[Item]:
+        _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
+        if progress:
+            progress.update(len(part))
+        return part
 
-        def make(part: Sequence[Item]) -> Sequence[Item]:
-            new = _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
-            for number in {number for number, _ in part}:
-                own = {index: row for (n, index), row in new.items() if n == number}
-                _list(store, specs[number], own)
-            for number, index in part:
-                if (number, index) not in new:
-                    raise RuntimeError(
-                        f"pool of '{specs[number]['class']}': image {index} was rejected "
-                        f"{max_attempts} times; choose another prompt or raise "
-                        "sampling.max_attempts"
-                    )
-            if progress:
-                progress.update(len(part))
-            return part
+    def kind(item: Item) -> Any:
+        return alike(item[1])
 
-        for number in {number for number, _ in items}:
-            listed = _listed(folders[number])
-            if any(own == number and index in listed for own, index in items):
-                store.tell(folders[number])
-            with store.lock("listings", specs[number]):
-                folders[number].mkdir(parents=True, exist_ok=True)
-                write_spec(folders[number], {**specs[number], "batch_size": batch.size})
-        for number, index in items:  # of a process that was killed while it wrote
-            for leftover in folders[number].glob(f".{_file_name(index)}.*"):
-                leftover.unlink()
-
-        def kind(item: Item) -> Any:
-            return alike(item[1])
-
-        for _, group in itertools.groupby(sorted(items, key=kind), key=kind):
-            batch.run(make, list(group))
-    return set(items)
-
-
-def _list(store: Store, spec: Spec, new: Mapping[int, Row]) -> None:
-    """Add rows to a pool's ``metadata.csv``; others may do so at the same time."""
-    with store.lock("listings", spec):
-        folder = store.folder("pools", spec)
-        rows = {**read_pool(folder), **new}
-        lines = [rows[index] for index in sorted(rows)]
-        write_atomically(folder / "metadata.csv", partial(_write_rows, lines))
+    for _, group in itertools.groupby(sorted(items, key=kind), key=kind):
+        batch.run(make, list(group))
 
 
 def _make_batch(
@@ -242,41 +270,28 @@ def _make_batch(
     folders: Sequence[Path],
     max_attempts: int,
     batch_size: int,
-) -> dict[Item, Row]:
-    rows: dict[Item, Row] = {}
+) -> None:
     waiting = list(items)
-
-    def row(item: Item, seed: int, attempt: int, content: bytes) -> Row:
-        spec, name = specs[item[0]], _file_name(item[1])
-        made = (len(content), digest_of(content))
-        values = (name, spec["class"], spec["prompt"], seed, attempt, *made)
-        return dict(zip(COLUMNS, map(str, values), strict=True))
-
     for attempt in range(max_attempts):
         filled = [*waiting, *waiting[-1:] * (batch_size - len(waiting))]
         seeds = [image_seed(specs[number], index, attempt) for number, index in filled]
-        for item, seed, image in zip(waiting, seeds, sampler(filled, seeds), strict=False):
-            if image is not None:
-                content = io.BytesIO()
-                image.save(content, format="PNG")
-                path, data = folders[item[0]] / _file_name(item[1]), content.getvalue()
-                write_atomically(path, partial(Path.write_bytes, data=data))
-                rows[item] = row(item, seed, attempt + 1, data)
-        waiting = [item for item in waiting if item not in rows]
+        rejected = []
+        for item, image in zip(waiting, sampler(filled, seeds), strict=False):
+            if image is None:
+                rejected.append(item)
+                continue
+            folder, name = folders[item[0]], _file_name(item[1])
+            if attempt:
+                (folder / name).with_suffix(ATTEMPTS).write_text(str(attempt + 1))
+            write_atomically(folder / name, partial(image.save, format="PNG"))
+        waiting = rejected
         if not waiting:
-            break
-    return rows
-
-
-def _write_rows(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _file_name(index: int) -> str:
-    return f"{index:05d}.png"
+            return
+    number, index = waiting[0]
+    raise RuntimeError(
+        f"pool of '{specs[number]['class']}': image {index} was rejected {max_attempts} times; "
+        "choose another prompt or raise sampling.max_attempts"
+    )
 
 
 def pipeline_sampler(
@@ -364,8 +379,6 @@ def fill(
         groups.setdefault(key, []).append(position)
         if lacks:
             lacking[key], total = request, total + lacks
-        if request.model:
-            store.record("models", store.folder(technique.shelf, request.model), [0], [])
     if technique.learns and kept:
         learn_models(study, list(lacking.values()), label)
     bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
@@ -403,8 +416,7 @@ def fill(
 
 def number_missing(study: Study, request: Request) -> int:
     """How many of the images that a request gets are still to be made."""
-    there = read_pool(study.store.folder("pools", request.spec))
-    return len(set(request.indices) - there.keys())
+    return len(set(request.indices) - there(study.store.folder("pools", request.spec)))
 
 
 def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:
@@ -430,8 +442,6 @@ def learn_models(study: Study, requests: Sequence[Request], label: str | None = 
                 chosen = [parts[number][i] for i in missing]
                 pipeline = loaded(technique, study.settings)
                 technique.learn(study, pipeline, chosen, folders, bar.update)
-                for folder in folders:
-                    store.record("models", folder.with_suffix(""), [0], [0])
 
             store.get_all(technique.shelf, [request.model for request in parts[number]], make)
 
@@ -474,7 +484,7 @@ def denoising(study: Study, request: Request) -> np.ndarray:
 @contextmanager
 def _passing(store: Store, request: Request) -> Iterator[None]:
     """Keep a request's model for as long as one process uses it, then delete it."""
-    with store.lock("passing-models", request.model):
+    with store.lock(f"passing-models-{digest(request.model)}"):
         yield
         store.drop(request.technique.shelf, request.model)
 

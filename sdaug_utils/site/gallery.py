@@ -36,7 +36,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
     found = []
     for folder in pools:
         spec = json.loads((folder / "spec.json").read_text())
-        rows = [(i, row) for i, row in sorted(read_pool(folder).items()) if row["size"] != "0"]
+        rows = [(i, row) for i, row in sorted(read_pool(folder, spec).items())]
         rows = rows[:PER_POOL]
         if not rows or spec["technique"] not in techniques():
             continue

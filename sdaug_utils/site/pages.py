@@ -22,12 +22,13 @@ from sdaug_utils import params
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import report
+from sdaug_utils.params import run_of
 from sdaug_utils.site.gallery import write_gallery
 from sdaug_utils.store import Store
-from sdaug_utils.study import figures_folder, open_study
+from sdaug_utils.study import CONFIG, figures_folder, open_study
+from sdaug_utils.summary import RECORD
 
 TEMPLATES = Path(__file__).parent / "templates"
-RECORD = "run.json"  # what run_all.py leaves beside the executed notebooks
 MAIN_FIGURE = "fig-4-08-training-percentage.png"
 CHAPTERS = {"X": "03", "Y": "11"}  # where claims are judged that are named after no notebook
 Rows = list[list[Any]]
@@ -46,8 +47,8 @@ def write_site(runs: Path) -> Path:
     if not executed or not record_file.exists():
         raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
     record = json.loads(record_file.read_text())
-    os.environ.update(record["environment"])  # as that run was asked for
-    profile = record["profile"]
+    profile, name = str(runs / CONFIG), run_of(str(runs / CONFIG)).name
+    kept = Store(record["store"])
     whole, site = runs / "report", runs / "report.partial"
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir()
@@ -83,9 +84,9 @@ def write_site(runs: Path) -> Path:
         write(place, "notebook.html.j2", title, body=Markup(made))
     pools = [
         pool
-        for domain, folders in pools_of(record).items()
+        for domain, folders in pools_of(record, kept).items()
         if folders
-        for pool in write_gallery(open_study(profile, None, domain, False), folders, site)
+        for pool in write_gallery(open_study(profile, kept, domain, False), folders, site)
     ]
     (site / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
     write(len(pages) - 1, "gallery.html.j2", "Gallery", number=len(pools))
@@ -94,8 +95,8 @@ def write_site(runs: Path) -> Path:
     if figure.exists():
         shutil.copyfile(figure, site / figure.name)
     write(
-        *(0, "front.html.j2", f"Subject-driven data augmentation: {profile}"),
-        profile=profile,
+        *(0, "front.html.j2", f"Subject-driven data augmentation: {name}"),
+        profile=name,
         figure=figure.name if figure.exists() else "",
         figure_alt="Test accuracy of each technique against the percentage of real training data.",
         verdicts=verdicts,
@@ -155,12 +156,12 @@ def code_style() -> str:
     return f"{day}\n@media (prefers-color-scheme: dark) {{\n{night}\n}}\n"
 
 
-def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
+def pools_of(record: Mapping[str, Any], kept: Store) -> dict[params.Domain, list[Path]]:
     """The folders of the pools that a run's notebooks used, by the domain that they are about."""
-    root, found = Store().root, dict[params.Domain, dict[Path, None]]()
+    found = dict[params.Domain, dict[Path, None]]()
     for notebook, facts in record["notebooks"].items():
         of_domain = found.setdefault(params.domain_of(notebook), {})
-        of_domain |= dict.fromkeys(root / pool for pool in facts["pools"])
+        of_domain |= dict.fromkeys(kept.root / pool for pool in facts["pools"])
     return {
         domain: [folder for folder in folders if (folder / "spec.json").exists()]
         for domain, folders in found.items()
@@ -184,7 +185,7 @@ def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
 
 def card(profile: str, record: Mapping[str, Any]) -> dict[str, Rows]:
     """The report card: tables by title, each with its head."""
-    facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
+    facts = {key: value for key, value in record.items() if key not in ("notebooks", "store")}
     columns = ["minutes", "images", "models", "runs", "status"]
     found: dict[str, Rows] = {
         "The run": [["what", "value"], *map(list, facts.items())],

@@ -129,10 +129,8 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     are the classes), the weighted Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds
     that of each image, too).
     """
-    folders, new = {cell: _folder(study, cell) for cell in cells}, set(make(study, cells, progress))
-    for cell, folder in folders.items():
-        study.store.record("runs", folder, [0], [0] if cell in new else [])
-    return pd.DataFrame([_row(study, cell, folders[cell]) for cell in cells])
+    make(study, cells, progress)
+    return pd.DataFrame([_row(study, cell) for cell in cells])
 
 
 def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -151,7 +149,7 @@ def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 def is_made(study: Study, cell: Cell) -> bool:
     """Whether the store has a cell's run."""
-    return study.store.is_whole(_folder(study, cell), to_read=True)
+    return study.store.is_whole(folder(study, cell), to_read=True)
 
 
 def make(
@@ -180,16 +178,17 @@ def make(
     return missing
 
 
-def _row(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
-    result = json.loads((folder / "result.json").read_text())
+def _row(study: Study, cell: Cell) -> dict[str, Any]:
+    own = folder(study, cell)
+    result = json.loads((own / "result.json").read_text())
     if cell.task == "classification":
-        predictions = np.load(folder / "predictions.npy")
+        predictions = np.load(own / "predictions.npy")
         result |= {
             "predictions": predictions,
             "scores": predictions == study.data.splits["test"].labels,
         }
     else:
-        result |= {name: np.load(folder / f"{name}.npy") for name in ("scores", "mean_iou")}
+        result |= {name: np.load(own / f"{name}.npy") for name in ("scores", "mean_iou")}
     return {**cell.fields(), "arm": cell.arm, **result}
 
 
@@ -199,7 +198,7 @@ def examples(study: Study, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (n,) rows of the test split and (n, height, width) predicted trimaps, labels 1 to 3.
     """
-    kept = np.load(_folder(study, cell) / "examples.npz")
+    kept = np.load(folder(study, cell) / "examples.npz")
     return kept["rows"], kept["labels"]
 
 
@@ -271,7 +270,8 @@ def training_seed(cell: Cell) -> int:
     return 1000 * cell.draw + cell.seed
 
 
-def _folder(study: Study, cell: Cell) -> Path:
+def folder(study: Study, cell: Cell) -> Path:
+    """Where the store has a cell's run, or will have it."""
     return study.store.folder("cells", spec(study, cell))
 
 

@@ -21,7 +21,7 @@ from sdaug_utils.data.images import Images, digests
 from sdaug_utils.errors import InputError
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation
-from sdaug_utils.store import Spec, write_atomically, write_spec
+from sdaug_utils.store import Spec, digest, digest_of, write_atomically, write_spec
 from sdaug_utils.study import Study
 
 CODE_VERSION = 2
@@ -169,10 +169,10 @@ def feature_arrays(
 ) -> np.ndarray:
     """Features of images under the frozen backbone.
 
-    In the store they are an array per pool or split, augmentation, backbone and block of views,
-    which grows with the pool; an image that was made anew is told from the one before by its
-    digest. Each block has as many views as all before it, so that who asks for more views of some
-    images pays for those alone.
+    In the store they are a folder per pool or split, augmentation, backbone and block of views, to
+    which a file is added for what was lacking; an image that was made anew is told from the one
+    before by its digest. Each block has as many views as all before it, so that who asks for more
+    views of some images pays for those alone.
 
     Args:
         images: n 8-bit RGB arrays of any size.
@@ -214,7 +214,7 @@ def _block(
     keys, (of, specs) = digests(images), _arrays(study, images, augmentation, views)
     found = _read(study, specs)
     if not found.keys() >= set(keys):
-        with study.store.lock("features", *specs.values()):
+        with study.store.lock(*(f"features-{digest(spec)}" for spec in specs.values())):
             found = _read(study, specs)  # another process may have made what was missing
             _, first = np.unique(keys, return_index=True)  # an image that comes twice counts once
             missing = [int(i) for i in np.sort(first) if keys[i] not in found]
@@ -279,27 +279,27 @@ def _known(study: Study, specs: Mapping[str, Spec]) -> set[str]:
 def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dict[str, np.ndarray]]:
     """The given parts of each file of arrays that is whole."""
     for spec in specs.values():
-        path = study.store.folder("features", spec) / "features.npz"
-        if path.exists():
+        for path in sorted(study.store.folder("features", spec).glob("[!.]*.npz")):
             try:
                 with np.load(path) as file:  # it compares what it reads with a checksum
                     read = {name: file[name] for name in parts}
             except (EOFError, OSError, ValueError, KeyError, BadZipFile):
                 study.store.tell(path)
+                path.unlink(missing_ok=True)
             else:
                 yield read
 
 
 def _add(study: Study, spec: Spec, made: Mapping[str, np.ndarray]) -> None:
-    folder, every = study.store.folder("features", spec), {**_read(study, {"": spec}), **made}
+    folder = study.store.folder("features", spec)
     folder.mkdir(parents=True, exist_ok=True)
     write_spec(folder, spec)
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez(file, digests=np.array(list(every)), vectors=np.stack(list(every.values())))
+            np.savez(file, digests=np.array(list(made)), vectors=np.stack(list(made.values())))
 
-    write_atomically(folder / "features.npz", write)
+    write_atomically(folder / f"{digest_of(''.join(made).encode())}.npz", write)
 
 
 def _compute(

@@ -1,0 +1,391 @@
+"""Notebooks as pieces of work: checked before anything starts, up to date or run by papermill."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sdaug_utils import params, store
+from sdaug_utils.errors import InputError
+from sdaug_utils.study import ROOT, Study, figures_folder, open_study, results_folder
+
+NOTEBOOKS, MODULE = ROOT / "notebooks", Path(__file__).parent
+SOURCES = {".py", ".yaml", ".json", ".csv"}  # of the module
+BEYOND = ("10", "11")  # what the thesis did not do: only where they are asked for
+FINE = ("ok", "up to date")
+NEEDS_IMAGES = "needs-images"  # tag of the cells that shipped runs alone do not suffice for
+AHEAD = (  # what takes seconds to import
+    "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
+    "sdaug_utils.plan, sdaug_utils.evidence.figures"
+)
+
+
+@dataclass
+class Job:
+    """A notebook with what is injected into its parameters cell, and the whole of them, checked."""
+
+    path: Path
+    output: Path  # the folder of executed notebooks
+    overrides: dict[str, Any]
+    study: Study
+    parameters: Any
+
+    @property
+    def executed(self) -> Path:
+        """Where the executed notebook goes."""
+        return self.output / self.path.name
+
+    def key(self) -> str:
+        """A hash of all that determines what comes of it: source, configuration, module, data."""
+        import nbformat
+
+        from sdaug_utils import compute, plan
+        from sdaug_utils.evidence import prose
+        from sdaug_utils.generation import foundation
+        from sdaug_utils.training import cells
+
+        settings, data = self.study.settings, self.study.data
+        written = nbformat.read(self.path, as_version=4).cells
+        given = [settings.model_dump(mode="json"), compute.dtype_name(settings)]
+        return store.digest(
+            {
+                "source": [prose.emptied(cell.source) for cell in written],  # numbers follow
+                "parameters": self.parameters.model_dump(mode="json", exclude={"profile"}),
+                "settings": [*given, self.study.name],
+                "module": _module_digest(),
+                "libraries": {name: version(name) for name in compute.TOOLS},
+                "data": [data.name, data.class_names, cells.data_digest(self.study)],
+                "models": [foundation.revision(*model) for model in plan.models(settings)],
+            }
+        )
+
+    def is_up_to_date(self) -> bool:
+        """Whether it was run as it is now, and its figures and numbers are as it left them."""
+        try:
+            known = json.loads(self.executed.read_text())["metadata"]["sdaug"]
+            files = [place(name, self.study.profile) for name in known["files"]]
+            numbers = {file.name: store.file_digest(file) for file in _tables(files)}
+        except (OSError, ValueError, KeyError):
+            return False
+        whole = all(map(Path.exists, files)) and numbers == known["numbers"]
+        return whole and known["key"] == self.key()
+
+
+@dataclass
+class Report:
+    """What became of a notebook."""
+
+    notebook: str
+    status: str
+    minutes: float = 0.0
+    figures: list[str] = field(default_factory=list)
+
+
+@cache
+def _module_digest() -> str:
+    files = sorted(path for path in MODULE.rglob("*") if path.suffix in SOURCES)
+    return store.digest_of("".join(map(store.file_digest, files)).encode())
+
+
+def chosen(only: list[str] | None) -> list[Path]:
+    """The thesis's notebooks in order, or those whose names begin with one of ``only``.
+
+    Raises:
+        InputError: no notebook's does.
+    """
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+    for prefix in only or []:
+        if not any(path.stem.startswith(prefix) for path in every):
+            known = ", ".join(path.stem for path in every)
+            raise InputError(f"--only: no notebook begins with '{prefix}': choose from {known}")
+    if only:
+        return [path for path in every if path.stem.startswith(tuple(only))]
+    return [path for path in every if path.stem[:2] not in BEYOND]
+
+
+def about(dataset: Path, paths: list[Path]) -> list[Path]:
+    """The notebooks that can run on a folder of one's own, which has one domain."""
+    left_out = {"09": "another domain"}
+    if not (dataset / "trimaps").is_dir():
+        left_out["08"] = "no folder 'trimaps'"
+    for number, reason in sorted(left_out.items()):
+        print(f"left out: {number} ({reason})")
+    return [path for path in paths if path.stem[:2] not in left_out]
+
+
+def check(paths: Iterable[Path], profile: str, output: Path, dry: bool = False) -> list[Job]:
+    """Check everything that can be checked beforehand; no work starts but for downloads.
+
+    A dry check downloads nothing: what is not here yet is planned for by its published size. What
+    images of one's own do not allow is left out of the notebooks' parameters.
+
+    Raises:
+        InputError: what is wrong, in one line.
+    """
+    from sdaug_utils import experiments, plan
+
+    jobs: list[Job] = []
+    opened: dict[str, Study] = {}
+    absent: list[str] = []
+    for path in paths:
+        values, overrides = params.parameters_cell(path), params.overrides(profile, path.stem)
+        if profile != values.get("profile"):
+            overrides = {"profile": profile, **overrides}
+        checked = params.check_notebook(path.stem, values | overrides)
+        domain = params.domain_of(path.stem)
+        if domain not in opened and dry:
+            opened[domain], missing = plan.planned(profile, domain)
+            absent += missing
+        elif domain not in opened:
+            opened[domain] = open_study(profile, domain=domain)
+        if not opened[domain].stands_for:
+            changes = experiments.fitted(opened[domain], checked)
+            for key, value in changes.items():
+                print(f"{path.stem}: {key}: {_line(value)} in place of {_line(dict(checked)[key])}")
+            overrides |= changes
+            checked = params.check_notebook(path.stem, values | overrides)
+        jobs.append(Job(path, output, overrides, opened[domain], checked))
+    for job in jobs:
+        experiments.check(job.study, job.parameters)
+    if dry and absent:
+        print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
+    elif not dry:
+        for one in opened.values():
+            _require_models(one.settings)
+        for job in jobs:
+            experiments.require_techniques(job.study, job.parameters)
+    for folder in (output, figures_folder(profile), results_folder(profile)):
+        store.require_writable(folder)
+    return jobs
+
+
+def _line(value: Any) -> str:
+    """A parameter, on one line."""
+    return " ".join(str(value).split())
+
+
+def _require_models(settings: params.Settings) -> None:
+    """Find or download all models that a profile names.
+
+    Raises:
+        InputError: one is missing or corrupt.
+    """
+    from sdaug_utils import plan
+    from sdaug_utils.generation import foundation
+    from sdaug_utils.training import features
+
+    for model in plan.models(settings):
+        foundation.revision(*model)
+    foundation.check(settings)
+    for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
+        if backbone != "efficientnet-lite0":  # whose weights come with the packages
+            features.load_backbone(backbone)
+
+
+class Kernel:
+    """A kernel of its own for each notebook, started while the one before is still at work.
+
+    By its turn it has imported what takes seconds. It talks through sockets in a folder, no ports:
+    several runs may share a host.
+    """
+
+    def __init__(self) -> None:
+        from jupyter_client import AsyncKernelManager, BlockingKernelClient
+
+        # The path of a socket has at most 107 characters, a cluster's TMPDIR may have nearly all.
+        self.folder = tempfile.TemporaryDirectory(prefix="sdaug-", dir="/tmp")
+        self.manager = AsyncKernelManager(transport="ipc", ip=f"{self.folder.name}/kernel")
+        asyncio.run(self._start())
+        client = BlockingKernelClient()
+        client.load_connection_info(self.manager.get_connection_info())
+        client.start_channels(iopub=False, stdin=False, hb=False, control=False)
+        client.execute(f"import {AHEAD}", silent=True)
+        client.stop_channels()
+
+    async def _start(self) -> None:
+        known = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])  # this module, no other
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(known)}
+        await self.manager.start_kernel(cwd=NOTEBOOKS, env=environment)
+
+    def stop(self) -> None:
+        """End the kernel, whatever it is doing."""
+        asyncio.run(self._stop())
+        self.folder.cleanup()
+
+    async def _stop(self) -> None:
+        await self.manager.shutdown_kernel(now=True)
+
+
+def start_kernel() -> Kernel | None:
+    """A kernel, or None where none would start: its notebook's turn brings another try."""
+    try:
+        return Kernel()
+    except Exception as error:
+        print(f"no kernel: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def execute_all(jobs: Sequence[Job], done: Sequence[Job], keep_going: bool) -> list[Report]:
+    """Run in order what is not ``done``, to the first that fails or, to keep going, the last."""
+    waiting = [job for job in jobs if job not in done]
+    reports: list[Report] = []
+    ahead: Kernel | None = None
+    try:
+        for job in jobs:
+            if job in done:
+                reports.append(Report(job.path.stem, "up to date"))
+                continue
+            print(f"{job.path.stem} …", flush=True)
+            kernel, ahead = ahead or start_kernel(), None
+            try:
+                ahead = start_kernel() if job is not waiting[-1] else None
+                reports.append(execute(job, kernel))
+            finally:
+                if kernel:
+                    kernel.stop()
+            if reports[-1].status != "ok" and not keep_going:
+                break
+    finally:
+        if ahead:
+            ahead.stop()
+    return reports
+
+
+def execute(job: Job, kernel: Kernel | None) -> Report:
+    """Run one notebook and say what became of it: it is kept as far as it came."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    profile, began, report = job.study.profile, time.time(), Report(job.path.stem, "ok")
+    job.executed.unlink(missing_ok=True)
+    place(f"verdicts-{job.path.stem[:2]}.csv", profile).unlink(missing_ok=True)
+    if kernel is None:
+        report.status = "failed: no kernel"
+        return report
+    before = _times(profile)
+    try:
+        papermill.execute_notebook(
+            job.path,
+            job.executed,
+            job.overrides,
+            cwd=NOTEBOOKS,
+            progress_bar=False,
+            km=kernel.manager,
+        )
+    except PapermillExecutionError as error:
+        report.status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
+    except Exception as error:  # a kernel that died: the other notebooks still run
+        report.status = f"failed: {type(error).__name__}: {error}"
+    written = [file for file, time in _times(profile).items() if before.get(file) != time]
+    if job.executed.exists():
+        tidy(job.executed, profile, written, job.key() if report.status == "ok" else "")
+    report.figures = sorted(file.name for file in written if file.suffix == ".png")
+    report.minutes, report.status = (time.time() - began) / 60, report.status.splitlines()[0]
+    return report
+
+
+def place(name: str, profile: str) -> Path:
+    """Where a file that a notebook writes belongs: raw runs, or figures and their numbers."""
+    folder = results_folder if name.endswith(".parquet") else figures_folder
+    return folder(profile) / name
+
+
+def _times(profile: str) -> dict[Path, int]:
+    """When each figure, table and raw run was written."""
+    folders = (figures_folder(profile), results_folder(profile))
+    files = [file for folder in folders for file in folder.glob("[!.]*.*")]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def _tables(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.suffix == ".csv")
+
+
+def remake(jobs: Iterable[Job]) -> None:
+    """Figures, tables and verdicts from shipped runs: nothing is generated, nothing is trained.
+
+    Each notebook's code runs in this process, but for the cells that need images.
+    """
+    import matplotlib
+    import nbformat
+
+    matplotlib.use("agg")
+    for job in jobs:
+        names: dict[str, Any] = {"display": lambda *_: None}
+        for cell in nbformat.read(job.path, as_version=4).cells:
+            tags = cell.metadata.get("tags", [])
+            if cell.cell_type == "code" and NEEDS_IMAGES not in tags:
+                with contextlib.redirect_stdout(None):
+                    exec(compile(cell.source, job.path.name, "exec"), names)
+                names |= job.overrides if "parameters" in tags else {}
+        print(f"{job.path.stem}: figures, tables and verdicts from its results", flush=True)
+
+
+def source_digest(notebook: Any) -> str:
+    """A hash of a notebook's code, but for the cell that papermill injects."""
+    cells = [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    return store.digest_of("\n\n".join(cells).encode())
+
+
+def settings_digest(profile: str, notebook: str) -> str:
+    """A hash of what a profile sets for a notebook."""
+    sections = params.read_profile(profile)
+    chosen = [sections["common"], sections.get(notebook, {})]
+    return store.digest_of(json.dumps(chosen, sort_keys=True).encode())
+
+
+def tidy(path: Path, profile: str, written: Iterable[Path], key: str) -> None:
+    """Take out of an executed notebook what only the machine that ran it cares for.
+
+    Progress bars keep their last state, widgets leave the picture that stands in for them, tables
+    are numbered, objects lose their addresses, and metadata lose times and paths. In their stead
+    they say which code and settings, and which numbers behind the figures, the outputs belong to;
+    with which ``key`` it was run, and which files it wrote.
+    """
+    import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    from sdaug_utils.evidence.gallery import WIDGET
+
+    read = nbformat.read(path, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor(enabled=True)(read, {})
+    notebook.metadata["sdaug"] = {
+        "code": source_digest(notebook),
+        "settings": settings_digest(profile, path.stem),
+        "numbers": {file.name: store.file_digest(file) for file in _tables(written)},
+        "files": sorted(file.name for file in written),
+        "key": key,
+    }
+    tables: dict[str, str] = {}  # pandas names a styled one at random
+
+    def name(found: re.Match) -> str:
+        return tables.setdefault(found[0], f"T_{len(tables):05d}")
+
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data.pop(WIDGET, None)
+            if "text/html" in data:
+                data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}", name, data["text/html"])
+            if "text/plain" in data:
+                data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
+    for part in (notebook, *notebook.cells):
+        for noted in ("papermill", "widgets", "execution"):
+            part.metadata.pop(noted, None)
+    nbformat.write(notebook, path)
