@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         paths = notebooks.about(arguments.dataset, paths)
     jobs = notebooks.check(paths, profile, output, dry)
 
-    from sdaug_utils import make, summary  # takes seconds, and an error needs none of it
+    from sdaug_utils import make, rates, summary  # takes seconds, and an error needs none of it
     from sdaug_utils.evidence import report
 
     if arguments.dry_run:
@@ -147,7 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.download_only:
         return 0
-    summary.require_disk(jobs, arguments.workers or 1)
+    if jobs and rates.is_at_scale(jobs[0].study.settings):
+        summary.require_disk(jobs, arguments.workers or 1)
     asked = summary.asked_for(jobs)
     if arguments.verify:
         make.verify(asked)

@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = {"SDAUG_STORE": arguments.store or f"{folder}/store"}
-        elsewhere = {"SDAUG_FIGURES": f"{folder}/figures", "SDAUG_RESULTS": f"{folder}/results"}
+        elsewhere = {"SDAUG_OUTPUT": folder}
         seconds = []
         for first in (True, False):
             command, environment = (

@@ -69,13 +69,11 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
 
 
 def require_disk(jobs: Sequence[Job], workers: int) -> None:
-    """Check that the disk can hold what the plan makes, at the thesis's scale.
+    """Check that the disk can hold what the plan makes.
 
     Raises:
         InputError: it cannot.
     """
-    if not jobs or not rates.is_at_scale(jobs[0].study.settings):
-        return
     root = jobs[0].study.store.root
     work = plan.Work(plan.units(plan.wanted(asked_for(jobs))))
     wanted, free = work.gibibytes(workers), shutil.disk_usage(root).free / plan.GIB

@@ -7,9 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-import run_all
 from sdaug_utils.store import Store
-from sdaug_utils.study import Study, open_study
+from sdaug_utils.study import ROOT, Study, open_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -18,8 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def _folders(tmp_path, monkeypatch):
     """No test reads or writes the project's own store and figures."""
     monkeypatch.setenv("SDAUG_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("SDAUG_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("SDAUG_OUTPUT", str(tmp_path))
 
 
 @pytest.fixture
@@ -43,8 +41,8 @@ def contents():
     """
 
     def read(path):
-        name = path.relative_to(run_all.ROOT).as_posix()
-        shown = subprocess.run(["git", "show", f":{name}"], cwd=run_all.ROOT, capture_output=True)
+        name = path.relative_to(ROOT).as_posix()
+        shown = subprocess.run(["git", "show", f":{name}"], cwd=ROOT, capture_output=True)
         return [path.read_bytes(), *([shown.stdout] if shown.returncode == 0 else [])]
 
     return read

@@ -29,16 +29,15 @@ class Runner:
 
     def __init__(self, folder: Path, only: list[str]) -> None:
         self.folder, self.only = folder, only
-        self.mark = f"SDAUG_FIGURES={folder / 'figures'}"
+        self.mark = f"SDAUG_OUTPUT={folder}"
 
     def start(self, store: Path, *arguments: str) -> subprocess.Popen:
-        mark, figures = self.mark.split("=")
-        others = {"SDAUG_STORE": str(store), "SDAUG_RESULTS": str(self.folder / "results")}
+        own = {"SDAUG_STORE": str(store), "SDAUG_OUTPUT": str(self.folder)}
         only = ["--only", *self.only] if self.only else []
         output = ["--profile", "smoke", "--output", str(self.folder / "runs")]
         return subprocess.Popen(
             [sys.executable, str(ROOT / "run_all.py"), *output, *only, *arguments],
-            env=os.environ | others | {mark: figures},
+            env=os.environ | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -129,9 +129,6 @@ LINES = [
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(make, "make_all", lambda *_: pytest.fail("work was started"))
-    monkeypatch.setenv("SDAUG_PARAMETERS", "")
-    for name in ("SDAUG_DATASET", "SDAUG_VERIFY"):
-        monkeypatch.setenv(name, "")
 
     def run(*arguments):
         line = ["run_all.py", "--profile", "smoke", "--output", str(tmp_path / "runs"), *arguments]

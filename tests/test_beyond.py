@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import run_all
-from sdaug_utils import experiments, params, plan, rates
+from sdaug_utils import experiments, notebooks, params, plan, rates
 from sdaug_utils.data import shifts
 from sdaug_utils.evidence import claims, figures, likeness, metrics
+from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.training import cells, selection
 from sdaug_utils.training.cells import Cell, Trainer, run, with_shifts
 from sdaug_utils.training.selection import RULES, Candidates
@@ -128,7 +128,7 @@ def test_runs_without_a_rule_are_what_they_were(world):
 
 
 def test_more_cannot_be_kept_than_there_are():
-    path = run_all.NOTEBOOKS / "10-selection.ipynb"
+    path = NOTEBOOKS / "10-selection.ipynb"
     values = params.parameters_cell(path)
     for wrong, message in (
         ({"kept_per_class": 300}, "chosen_from: 200"),
@@ -140,8 +140,8 @@ def test_more_cannot_be_kept_than_there_are():
 
 
 def test_what_lies_beyond_runs_only_where_it_is_asked_for():
-    assert [path.stem[:2] for path in run_all.chosen_notebooks(None)][-1] == "09"
-    assert [path.stem[:2] for path in run_all.chosen_notebooks(["10", "11"])] == ["10", "11"]
+    assert [path.stem[:2] for path in notebooks.chosen(None)][-1] == "09"
+    assert [path.stem[:2] for path in notebooks.chosen(["10", "11"])] == ["10", "11"]
 
 
 def test_shifts_change_an_image_each_in_its_way(world):
@@ -256,7 +256,7 @@ def test_costs_are_those_of_the_plan(world):
 def test_the_plan_knows_what_is_chosen_from(world):
     p = params.check_notebook(
         "10-selection",
-        params.parameters_cell(run_all.NOTEBOOKS / "10-selection.ipynb")
+        params.parameters_cell(NOTEBOOKS / "10-selection.ipynb")
         | params.overrides("smoke", "10-selection"),
     )
     [what] = plan.wanted([("10-selection", world, p)]).values()

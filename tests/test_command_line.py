@@ -1,7 +1,6 @@
 """``python -m sdaug_utils``: images for use elsewhere, the store, the raw runs."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -132,12 +131,10 @@ def test_the_store_is_listed_shown_and_pruned(call, world):
     old = time.time() - 10 * 86400
     os.utime(whole, (old, old))
     assert call("store", "prune", "--older-than", 0)[0] == 2
-    with world.store.lock("features", {"a": 1}):
+    with world.store.lock(f"features-{whole.name}"):
         assert "but in use" in call("store", "prune", "--older-than", 5)[1]
     assert whole.exists()
-    spec = json.loads((folder / "spec.json").read_text())
-    spec = {key: value for key, value in spec.items() if key not in ("made_with", "batch_size")}
-    with world.store.lock("listings", spec):
+    with world.store.lock(f"pools-{folder.name}-0"):  # images 0 to 49 are being made
         assert not world.store.remove(folder)
     assert folder.exists()
     whole.with_suffix(PARTIAL).mkdir()  # of a run that was making it again
@@ -147,8 +144,7 @@ def test_the_store_is_listed_shown_and_pruned(call, world):
 
 
 def test_shipped_runs_are_listed_and_summed_up(call, monkeypatch):
-    monkeypatch.delenv("SDAUG_RESULTS")
-    monkeypatch.delenv("SDAUG_FIGURES")
+    monkeypatch.delenv("SDAUG_OUTPUT")
     assert "03 " in call("results")[1]
     table = call("results", "05")[1]
     assert "stable-diffusion-prompt" in table

@@ -36,7 +36,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_kind_of_file(whole, tmp_path, monkeypatch, capsys, damage):
+def test_every_kind_of_file(whole, tmp_path, capsys, damage):
     """One file of each kind, where it is read again: models and features by what is gone, too."""
     store = Store(shutil.copytree(whole, tmp_path / "damaged"))
     before, damaged = contents(whole), 0
@@ -55,8 +55,7 @@ def test_every_kind_of_file(whole, tmp_path, monkeypatch, capsys, damage):
         (folder / "00001.png").unlink(missing_ok=True)  # wants its model again
     for folder in sorted((store.root / "cells").iterdir())[6:]:
         shutil.rmtree(folder)  # wants its features again
-    monkeypatch.setenv("SDAUG_VERIFY", "1")
-    make_everything(store)
+    make_everything(store, verify=True)
     said = capsys.readouterr()
     assert damaged >= 9
     assert (said.out + said.err).count("damaged: it is made again") >= 5

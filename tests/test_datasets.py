@@ -119,15 +119,14 @@ def test_digits_are_halved_without_overlap():
 
 
 def test_nothing_is_downloaded_where_shipped_results_are_enough(monkeypatch):
-    asked = []
+    asked, shipped = [], study.configure("thesis", from_results=True)[0]
 
     def load(*_, download, **more):
         asked.append(download)
         raise InputError("not here")
 
     monkeypatch.setattr(datasets, "load", load)
-    for is_set in ("", "1"):
-        monkeypatch.setenv("SDAUG_FROM_RESULTS", is_set)
+    for profile in ("thesis", shipped):
         with pytest.raises(InputError, match="not here"):
-            study.open_study("thesis")
+            study.open_study(profile)
     assert asked == [True, False]

@@ -12,10 +12,11 @@ import urllib.request
 import nbformat
 import pytest
 
-import run_all
 from sdaug_utils import params
 from sdaug_utils.evidence import gallery
 from sdaug_utils.generation import pools
+from sdaug_utils.notebooks import NOTEBOOKS
+from sdaug_utils.study import ROOT
 
 TOKEN = "of-this-test"
 NOTEBOOK = "05-all-generated"
@@ -25,21 +26,21 @@ NOTEBOOK = "05-all-generated"
 def lab(tmp_path):
     """The address of a JupyterLab on a copy of README and one notebook, whose outputs are gone."""
     (tmp_path / "notebooks").mkdir()
-    shutil.copyfile(run_all.ROOT / "README.md", tmp_path / "README.md")
-    notebook = nbformat.read(run_all.NOTEBOOKS / f"{NOTEBOOK}.ipynb", as_version=4)
+    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
+    notebook = nbformat.read(NOTEBOOKS / f"{NOTEBOOK}.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     nbformat.write(notebook, tmp_path / "notebooks" / f"{NOTEBOOK}.ipynb")
-    made = (run_all.ROOT / "Makefile").read_text()
+    made = (ROOT / "Makefile").read_text()
     settings = re.search(r'JUPYTER_CONFIG_PATH="\$\(CURDIR\)/([^"]+)', made).group(1)
     landing = re.search(r"jupyter lab (\S+)", made).group(1)
     runtime = tmp_path / "runtime"
     environment = os.environ | {
-        "JUPYTER_CONFIG_PATH": str(run_all.ROOT / settings),
+        "JUPYTER_CONFIG_PATH": str(ROOT / settings),
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),  # nobody's own settings or workspaces
         "JUPYTER_RUNTIME_DIR": str(runtime),
-        "PYTHONPATH": str(run_all.ROOT),
+        "PYTHONPATH": str(ROOT),
     }
     options = [landing, "--no-browser", "--allow-root", "--port=0"]
     server = subprocess.Popen(

@@ -10,20 +10,22 @@ from pathlib import Path
 
 import pytest
 
-import run_all
 from sdaug_utils import make, plan
 from sdaug_utils.make import Workers
 from sdaug_utils.store import Store
+from sdaug_utils.study import ROOT
 from tests.faults import contents
 from tests.test_plan import asked, unit, units_of
 
 
-def make_everything(store, workers=None):
+def make_everything(store, workers=None, verify=False):
     """Make what two notebooks need, in this process or by workers."""
     some = asked(store)
+    if verify:
+        make.verify(some)
     if workers:
-        return make.make_all(some, "smoke", workers)
-    for listed in (plan.first_units, units_of):
+        return make.make_all(some, workers)
+    for listed in plan.STAGES:
         for one in plan.Work(listed(some)).waiting:
             one.make()
     return make.Outcome()
@@ -153,7 +155,7 @@ def test_a_unit_that_hangs_ends_its_process():
         "make.make_unit('', 'hangs', 0.5)"
     )
     began = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", script], cwd=run_all.ROOT, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
     assert run.returncode == 1
     assert b"Timeout" in run.stderr
     assert time.monotonic() - began < 30
@@ -161,7 +163,7 @@ def test_a_unit_that_hangs_ends_its_process():
 
 def test_a_unit_that_hangs_again_and_again_is_named(store):
     some = asked(store, ["09-food-101"])
-    outcome = make.make_all(some, "smoke", Workers(2, timeout=0.01))
+    outcome = make.make_all(some, Workers(2, timeout=0.01))
     assert outcome.failures
     assert all("KilledWorker" in reason for reason in outcome.failures.values())
     assert outcome.left_out
@@ -223,7 +225,7 @@ def command(store, tmp_path, *arguments):
     folder = tmp_path / f"out-{time.monotonic_ns()}"
     given = ["--profile", "smoke", "--only", "09", "--workers", "2", "--output", str(folder)]
     return subprocess.Popen(
-        [sys.executable, str(run_all.ROOT / "run_all.py"), *given, *arguments],
+        [sys.executable, str(ROOT / "run_all.py"), *given, *arguments],
         env=os.environ | {"SDAUG_STORE": str(store)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,17 +11,18 @@ import pandas as pd
 import papermill
 import pytest
 
-import run_all
+from sdaug_utils import notebooks
 from sdaug_utils.evidence import claims, report
+from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.store import digest_of
-from sdaug_utils.study import FIGURES
+from sdaug_utils.study import FIGURES, ROOT
 
-NOTEBOOKS = sorted(run_all.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_at_smoke(path, tmp_path):
-    [job] = run_all.check([path], "smoke", tmp_path)
+    [job] = notebooks.check([path], "smoke", tmp_path)
     copy = tmp_path / path.name
     papermill.execute_notebook(path, copy, job.overrides, prepare_only=True, progress_bar=False)
     result = subprocess.run(
@@ -57,8 +58,8 @@ def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path
     notebook = nbformat.read(path, as_version=4)
     made_from = notebook.metadata["sdaug"]
     stale = "is stale: renew it with 'make notebooks'"
-    assert made_from["code"] == run_all.source_digest(notebook), f"{path.stem} {stale}"
-    settings = run_all.settings_digest("miniature", path.stem)
+    assert made_from["code"] == notebooks.source_digest(notebook), f"{path.stem} {stale}"
+    settings = notebooks.settings_digest("miniature", path.stem)
     assert made_from["settings"] == settings, f"{path.stem} {stale}"
     assert made_from["numbers"], f"{path.stem} writes no numbers"
     for name, digest in made_from["numbers"].items():
@@ -73,7 +74,7 @@ def test_the_page_of_claims_shows_the_verdicts_that_the_notebooks_found(contents
         whole = pd.read_csv(folder / f"{family}.csv")
         expected = claims.holm(verdicts.reset_index(drop=True))
         pd.testing.assert_frame_equal(expected, whole, rtol=1e-4)
-    page = (run_all.ROOT / "CLAIMS.md").read_text()
+    page = (ROOT / "CLAIMS.md").read_text()
     for name, table in {
         "claims": report.verdict_table,
         "claims-beyond": report.verdict_table,

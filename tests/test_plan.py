@@ -1,7 +1,6 @@
 """Units: what experiments need, each thing once, and the sums that are told of it."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -9,27 +8,26 @@ from pathlib import Path
 
 import pytest
 
-import run_all
-from sdaug_utils import experiments, params, plan
+from sdaug_utils import experiments, notebooks, params, plan, summary
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import digest
-from sdaug_utils.study import open_study
+from sdaug_utils.study import ROOT, configure, open_study
 from sdaug_utils.training import cells
 
-NOTEBOOKS = ("02-different-subjects", "09-food-101")
+ASKED = ("02-different-subjects", "09-food-101")
 
 
 def parameters(notebook, profile="smoke"):
-    path = run_all.NOTEBOOKS / f"{notebook}.ipynb"
+    path = notebooks.NOTEBOOKS / f"{notebook}.ipynb"
     values = params.parameters_cell(path) | params.overrides(profile, notebook)
     return params.check_notebook(notebook, values)
 
 
-def asked(store=None, notebooks=NOTEBOOKS):
-    """Some notebooks at the smoke profile, with their studies."""
-    opened = {d: open_study("smoke", store, domain=d) for d in ("main", "second")}
-    return [(name, opened[params.domain_of(name)], parameters(name)) for name in notebooks]
+def asked(store=None, names=ASKED, profile="smoke"):
+    """Some notebooks, with their studies."""
+    opened = {d: open_study(profile, store, domain=d) for d in ("main", "second")}
+    return [(name, opened[params.domain_of(name)], parameters(name)) for name in names]
 
 
 def units_of(some):
@@ -43,9 +41,9 @@ def unit(key, seconds=1.0, needs=(), **more):
 
 def thesis_units(**changes):
     """The thesis profile, planned by its published sizes: nothing of it need be here."""
-    paths = run_all.chosen_notebooks(None)
-    jobs = run_all.check(paths, "thesis", Path(os.environ["SDAUG_STORE"]), None, True)
-    return units_of(run_all.asked_for(jobs))
+    paths = notebooks.chosen(None)
+    jobs = notebooks.check(paths, "thesis", Path(os.environ["SDAUG_STORE"]), dry=True)
+    return units_of(summary.asked_for(jobs))
 
 
 def test_every_process_plans_the_same_list():
@@ -57,7 +55,7 @@ def test_every_process_plans_the_same_list():
         subprocess.run(
             [sys.executable, "-c", script],
             env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=run_all.ROOT,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,
@@ -173,11 +171,11 @@ def test_many_gpus_are_kept_busy():
         assert alone / (number * work.hours_on(number)) >= 0.85
 
 
-def test_two_domains_of_one_data_set_are_told_apart(store, monkeypatch):
+def test_two_domains_of_one_data_set_are_told_apart(store):
     few = {"train": 20, "validation": 5, "test": 5}
     second = {"name": "fashion-mnist", "classes": ["coat", "dress"], "max_images_per_class": few}
-    monkeypatch.setenv("SDAUG_PARAMETERS", json.dumps([[["common", "data", "second"], second]]))
-    some = asked(store, ("04-generation-percentage", "09-food-101"))
+    profile, _ = configure("smoke", [(["common", "data", "second"], second)])
+    some = asked(store, ("04-generation-percentage", "09-food-101"), profile)
     needed = plan.wanted(some)
     for study, what in needed.items():
         made = {request.spec["class"] for request in what.requests.values()}

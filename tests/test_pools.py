@@ -164,7 +164,7 @@ def test_an_image_that_is_always_rejected_is_an_error_by_name_and_the_others_sta
     assert 0 not in {index for index, _ in sampler.asked}  # it is there already
 
 
-def test_bits_that_flip_are_found_when_an_image_is_read_or_all_are_verified(store, monkeypatch):
+def test_bits_that_flip_are_found_when_an_image_is_read_or_all_are_verified(store):
     pool = grow(store, 3, FakeSampler())
     before = content(pool)
     damaged = bytearray(before[1])
@@ -174,7 +174,7 @@ def test_bits_that_flip_are_found_when_an_image_is_read_or_all_are_verified(stor
     assert len(pool.images()[0]) == 8
     with pytest.raises(InputError, match=r"00001.png: damaged: make it again"):
         pool.images()[1]
-    monkeypatch.setenv("SDAUG_VERIFY", "1")
+    pools.verify(store, SPEC)
     assert content(grow(store, 3, FakeSampler())) == before
 
 
@@ -198,6 +198,23 @@ def test_a_pool_is_grown_by_several_at_once(store, tmp_path):
     assert content(together) == content(alone)
     listings = [pool.files[0].parent / "metadata.csv" for pool in (together, alone)]
     assert listings[0].read_bytes() == listings[1].read_bytes()
+
+
+def test_a_listing_is_made_again_and_what_is_not_listed_is_checked(store):
+    """A process was killed behind an image and before its listing; one image was cut short."""
+    pool = grow(store, 4, FakeSampler(rejects={(2, 0), (2, 1)}.__contains__))
+    listing = pool.files[0].parent / "metadata.csv"
+    before, images = listing.read_bytes(), content(pool)
+    listing.unlink()
+    sampler = FakeSampler()
+    assert grow(store, 4, sampler) == pool
+    assert not sampler.asked
+    assert listing.read_bytes() == before  # attempts and seeds included
+    listing.unlink()
+    pool.files[0].write_bytes(images[0][:-5])
+    again = FakeSampler()
+    assert content(grow(store, 4, again)) == images
+    assert {index for index, _ in again.asked} == {0}
 
 
 def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
@@ -394,16 +411,3 @@ def test_models_are_shared_by_what_they_learn_from(world):
     assert first.spec["prompt"] == "A photo of a <funny-ret>"
     other = techniques.request(world, dreambooth, "one", prompt, range(2), inputs=seen[:1])
     assert other.model != first.model
-
-
-def test_what_is_made_and_what_is_reused_is_noted(world, tmp_path, monkeypatch):
-    ledger = tmp_path / "ledger"
-    monkeypatch.setenv("SDAUG_LEDGER", str(ledger))
-    for count in (2, 3):
-        pools.technique_pools(world, "dreambooth", 0, count, progress=False)
-        entries = [json.loads(line) for line in ledger.read_text().splitlines()]
-        images = [entry for entry in entries if entry["what"] == "images"]
-        models = {e["artefact"] for e in entries if e["what"] == "models" and e["made"]}
-        assert len(models) == 2
-    class_images = world.settings.dreambooth.num_class_images
-    assert sum(len(entry["made"]) for entry in images) == 2 * 3 + class_images

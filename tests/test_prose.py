@@ -7,11 +7,11 @@ import nbformat
 import pandas as pd
 import pytest
 
-import run_all
 from sdaug_utils.evidence import prose
-from sdaug_utils.study import FIGURES
+from sdaug_utils.notebooks import NOTEBOOKS
+from sdaug_utils.study import FIGURES, ROOT
 
-NOTEBOOKS = sorted(run_all.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 TABLE = pd.DataFrame({"arm": ["a", "b"], "score": [0.6949, 0.5], "low": [0.1, 0.2]})
 MARKED = '<!-- table; arm == "a"; {score:.2f} -->0.70<!-- / -->'
 
@@ -58,7 +58,7 @@ def texts(path):
     return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
 
 
-@pytest.mark.parametrize("path", [run_all.ROOT / "README.md", *NOTEBOOKS], ids=lambda x: x.stem)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *NOTEBOOKS], ids=lambda x: x.stem)
 def test_numbers_in_prose_are_those_of_the_results(path, contents):
     found = []
     for version in (0, -1):  # the tables as they are here, and as they are committed
@@ -72,7 +72,7 @@ def test_numbers_in_prose_are_those_of_the_results(path, contents):
 
 
 def test_no_result_is_typed_by_hand_at_the_top_of_the_readme():
-    [readme] = texts(run_all.ROOT / "README.md")
+    [readme] = texts(ROOT / "README.md")
     top = re.sub(r"<!--.*?-->", "", prose.emptied(readme.split("## Notebooks")[0]))
     typed = re.sub(r"(Python|Diffusion|[Ff]igure) \d+\.\d+", "", top)
     assert not re.search(r"\d\.\d", typed), typed

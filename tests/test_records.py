@@ -1,6 +1,6 @@
 """Raw runs are shipped, and everything that is shown of them can be made from them alone."""
 
-import os
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import run_all
+from sdaug_utils import notebooks
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import records
-from sdaug_utils.study import FIGURES, RESULTS, results_folder
+from sdaug_utils.study import ROOT, configure, results_folder
 
 OF_THE_MACHINE = {"table-a-1-hardware.csv", "table-b-1-software.csv"}
 
@@ -26,10 +26,10 @@ def rows():
     )
 
 
-def test_results_are_kept_and_read_without_being_made_again(monkeypatch):
+def test_results_are_kept_and_read_without_being_made_again():
     made = records.kept("smoke", "03", rows)
-    monkeypatch.setenv("SDAUG_FROM_RESULTS", "1")
-    read = records.kept("smoke", "03", lambda: pytest.fail("made again"))
+    shipped, _ = configure("smoke", from_results=True)
+    read = records.kept(shipped, "03", lambda: pytest.fail("made again"))
     pd.testing.assert_frame_equal(made, read)
     assert read["scores"][0].dtype == bool
     assert read["scores"][0].tolist() == [True, False]
@@ -42,17 +42,17 @@ def test_a_single_score_stays_exact():
     assert records.kept("smoke", "01", lambda: one)["scores"][0][0] == 1 / 3
 
 
-def test_results_that_are_not_there_are_named(monkeypatch):
-    monkeypatch.setenv("SDAUG_FROM_RESULTS", "1")
-    with pytest.raises(InputError, match=r"04\.parquet: no such results of profile 'smoke'"):
-        records.kept("smoke", "04", rows)
+def test_results_that_are_not_there_are_named():
+    shipped, _ = configure("smoke", from_results=True)
+    with pytest.raises(InputError, match=r"04\.parquet: no such results in .*smoke: run it first"):
+        records.kept(shipped, "04", rows)
 
 
 def test_figures_tables_and_verdicts_come_from_the_shipped_runs_alone(tmp_path):
-    for notebooks in ([], ["--only", *run_all.BEYOND]):
+    shutil.copytree(ROOT / "results" / "miniature", tmp_path / "results" / "miniature")
+    for only in ([], ["--only", *notebooks.BEYOND]):
         result = subprocess.run(
-            [sys.executable, run_all.ROOT / "run_all.py", "--from-results", *notebooks],
-            env=os.environ | {"SDAUG_RESULTS": str(RESULTS)},
+            [sys.executable, ROOT / "run_all.py", "--from-results", *only],
             capture_output=True,
             text=True,
             timeout=120,
@@ -61,7 +61,9 @@ def test_figures_tables_and_verdicts_come_from_the_shipped_runs_alone(tmp_path):
     assert not any((tmp_path / "store").rglob("*.png")), "an image was made"
     made = tmp_path / "figures" / "miniature"
     shipped = [
-        file for file in (FIGURES / "miniature").glob("*.csv") if file.name not in OF_THE_MACHINE
+        file
+        for file in (ROOT / "figures" / "miniature").glob("*.csv")
+        if file.name not in OF_THE_MACHINE
     ]
     assert len(shipped) > 20
     for file in shipped:

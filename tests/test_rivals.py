@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import run_all
 from sdaug_utils import experiments, params
 from sdaug_utils.data import corpus, datasets
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.technique import technique_requests
+from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.training import classifier, mixing
@@ -296,7 +296,7 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
     assert technique_requests(unnamed, "retrieval", 0, 500)
     with pytest.raises(InputError, match=r"retrieval\.corpus: null: name a folder"):
         pools.technique_pools(unnamed, "retrieval", 0, 1, progress=False)
-    values = params.parameters_cell(run_all.NOTEBOOKS / "11-rivals.ipynb")
+    values = params.parameters_cell(NOTEBOOKS / "11-rivals.ipynb")
     p = params.check_notebook("11-rivals", values | params.overrides("smoke", "11-rivals"))
     experiments.check(unnamed, p)
     with pytest.raises(InputError, match="or do without 'retrieval'"):
@@ -329,7 +329,7 @@ def test_labels_are_mixed_for_the_images_that_a_rule_keeps(world):
 
 
 def test_shifted_images_are_tried_where_there_is_a_baseline(world):
-    values = params.parameters_cell(run_all.NOTEBOOKS / "11-rivals.ipynb")
+    values = params.parameters_cell(NOTEBOOKS / "11-rivals.ipynb")
     values |= params.overrides("smoke", "11-rivals")
     elsewhere = params.check_notebook("11-rivals", values | {"shifted_percents": [25]})
     with pytest.raises(InputError, match="shifted_percents: 25 is not among"):

@@ -1,15 +1,20 @@
 import json
+import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
+from jupyter_client import BlockingKernelClient
 
 import run_all
-from sdaug_utils import params
-from sdaug_utils.evidence import figures, gallery
+from sdaug_utils import notebooks, params, summary
+from sdaug_utils.evidence import gallery
+from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.store import file_digest
-from sdaug_utils.study import figures_folder
+from sdaug_utils.study import configure, figures_folder
 
 NAME = "03-training-percentage"
 
@@ -28,31 +33,35 @@ figures.save_table("smoke", "table-x", pd.DataFrame({"a": [len(pools)]}))
 print(pools[0].files[0].parent)
 """.replace("MARK", repr(str(tmp_path / "mark")))
     notebook(books, f"{NAME}.ipynb", code)
-    monkeypatch.setattr(run_all, "NOTEBOOKS", books)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", books)
     made = tmp_path / "figures" / "smoke" / "table-x.csv"
 
-    def run(*arguments):
+    def run(*arguments, changed=False):
         line = ["run_all.py", "--profile", "smoke", "--output", str(output), *arguments]
         monkeypatch.setattr(sys, "argv", line)
         assert run_all.main() == 0
         shown = capsys.readouterr().out
         [status] = [line.split()[-1] for line in shown.splitlines() if line.startswith(f"{NAME}  ")]
         assert (output / f"{NAME}.ipynb").exists()
-        assert made.read_text() == "a\n2\n"
+        assert changed or made.read_text() == "a\n2\n"
         return status, len((tmp_path / "mark").read_text())
 
     assert run() == ("ok", 1)
     assert run() == ("date", 1)
-    (output / f"{NAME}.ipynb").unlink()  # what was made is put back, wherever it is asked for
-    made.write_text("a\n3\n")
-    assert run() == ("date", 1)
-    assert run("--force") == ("ok", 2)
-    for image in (tmp_path / "store" / "pools").glob("*/00000.png"):
-        image.write_bytes(image.read_bytes()[:100])  # damaged: made anew, and the notebook run
+    made.write_text("a\n3\n")  # not what it wrote
+    assert run() == ("ok", 2)
+    (output / f"{NAME}.ipynb").unlink()
     assert run() == ("ok", 3)
-    assert run() == ("date", 3)
+    assert run("--force") == ("ok", 4)
+    images = list((tmp_path / "store" / "pools").glob("*/00000.png"))
+    before = [image.read_bytes() for image in images]
+    for image in images:
+        image.write_bytes(image.read_bytes()[:100])  # damaged: made again as it was
+    assert run() == ("date", 4)
+    assert [image.read_bytes() for image in images] == before
     notebook(books, f"{NAME}.ipynb", f"{code}\nprint('changed')")
-    assert run() == ("ok", 4)
+    assert run() == ("ok", 5)
+    assert run("-p", "common.sampling.guidance_scale", "3.0", changed=True) == ("ok", 6)
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -64,7 +73,7 @@ def call(monkeypatch, capsys, *arguments):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr(run_all, "execute_all", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(notebooks, "execute_all", lambda *_: pytest.fail("work was started"))
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -108,7 +117,7 @@ def test_bad_profiles_cost_a_second(monkeypatch, capsys, tmp_path, old, new, mes
 
 def notebook(folder, name, source):
     book = nbformat.v4.new_notebook()
-    template = nbformat.read(run_all.NOTEBOOKS / f"{NAME}.ipynb", as_version=4)
+    template = nbformat.read(NOTEBOOKS / f"{NAME}.ipynb", as_version=4)
     parameters = next(c for c in template.cells if "parameters" in c.metadata.get("tags", []))
     parameters.outputs, parameters.execution_count = [], None
     few = parameters.source.replace("10, 5]", "10]")  # of the smoke profile's 20 images
@@ -140,13 +149,15 @@ def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
     book.cells = [cell]
     nbformat.write(book, tmp_path / "book.ipynb")
     (tmp_path / "fig.csv").write_text("a\n1\n")
-    run_all.tidy(tmp_path / "book.ipynb", "smoke", [tmp_path / "fig.csv"])
+    notebooks.tidy(tmp_path / "book.ipynb", "smoke", [tmp_path / "fig.csv"], "of all this")
     tidied = nbformat.read(tmp_path / "book.ipynb", as_version=4)
     assert tidied.metadata == {
         "sdaug": {
-            "code": run_all.source_digest(book),
-            "settings": run_all.settings_digest("smoke", "book"),
+            "code": notebooks.source_digest(book),
+            "settings": notebooks.settings_digest("smoke", "book"),
             "numbers": {"fig.csv": file_digest(tmp_path / "fig.csv")},
+            "files": ["fig.csv"],
+            "key": "of all this",
         }
     }
     assert tidied.cells[0].metadata == {"tags": ["kept"]}
@@ -165,43 +176,45 @@ def test_tidy_keeps_the_last_state_of_progress_bars_and_no_paths(tmp_path):
 def test_the_code_of_a_notebook_has_a_digest_without_what_papermill_injects():
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell("a = 1"), nbformat.v4.new_markdown_cell("text")]
-    before = run_all.source_digest(book)
+    before = notebooks.source_digest(book)
     injected = nbformat.v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]})
     book.cells += [injected, nbformat.v4.new_markdown_cell("more")]
-    assert run_all.source_digest(book) == before
+    assert notebooks.source_digest(book) == before
     book.cells[0].source = "a = 3"
-    assert run_all.source_digest(book) != before
-
-
-def test_the_ledger_counts_each_artefact_once(tmp_path):
-    lines = [
-        {"what": "images", "artefact": "pools/a", "used": [0, 1, 2], "made": [2]},
-        {"what": "images", "artefact": "pools/a", "used": [0, 1], "made": []},
-        {"what": "images", "artefact": "pools/b", "used": [0], "made": [0]},
-        {"what": "runs", "artefact": "cells/c", "used": [0], "made": []},
-        {"file": "fig.png"},
-    ]
-    (tmp_path / "ledger").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    used, made = run_all.read_ledger(tmp_path / "ledger")
-    assert made == {"images": 2, "models": 0, "runs": 0}
-    assert used["images"] == {"pools/a": [0, 1, 2], "pools/b": [0]}
-    assert used["runs"] == {"cells/c": [0]}
-    assert run_all.read_ledger(tmp_path / "nothing")[1]["images"] == 0
-
-
-def test_the_ledger_names_the_files_that_a_notebook_wrote(monkeypatch, tmp_path):
-    monkeypatch.setenv("SDAUG_LEDGER", str(tmp_path / "ledger"))
-    figures.save_table("smoke", "table-x", pd.DataFrame({"a": [1]}))
-    assert run_all.files_written(tmp_path / "ledger") == ["table-x.csv"]
-    assert run_all.read_ledger(tmp_path / "ledger")[1]["images"] == 0
+    assert notebooks.source_digest(book) != before
 
 
 def test_a_kernel_that_does_not_start_fails_its_notebook_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_all, "Kernel", lambda: 1 / 0)
-    jobs = run_all.check(run_all.chosen_notebooks(["01", "02"]), "smoke", tmp_path)
-    reports = run_all.execute_all(jobs, [None] * 2, tmp_path, "smoke", keep_going=True)
+    monkeypatch.setattr(notebooks, "Kernel", lambda: 1 / 0)
+    jobs = notebooks.check(notebooks.chosen(["01", "02"]), "smoke", tmp_path)
+    reports = notebooks.execute_all(jobs, [], keep_going=True)
     assert [report.status for report in reports] == ["failed: no kernel"] * 2
-    assert len(run_all.execute_all(jobs, [None] * 2, tmp_path, "smoke", False)) == 1
+    assert len(notebooks.execute_all(jobs, [], keep_going=False)) == 1
+
+
+def test_a_kernel_imports_the_module_of_its_runner(monkeypatch, tmp_path):
+    """Whatever checkout the environment was installed from, and however long TMPDIR is."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * (89 - len(str(tmp_path))))))
+    Path(os.environ["TMPDIR"]).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    other = tmp_path / "other"
+    shutil.copytree(notebooks.MODULE, other / "sdaug_utils")
+    monkeypatch.setattr(notebooks, "ROOT", other)
+    kernel = notebooks.Kernel()
+    try:
+        blocking = BlockingKernelClient()
+        blocking.load_connection_info(kernel.manager.get_connection_info())
+        blocking.start_channels(stdin=False, hb=False)
+        said = []
+        blocking.execute_interactive(
+            "import sdaug_utils; print(sdaug_utils.__file__)",
+            output_hook=lambda message: said.append(message["content"].get("text", "")),
+            timeout=60,
+        )
+        blocking.stop_channels()
+    finally:
+        kernel.stop()
+    assert str(other) in "".join(said)
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -229,25 +242,25 @@ def test_a_dry_run_plans_every_notebook(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", arguments)
     assert run_all.main() == 0
     shown = capsys.readouterr().out
-    assert all(path.stem in shown for path in run_all.chosen_notebooks(None))
+    assert all(path.stem in shown for path in notebooks.chosen(None))
 
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path):
-    for variable in ("SDAUG_FIGURES", "SDAUG_RESULTS"):  # the runner sets them: they are put back
-        monkeypatch.setenv(variable, str(tmp_path / variable.removeprefix("SDAUG_").lower()))
     seen = []
-    monkeypatch.setattr(run_all, "check", lambda *a, **_: seen.append(a) or [])
-    monkeypatch.setattr(run_all, "print_plan", lambda *_: None)
+    monkeypatch.setattr(notebooks, "check", lambda *a, **_: seen.append(a) or [])
+    monkeypatch.setattr(summary, "print_plan", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--protocol", "published", "--dry-run"])
     assert run_all.main() == 0
-    assert figures_folder("miniature") == tmp_path / "figures" / "published" / "miniature"
-    assert seen[0][2].name == "miniature-published"
+    _, profile, output, _ = seen[0]
+    assert figures_folder(profile) == tmp_path / "figures" / "miniature-published"
+    assert output.name == "miniature-published"
 
 
 def test_a_protocol_reaches_the_notebooks_that_have_one(tmp_path):
-    paths = run_all.chosen_notebooks(["01", "05"])
-    subjects, runs = run_all.check(paths, "smoke", tmp_path, "published")
+    paths = notebooks.chosen(["01", "05"])
+    profile, _ = configure("smoke", protocol="published")
+    subjects, runs = notebooks.check(paths, profile, tmp_path)
     assert "protocol" not in subjects.overrides
     assert runs.parameters.protocol == "published"
     assert runs.overrides["protocol"] == "published"
@@ -259,7 +272,7 @@ def test_a_failing_notebook_does_not_stop_the_others(monkeypatch, capsys, tmp_pa
     failing, passing = "03-training-percentage", "04-passes"
     notebook(books, f"{failing}.ipynb", "print(profile)\nraise OSError('disk full')")
     notebook(books, f"{passing}.ipynb", "print(profile, synthetic_per_class)")
-    monkeypatch.setattr(run_all, "NOTEBOOKS", books)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", books)
     model = params.EXPERIMENTS[failing]
     monkeypatch.setitem(params.EXPERIMENTS, passing, model)
     output = tmp_path / "runs"

@@ -9,8 +9,8 @@ from urllib.parse import urldefrag
 
 import pytest
 
-import run_all
 from sdaug_utils.site import pages
+from sdaug_utils.study import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,12 @@ def site(tmp_path_factory):
     """The report of experiments 03 and 05 at smoke."""
     folder = tmp_path_factory.mktemp("site")
     store = {"SDAUG_STORE": str(folder / "store")}
-    own = {f"SDAUG_{name.upper()}": str(folder / name) for name in ("figures", "results")}
+    own = {"SDAUG_OUTPUT": str(folder)}
     run = ["run_all.py", "--profile", "smoke", "--only", "03", "05", "--output", folder / "runs"]
     report = ["-m", "sdaug_utils", "report", "--runs", folder / "runs"]
     there = {name: value for name, value in os.environ.items() if name not in own | store}
-    for command, more in ((run, own | store), (report, {})):  # which a run's record knows
-        subprocess.run([sys.executable, *command], cwd=run_all.ROOT, env=there | more, check=True)
+    for command, more in ((run, own | store), (report, own)):  # the store, a run's record knows
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=there | more, check=True)
     return folder / "runs" / "report"
 
 
@@ -98,7 +98,7 @@ def test_without_an_executed_notebook_there_is_nothing_to_report(tmp_path):
 
 
 def test_links_lead_to_pages_and_to_the_project(tmp_path):
-    site = run_all.ROOT / "runs" / "any" / "report"
+    site = ROOT / "runs" / "any" / "report"
     html = '<a href="03-a.ipynb#One-run"></a><a href="10-b.ipynb"></a><a href="../params/x.yaml">'
     assert pages.with_links(html, ["03-a"], site) == (
         '<a href="03-a.html#One-run"></a><a href="../../../notebooks/10-b.ipynb"></a>'

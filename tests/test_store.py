@@ -132,7 +132,7 @@ from sdaug_utils.store import Store
 store = Store(sys.argv[1])
 counter = store.root / "counter"
 for _ in range(200):
-    with store.lock("kind", {"a": 1}, {"b": 2}):
+    with store.lock("kind-a", "kind-b"):
         counter.write_text(str(int(counter.read_text()) + 1))
 """
 

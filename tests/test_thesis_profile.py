@@ -20,7 +20,7 @@ from torchvision.models.segmentation import (
 )
 
 import run_all
-from sdaug_utils import experiments, params, plan, rates
+from sdaug_utils import experiments, notebooks, params, plan, rates, summary
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
@@ -29,9 +29,10 @@ from sdaug_utils.experiments import check_percents
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.generation.techniques import dreambooth_lora
+from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
-from sdaug_utils.study import Study, open_study
+from sdaug_utils.study import ROOT, Study, configure, figures_folder, open_study
 from sdaug_utils.training import cells, features, segmenter
 
 
@@ -106,7 +107,7 @@ def test_images_take_as_long_as_their_number_of_steps():
 
 @pytest.mark.parametrize("profile", ["thesis", "thesis-fast", "miniature", "smoke"])
 def test_no_rate_beats_the_peak_of_its_hardware(profile, monkeypatch):
-    monkeypatch.syspath_prepend(str(run_all.ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     flops = importlib.import_module("flops")
     settings = params.load_settings(profile)
     seconds, limits = rates.rates(settings)[1], flops.limits(settings)
@@ -149,8 +150,7 @@ def test_what_is_to_be_compiled_needs_a_compiler(monkeypatch):
         foundation.check(settings)
 
 
-def test_every_table_says_what_was_not_done_as_in_the_thesis(monkeypatch, tmp_path):
-    monkeypatch.setenv("SDAUG_FIGURES", str(tmp_path))
+def test_every_table_says_what_was_not_done_as_in_the_thesis(tmp_path):
     figures.save_table("thesis-fast", "some", pd.DataFrame({"score": [1.0]}))
     figures.save_table("thesis", "others", pd.DataFrame({"score": [1.0]}))
     told = pd.read_csv(next(tmp_path.rglob("some.csv")))
@@ -175,12 +175,12 @@ def test_a_model_that_is_not_kept_counts_where_its_images_are_still_to_be_made(w
 
 
 def test_a_disk_that_is_too_small_stops_the_study_before_it_starts(monkeypatch, tmp_path):
-    jobs = run_all.check(run_all.chosen_notebooks(["04"]), "smoke", tmp_path)
-    run_all.require_disk(jobs, 2)
+    jobs = notebooks.check(notebooks.chosen(["04"]), "smoke", tmp_path)
+    summary.require_disk(jobs, 2)
     usage = shutil._ntuple_diskusage(2**40, 2**40, 1000)
-    monkeypatch.setattr(run_all.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(summary.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"not enough disk: the plan needs .* GiB in .* are free"):
-        run_all.require_disk(jobs, 2)
+        summary.require_disk(jobs, 2)
 
 
 def test_a_batch_that_exceeds_the_memory_is_halved_down_to_one(capsys):
@@ -372,23 +372,23 @@ def own_images(tmp_path, world):
 
 
 def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch, capsys, tmp_path):
-    for variable in (
-        "SDAUG_DATASET",
-        "SDAUG_FIGURES",
-        "SDAUG_RESULTS",
-    ):  # the runner sets them: put them back
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    started = []
-    monkeypatch.setattr(run_all, "check", lambda paths, *rest: started.extend(paths) or [])
+    started, given = [], []
+
+    def check(paths, profile, *rest):
+        started.extend(paths)
+        given.append(profile)
+        return []
+
+    monkeypatch.setattr(notebooks, "check", check)
     arguments = ["run_all.py", "--profile", "smoke", "--dataset", str(own_images), "--dry-run"]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(run_all, "print_plan", lambda *_: None)
+    monkeypatch.setattr(summary, "print_plan", lambda *_: None)
     assert run_all.main() == 0
     assert [path.stem[:2] for path in started] == [f"0{number}" for number in range(1, 8)]
     assert "left out: 08 (no folder 'trimaps')" in capsys.readouterr().out
     (own_images / "trimaps").mkdir()
-    assert [path.stem[:2] for path in run_all.about(own_images, started)][-1] == "07"
-    settings = params.load_settings("smoke")
+    assert [path.stem[:2] for path in notebooks.about(own_images, started)][-1] == "07"
+    settings = params.load_settings(given[0])
     assert settings.data["main"].name == "imagefolder"
     assert settings.data["second"].name == "digits"
     data = datasets.load(**settings.data["main"].model_dump(exclude={"download"}))
@@ -396,15 +396,14 @@ def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch,
     assert [len(data.splits[name]) for name in images.SPLITS] == [10, 4, 6]
 
 
-def test_grids_shrink_to_what_the_data_allow(own_images, monkeypatch, tmp_path, store):
+def test_grids_shrink_to_what_the_data_allow(own_images, store):
     """Two classes of four photographs, of which half are there to train on."""
     for folder in own_images.iterdir():
         for file in sorted(folder.iterdir())[4:]:
             file.unlink()
-    monkeypatch.setenv("SDAUG_DATASET", str(own_images))
-    study = open_study("smoke", store)
+    study = open_study(configure("smoke", dataset=own_images)[0], store)
     changed = {}
-    for path in run_all.chosen_notebooks(["01", "02", "03", "04", "05", "06", "07"]):
+    for path in notebooks.chosen(["01", "02", "03", "04", "05", "06", "07"]):
         values = params.parameters_cell(path) | params.overrides("smoke", path.stem)
         checked = params.check_notebook(path.stem, values)
         new = experiments.fitted(study, checked)
@@ -413,16 +412,26 @@ def test_grids_shrink_to_what_the_data_allow(own_images, monkeypatch, tmp_path, 
         assert not experiments.fitted(study, fitting)
         changed[path.stem[:2]] = new
     kinds = {"kinds": [["mug", "cup"], ["dress", "coat"]]}  # a class of the profile's, and none
-    values = params.parameters_cell(run_all.NOTEBOOKS / "02-different-subjects.ipynb") | kinds
+    values = params.parameters_cell(NOTEBOOKS / "02-different-subjects.ipynb") | kinds
     checked = params.check_notebook("02-different-subjects", values)
     assert experiments.fitted(study, checked)["kinds"] == [["mug"], ["dress", "coat"]]
     assert changed["01"] == {"numbers_of_images": [1]}
     assert changed["03"]["real_percents"] == [100]
     assert changed["03"]["protocols_at_percent"] == 100
     assert set(changed["04"]["synthetic_per_class"]) == {100}
-    assert claims.published_results().empty
-    monkeypatch.delenv("SDAUG_DATASET")
-    assert not claims.published_results().empty
+    assert claims.published_results(study.stands_for).empty
+    assert not claims.published_results(open_study("smoke", store).stands_for).empty
+
+
+def test_folders_of_one_name_have_figures_of_their_own(tmp_path, own_images):
+    twin, protocol = tmp_path / "elsewhere" / "own", tmp_path / "published"
+    for other in (twin, protocol):
+        shutil.copytree(own_images, other)
+    asked = [{"dataset": folder} for folder in (own_images, twin, protocol)]
+    opened = [configure("smoke", **each)[0] for each in (*asked, {"protocol": "published"})]
+    assert len({figures_folder(profile) for profile in opened}) == len(opened)
+    folders = [params.load_settings(profile).data["main"].folder for profile in opened]
+    assert folders == [str(own_images), str(twin), str(protocol), None]
 
 
 @pytest.fixture
