@@ -32,7 +32,7 @@ def main() -> None:
         seconds = []
         for first in (True, False):
             command, environment = (
-                [sys.executable, str(ROOT / "run_all.py"), "--workers", "auto"],
+                [sys.executable, str(ROOT / "run_all.py")],
                 os.environ | store,
             )
             if not (first and arguments.renew):

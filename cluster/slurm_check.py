@@ -65,8 +65,7 @@ def slurm(folder: Path) -> Iterator[None]:
 
 def study(store: Path, folder: Path, *more: str) -> subprocess.Popen:
     """The smoke study, into a store."""
-    variables = {"SDAUG_STORE": store, "SDAUG_FIGURES": folder / "figures"}
-    variables |= {"SDAUG_RESULTS": folder / "results"}
+    variables = {"SDAUG_STORE": store, "SDAUG_OUTPUT": folder}
     command = [sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke"]
     return subprocess.Popen(
         [*command, "--output", str(folder / "runs"), *more],

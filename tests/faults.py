@@ -79,13 +79,13 @@ class Runner:
 
 
 def contents(store: Path) -> dict[str, str]:
-    """Digests of the files that the work left, but for executed notebooks and what made them."""
+    """Digests of the files that the work left, but for what made them and locks."""
     return {
         file.relative_to(store).as_posix(): sha256(file.read_bytes()).hexdigest()
         for file in sorted(store.rglob("*"))
         if file.is_file()
         and file.name not in ("spec.json", "digests.json")
-        and file.relative_to(store).parts[0] not in ("locks", "notebooks")
+        and file.relative_to(store).parts[0] != "locks"
     }
 
 
@@ -181,7 +181,7 @@ def main() -> int:
     arguments = parser.parse_args()
     half = (arguments.kills + 1) // 2
     tries: dict[str, Callable[[Runner], str]] = {
-        f"{half} kills, threads": lambda r: kills(r, half, [], arguments.seed),
+        f"{half} kills, one process": lambda r: kills(r, half, ["--workers", "1"], arguments.seed),
         f"{arguments.kills - half} kills, two processes": lambda r: kills(
             r, arguments.kills - half, ["--workers", "2"], arguments.seed + 1
         ),
