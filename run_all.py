@@ -133,14 +133,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset and not arguments.only:
         paths = notebooks.about(arguments.dataset, paths)
     jobs = notebooks.check(paths, profile, output, dry)
-
     from sdaug_utils import make, rates, summary  # takes seconds, and an error needs none of it
-    from sdaug_utils.evidence import report
 
     if arguments.dry_run:
         summary.print_plan(jobs, arguments.gpus or [])
         return 0
     if arguments.from_results:
+        from sdaug_utils.evidence import report
+
         notebooks.remake(jobs)
         report.write_claims(profile)
         report.write_deviations(profile)

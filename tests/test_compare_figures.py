@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from compare_figures import main
 
-from sdaug_utils.study import FIGURES, RESULTS
+from sdaug_utils.study import ROOT
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_other_claims_are_not(compare):
 
 
 def test_what_is_committed_is_equal_to_itself(tmp_path, monkeypatch):
-    folders = [folder / "miniature" for folder in (FIGURES, RESULTS)]
+    folders = [ROOT / name / "miniature" for name in ("figures", "results")]
     for folder in folders:
         shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path), *map(str, folders)])

@@ -15,7 +15,7 @@ from sdaug_utils import notebooks
 from sdaug_utils.evidence import claims, report
 from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.store import digest_of
-from sdaug_utils.study import FIGURES, ROOT
+from sdaug_utils.study import ROOT
 
 NOTEBOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -63,12 +63,12 @@ def test_outputs_belong_to_code_settings_and_the_numbers_behind_the_figures(path
     assert made_from["settings"] == settings, f"{path.stem} {stale}"
     assert made_from["numbers"], f"{path.stem} writes no numbers"
     for name, digest in made_from["numbers"].items():
-        found = map(digest_of, contents(FIGURES / "miniature" / name))
+        found = map(digest_of, contents(ROOT / "figures" / "miniature" / name))
         assert digest in found, f"{path.stem}: {name} {stale}"
 
 
 def test_the_page_of_claims_shows_the_verdicts_that_the_notebooks_found(contents):
-    folder = FIGURES / "miniature"
+    folder = ROOT / "figures" / "miniature"
     for family, files in (("claims", "verdicts-0*.csv"), ("claims-beyond", "verdicts-1*.csv")):
         verdicts = pd.concat(map(pd.read_csv, sorted(folder.glob(files))))
         whole = pd.read_csv(folder / f"{family}.csv")

@@ -9,7 +9,7 @@ import pytest
 
 from sdaug_utils.evidence import prose
 from sdaug_utils.notebooks import NOTEBOOKS
-from sdaug_utils.study import FIGURES, ROOT
+from sdaug_utils.study import ROOT
 
 NOTEBOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 TABLE = pd.DataFrame({"arm": ["a", "b"], "score": [0.6949, 0.5], "low": [0.1, 0.2]})
@@ -64,7 +64,7 @@ def test_numbers_in_prose_are_those_of_the_results(path, contents):
     for version in (0, -1):  # the tables as they are here, and as they are committed
 
         def read(name, version=version):
-            content = contents(FIGURES / "miniature" / f"{name}.csv")[version]
+            content = contents(ROOT / "figures" / "miniature" / f"{name}.csv")[version]
             return prose.with_points(pd.read_csv(io.BytesIO(content)))
 
         found.append(all(prose.filled(text, read) == text for text in texts(path)))
