@@ -62,11 +62,11 @@ def _may_have_gpu() -> bool:
     return bool(drivers) or platform.system() != "Linux"
 
 
-def half_precision(device: torch.device) -> torch.dtype:
-    """bfloat16, which needs no scaling of the loss, where there is hardware for it."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+def half_precision(settings: Settings) -> str:
+    """bfloat16, which needs no scaling of the loss, unless a GPU has no hardware for it."""
+    if _device_name(settings) != "cuda" or not torch.cuda.is_available():
+        return "bfloat16"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def one_by_one(

@@ -84,9 +84,7 @@ class Wanted:
     def merge(self, other: Wanted) -> None:
         """Add what other notebooks need."""
         for key, indices in other.images.items():
-            known = self.images.setdefault(key, {})
-            for index, notebook in indices.items():
-                known.setdefault(index, notebook)
+            self.images[key] = indices | self.images.get(key, {})
         self.requests = {**other.requests, **self.requests}
         for cell, notebook in other.cells.items():
             self.cells.setdefault(cell, notebook)
@@ -100,9 +98,7 @@ class Wanted:
         for request in requests:
             key = digest(request.spec)
             self.requests.setdefault(key, request)
-            indices = self.images.setdefault(key, {})
-            for index in request.indices:
-                indices.setdefault(index, notebook)
+            self.images[key] = dict.fromkeys(request.indices, notebook) | self.images.get(key, {})
 
     def add(self, notebook: str, study: Study, p: params.Experiment) -> None:
         """Add what a notebook needs, given its parameters."""

@@ -85,7 +85,7 @@ class Personalised(Technique):
         """What determines a model: inputs, foundation, hyper-parameters."""
         unusual = self.unusual(settings)
         if settings.training_precision == "mixed":
-            unusual["precision"] = str(half_precision(device_of(settings)))
+            unusual["precision"] = f"torch.{half_precision(settings)}"
         return {
             "version": CODE_VERSION,
             "technique": self.shelf,
@@ -165,6 +165,6 @@ class Precision:
 
     def __init__(self, settings: Settings) -> None:
         mixed, device = settings.training_precision == "mixed", device_of(settings)
-        half = half_precision(device) if mixed else None
+        half = getattr(torch, half_precision(settings)) if mixed else None
         self.autocast = torch.autocast(device.type, half, enabled=mixed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)

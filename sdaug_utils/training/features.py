@@ -241,7 +241,8 @@ def pixel_vectors(images: Sequence[np.ndarray]) -> torch.Tensor:
 def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
     """Whether the store has the features of all of some images, not augmented."""
     _, specs = _arrays(study, images, "none", range(1))
-    return _known(study, specs) >= set(digests(images))
+    known = _known(study, specs)
+    return bool(known) and known >= set(digests(images))
 
 
 def _arrays(
