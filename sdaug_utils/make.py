@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import load_settings
 from sdaug_utils.plan import Unit
 from sdaug_utils.store import KINDS, default_root
-from sdaug_utils.study import Study, open_study
+from sdaug_utils.study import ROOT, Study, open_study
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -155,7 +156,9 @@ def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: st
     import dask_jobqueue
 
     assert workers.cluster
+    own = {"PYTHONPATH": str(ROOT), "SDAUG_STORE": str(default_root().resolve())}
     given = {
+        "job_script_prologue": [f"export {name}={quote(text)}" for name, text in own.items()],
         "shared_temp_directory": folder,
         "protocol": "tls://",
         "nanny": False,  # a job ends with its worker, and Dask starts another

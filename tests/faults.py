@@ -21,6 +21,8 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -79,14 +81,25 @@ class Runner:
 
 
 def contents(store: Path) -> dict[str, str]:
-    """Digests of the files that the work left, but for what made them and locks."""
-    return {
+    """Digests of the files that the work left, but for what made them and locks.
+
+    The features of a pool or split are one, in whatever order their files came.
+    """
+    found = {
         file.relative_to(store).as_posix(): sha256(file.read_bytes()).hexdigest()
         for file in sorted(store.rglob("*"))
         if file.is_file()
         and file.name not in ("spec.json", "digests.json")
-        and file.relative_to(store).parts[0] != "locks"
+        and file.relative_to(store).parts[0] not in ("locks", "features")
     }
+    for folder in (store / "features").glob("*"):
+        rows = []
+        for file in map(np.load, folder.glob("[!.]*.npz")):
+            rows += zip(
+                file["digests"].tolist(), map(np.ndarray.tobytes, file["vectors"]), strict=True
+            )
+        found[f"features/{folder.name}"] = sha256(repr(sorted(rows)).encode()).hexdigest()
+    return found
 
 
 def kills(runner: Runner, number: int, crew: list[str], seed: int) -> str:

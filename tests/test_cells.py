@@ -46,16 +46,16 @@ def test_cells_are_trained_once_and_say_what_they_saw(world, grid, monkeypatch):
 
 
 def test_a_cell_depends_on_its_settings_and_data(world, grid):
-    folder = cells._folder(world, grid[0])
+    folder = cells.folder(world, grid[0])
     settings = world.settings.classifier
     controlled = settings.controlled.model_copy(update={"learning_rate": 0.5})
     changed = world.settings.model_copy(
         update={"classifier": settings.model_copy(update={"controlled": controlled})}
     )
     other = type(world)(world.profile, changed, world.data, world.store)
-    assert cells._folder(other, grid[0]) != folder
+    assert cells.folder(other, grid[0]) != folder
     published = grid[0].model_copy(update={"protocol": "published"})
-    assert cells._folder(other, published) == cells._folder(world, published)
+    assert cells.folder(other, published) == cells.folder(world, published)
 
 
 def test_a_missing_arm_is_an_error(world, grid):
@@ -129,22 +129,22 @@ def test_controls_from_outside_are_an_arm_of_their_own(world):
     assert (outside.arm, cells.pool_percent(world, outside)) == ("controlnet-canny+outside", 100)
     results = cells.run(world, [inside, outside], progress=False)
     assert results["num_real"].tolist() == [4, 4]
-    assert cells._folder(world, inside) != cells._folder(world, outside)
+    assert cells.folder(world, inside) != cells.folder(world, outside)
 
 
 def test_keys_know_the_versions_of_all_that_a_run_uses(world, monkeypatch):
     arms = [{"real_percent": 50, "task": task} for task in ("classification", "segmentation")]
     both = cells.repeated(arms, "controlled", 1, 1)
-    before = [cells._folder(world, cell) for cell in both]
+    before = [cells.folder(world, cell) for cell in both]
     for module in (cells, features, augment):
         with monkeypatch.context() as patch:
             patch.setattr(module, "CODE_VERSION", 99)
-            assert not set(before) & {cells._folder(world, cell) for cell in both}
+            assert not set(before) & {cells.folder(world, cell) for cell in both}
     for module, index in ((classifier, 0), (segmenter, 1)):
         with monkeypatch.context() as patch:
             patch.setattr(module, "CODE_VERSION", 99)
             changed = [
-                cells._folder(world, cell) != old for cell, old in zip(both, before, strict=True)
+                cells.folder(world, cell) != old for cell, old in zip(both, before, strict=True)
             ]
             assert changed == [index == 0, index == 1]
 

@@ -5,6 +5,7 @@ import pytest
 from sdaug_utils.evidence import claims, figures, metrics
 from sdaug_utils.training import cells
 
+PETS = "oxford-iiit-pet"
 NAME = "03-training-percentage"
 COLUMNS = {
     *(*cells.SETTING, *claims.OF_SUBJECTS),
@@ -278,7 +279,7 @@ def test_subjects_are_pairs_too():
 
 
 def test_published_values_are_the_thesis_own():
-    published = claims.published_results("oxford-iiit-pet")
+    published = claims.published_results(PETS)
     assert not published["run"].duplicated().any()
     assert not published["value"].isna().any()
     assert not {"041", "079"} & set(published["run"])  # trained without any synthetic image
@@ -293,7 +294,7 @@ def test_published_values_are_the_thesis_own():
 
 
 def test_published_curves_have_the_columns_of_ours():
-    table = claims.published_settings(["controlnet-segmentation", "baseline"], "segmentation")
+    table = claims.published_settings(["controlnet-segmentation", "baseline"], PETS, "segmentation")
     assert set(table["arm"]) == {"controlnet-segmentation", "baseline"}
     assert len(table) == 8
     assert table["score"].between(0.8, 0.9).all()
@@ -306,7 +307,7 @@ def test_combinations_are_paired_and_stand_beside_table_4_4():
     results = pd.concat(
         [without.assign(augmentation="none"), with_it.assign(augmentation="randaugment")]
     )
-    [row] = claims.combinations(results, "randaugment").to_dict("records")
+    [row] = claims.combinations(results, "randaugment", PETS).to_dict("records")
     assert row["published_relative"] == pytest.approx(-1.83, abs=0.01)
     assert row["points"] == pytest.approx(-2, abs=0.5)
     assert row["points_low"] < row["points"] < row["points_high"]
@@ -314,7 +315,7 @@ def test_combinations_are_paired_and_stand_beside_table_4_4():
 
 def test_summary_puts_published_beside_reproduced():
     accuracies = as_in_the_thesis()
-    table = claims.summary(planted_results(accuracies)).set_index(["arm", "real_percent"])
+    table = claims.summary(planted_results(accuracies), PETS).set_index(["arm", "real_percent"])
     row = table.loc[("textual-inversion", 5)]
     assert row["published_gain_points"] == pytest.approx(11.92, abs=0.01)
     assert row["published_gain_relative"] == pytest.approx(19.11, abs=0.01)

@@ -27,7 +27,7 @@ FLOW = [
         for room in ("records", "metrics", "subjects", "likeness", "claims", "figures")
     ),
     *(f"evidence.{room}" for room in ("gallery", "prose", "report")),
-    *("experiments", "rates", "plan", "make"),
+    *("experiments", "rates", "plan", "make", "notebooks", "summary"),
     *("site.gallery", "site.pages", "__main__"),
 ]
 FILES = {
