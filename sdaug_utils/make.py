@@ -115,9 +115,8 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
         if workers.scheduler:
             client = _client_of(workers.scheduler)
         else:
-            security, place = Security.temporary(), default_root() if workers.cluster else None
-            scratch = tempfile.TemporaryDirectory(prefix="sdaug-", dir=place)
-            folder, start = stack.enter_context(scratch), _jobs if workers.cluster else _processes
+            security, start = Security.temporary(), _jobs if workers.cluster else _processes
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
             cluster = stack.enter_context(start(workers, settings, security, folder))
             client = Client(cluster, security=security)
         yield stack.enter_context(client)
@@ -152,14 +151,16 @@ def _processes(workers: Workers, settings: params.Settings, security: Any, folde
 
 
 def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
-    """Jobs of a queue; ``folder``, on a disk that they share, is for their certificates."""
+    """Jobs of a queue; certificates, and nothing in ``folder``, are on a disk that they share."""
     import dask_jobqueue
 
     assert workers.cluster
+    certificates = default_root() / "locks"  # each is deleted by dask-jobqueue itself
+    certificates.mkdir(parents=True, exist_ok=True)
     own = {"PYTHONPATH": str(ROOT), "SDAUG_STORE": str(default_root().resolve())}
     given = {
         "job_script_prologue": [f"export {name}={quote(text)}" for name, text in own.items()],
-        "shared_temp_directory": folder,
+        "shared_temp_directory": str(certificates),
         "protocol": "tls://",
         "nanny": False,  # a job ends with its worker, and Dask starts another
         "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
