@@ -34,11 +34,12 @@ class Runner:
         self.mark = f"SDAUG_OUTPUT={folder}"
 
     def start(self, store: Path, *arguments: str) -> subprocess.Popen:
-        own = {"SDAUG_STORE": str(store), "SDAUG_OUTPUT": str(self.folder)}
+        output = self.folder / f"output-{store.name}"  # what one has run, the other has not
+        own = {"SDAUG_STORE": str(store), "SDAUG_OUTPUT": str(output)}
         only = ["--only", *self.only] if self.only else []
-        output = ["--profile", "smoke", "--output", str(self.folder / "runs")]
+        command = [sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke"]
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run_all.py"), *output, *only, *arguments],
+            [*command, *only, *arguments],
             env=os.environ | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
