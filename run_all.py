@@ -35,7 +35,7 @@ def positive(text: str) -> int:
 def command_line() -> argparse.Namespace:
     """What is asked for."""
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
-    parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
+    parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml, or a path")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
     parser.add_argument("--protocol", choices=["published", "controlled"], help="how to train")
     parser.add_argument(
@@ -118,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     for variable in ("SDAUG_STORE", "SDAUG_OUTPUT"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
+    paths = notebooks.chosen(arguments.only)
     dry = arguments.dry_run or arguments.from_results
     if dry:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,8 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.dataset.resolve() if arguments.dataset else None,
         arguments.from_results,
         arguments.output,
+        study.CONFIG if not dry else "dry-run.yaml" if arguments.dry_run else "from-results.yaml",
     )
-    paths = notebooks.chosen(arguments.only)
     if arguments.dataset and not arguments.only:
         paths = notebooks.about(arguments.dataset, paths)
     jobs = notebooks.check(paths, profile, output, dry)

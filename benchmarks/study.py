@@ -35,8 +35,8 @@ def main() -> None:
                 [sys.executable, str(ROOT / "run_all.py")],
                 os.environ | store,
             )
-            if not (first and arguments.renew):
-                command += ["--output", f"{folder}/runs"]
+            command += ["--force"] if first else []
+            if not arguments.renew:
                 environment |= elsewhere
             began = time.monotonic()
             subprocess.run(command, env=environment, check=True)

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import Any
 from sdaug_utils import params, store
 from sdaug_utils.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -48,9 +48,11 @@ def make_images(arguments: argparse.Namespace) -> None:
     from sdaug_utils.study import configure, open_study
 
     profile = arguments.profile
-    if arguments.dataset:
-        profile, _ = configure(profile, dataset=arguments.dataset.resolve())
-    study = open_study(profile)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.dataset:
+            own = arguments.dataset.resolve()
+            profile, _ = configure(profile, dataset=own, folder=Path(folder))
+        study = open_study(profile)
     number = export.write_images(
         study,
         arguments.technique,
@@ -155,8 +157,9 @@ def show_results(arguments: argparse.Namespace) -> None:
 def write_report(arguments: argparse.Namespace) -> None:
     """The static site of a profile's executed notebooks."""
     from sdaug_utils.site.pages import write_site
+    from sdaug_utils.study import output
 
-    print(write_site(arguments.runs or ROOT / "runs" / arguments.profile))
+    print(write_site(arguments.runs or output() / "runs" / arguments.profile))
 
 
 def _bytes(folders: list[Path]) -> int:

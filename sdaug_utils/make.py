@@ -152,21 +152,27 @@ def _processes(workers: Workers, settings: params.Settings, security: Any, folde
 
 def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
     """Jobs of a queue; certificates, and nothing in ``folder``, are on a disk that they share."""
-    import dask_jobqueue
+    import dask
+    import dask_jobqueue  # with it, Dask knows the queues' defaults
 
     assert workers.cluster
     certificates = default_root() / "locks"  # each is deleted by dask-jobqueue itself
     certificates.mkdir(parents=True, exist_ok=True)
-    own = {"PYTHONPATH": str(ROOT), "SDAUG_STORE": str(default_root().resolve())}
+    name = "job_script_prologue"
+    known = dask.config.get(f"jobqueue.{workers.cluster}.{name.replace('_', '-')}", None) or []
+    own = [
+        f"export SDAUG_STORE={quote(str(default_root().resolve()))}",
+        f"export PYTHONPATH={quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
     given = {
-        "job_script_prologue": [f"export {name}={quote(text)}" for name, text in own.items()],
         "shared_temp_directory": str(certificates),
         "protocol": "tls://",
         "nanny": False,  # a job ends with its worker, and Dask starts another
         "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
     }
     kind = getattr(dask_jobqueue, CLUSTERS[workers.cluster][0])
-    cluster = kind(security=security, **(given | settings.cluster))
+    prologue = [*own, *settings.cluster.get(name, known)]
+    cluster = kind(security=security, **(given | settings.cluster | {name: prologue}))
     cluster.scale(jobs=workers.number or 1)
     return cluster
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -12,14 +13,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sdaug_utils import params, store
 from sdaug_utils.errors import InputError
-from sdaug_utils.study import ROOT, Study, figures_folder, open_study, results_folder
+from sdaug_utils.study import ROOT, Study, figures_folder, open_study, output, results_folder
 
 NOTEBOOKS, MODULE = ROOT / "notebooks", Path(__file__).parent
 SOURCES = {".py", ".yaml", ".json", ".csv"}  # of the module
@@ -47,8 +48,12 @@ class Job:
         """Where the executed notebook goes."""
         return self.output / self.path.name
 
+    @cached_property
     def key(self) -> str:
-        """A hash of all that determines what comes of it: source, configuration, module, data."""
+        """A hash of all that determines what comes of it: source, configuration, module, data.
+
+        It is that of before the run.
+        """
         import nbformat
 
         from sdaug_utils import compute, plan
@@ -73,14 +78,15 @@ class Job:
 
     def is_up_to_date(self) -> bool:
         """Whether it was run as it is now, and its figures and numbers are as it left them."""
+        key = self.key
         try:
             known = json.loads(self.executed.read_text())["metadata"]["sdaug"]
-            files = [place(name, self.study.profile) for name in known["files"]]
+            files = [output() / name for name in known["files"]]
             numbers = {file.name: store.file_digest(file) for file in _tables(files)}
         except (OSError, ValueError, KeyError):
             return False
         whole = all(map(Path.exists, files)) and numbers == known["numbers"]
-        return whole and known["key"] == self.key()
+        return whole and known["key"] == key
 
 
 @dataclass
@@ -202,22 +208,33 @@ class Kernel:
     """
 
     def __init__(self) -> None:
-        from jupyter_client import AsyncKernelManager, BlockingKernelClient
+        from jupyter_client import AsyncKernelManager
 
         # The path of a socket has at most 107 characters, a cluster's TMPDIR may have nearly all.
         self.folder = tempfile.TemporaryDirectory(prefix="sdaug-", dir="/tmp")
         self.manager = AsyncKernelManager(transport="ipc", ip=f"{self.folder.name}/kernel")
         asyncio.run(self._start())
-        client = BlockingKernelClient()
-        client.load_connection_info(self.manager.get_connection_info())
-        client.start_channels(iopub=False, stdin=False, hb=False, control=False)
-        client.execute(f"import {AHEAD}", silent=True)
-        client.stop_channels()
 
     async def _start(self) -> None:
         known = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])  # this module, no other
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(known)}
-        await self.manager.start_kernel(cwd=NOTEBOOKS, env=environment)
+        ahead = f"--IPKernelApp.exec_lines=import {AHEAD}"
+        await self.manager.start_kernel(cwd=NOTEBOOKS, env=environment, extra_arguments=[ahead])
+
+    def ask(self, expression: str) -> Any:
+        """The value of an expression in the kernel, a literal."""
+        from jupyter_client import BlockingKernelClient
+
+        client = BlockingKernelClient()
+        client.load_connection_info(self.manager.get_connection_info())
+        client.start_channels(iopub=False, stdin=False, hb=False, control=False)
+        try:
+            client.execute("", silent=True, user_expressions={"asked": expression})
+            reply = client.get_shell_msg(timeout=60)["content"]["user_expressions"]["asked"]
+            return ast.literal_eval(reply["data"]["text/plain"])
+        finally:
+            client.stop_channels()
+            client.context.destroy(linger=0)
 
     def stop(self) -> None:
         """End the kernel, whatever it is doing."""
@@ -270,11 +287,11 @@ def execute(job: Job, kernel: Kernel | None) -> Report:
 
     profile, began, report = job.study.profile, time.time(), Report(job.path.stem, "ok")
     job.executed.unlink(missing_ok=True)
-    place(f"verdicts-{job.path.stem[:2]}.csv", profile).unlink(missing_ok=True)
+    (figures_folder(profile) / f"verdicts-{job.path.stem[:2]}.csv").unlink(missing_ok=True)
     if kernel is None:
         report.status = "failed: no kernel"
         return report
-    before = _times(profile)
+    key, written = job.key, list[Path]()
     try:
         papermill.execute_notebook(
             job.path,
@@ -284,29 +301,17 @@ def execute(job: Job, kernel: Kernel | None) -> Report:
             progress_bar=False,
             km=kernel.manager,
         )
+        names = kernel.ask("__import__('sdaug_utils.study').study.WRITTEN")
+        written = sorted(map(Path, set(names)))
     except PapermillExecutionError as error:
         report.status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died: the other notebooks still run
         report.status = f"failed: {type(error).__name__}: {error}"
-    written = [file for file, time in _times(profile).items() if before.get(file) != time]
     if job.executed.exists():
-        tidy(job.executed, profile, written, job.key() if report.status == "ok" else "")
+        tidy(job.executed, profile, written, key if report.status == "ok" else "")
     report.figures = sorted(file.name for file in written if file.suffix == ".png")
     report.minutes, report.status = (time.time() - began) / 60, report.status.splitlines()[0]
     return report
-
-
-def place(name: str, profile: str) -> Path:
-    """Where a file that a notebook writes belongs: raw runs, or figures and their numbers."""
-    folder = results_folder if name.endswith(".parquet") else figures_folder
-    return folder(profile) / name
-
-
-def _times(profile: str) -> dict[Path, int]:
-    """When each figure, table and raw run was written."""
-    folders = (figures_folder(profile), results_folder(profile))
-    files = [file for folder in folders for file in folder.glob("[!.]*.*")]
-    return {file: file.stat().st_mtime_ns for file in files}
 
 
 def _tables(files: Iterable[Path]) -> list[Path]:
@@ -350,7 +355,7 @@ def settings_digest(profile: str, notebook: str) -> str:
     return store.digest_of(json.dumps(chosen, sort_keys=True).encode())
 
 
-def tidy(path: Path, profile: str, written: Iterable[Path], key: str) -> None:
+def tidy(path: Path, profile: str, written: Sequence[Path], key: str) -> None:
     """Take out of an executed notebook what only the machine that ran it cares for.
 
     Progress bars keep their last state, widgets leave the picture that stands in for them, tables
@@ -369,7 +374,7 @@ def tidy(path: Path, profile: str, written: Iterable[Path], key: str) -> None:
         "code": source_digest(notebook),
         "settings": settings_digest(profile, path.stem),
         "numbers": {file.name: store.file_digest(file) for file in _tables(written)},
-        "files": sorted(file.name for file in written),
+        "files": [os.path.relpath(file, output()) for file in written],
         "key": key,
     }
     tables: dict[str, str] = {}  # pandas names a styled one at random
@@ -378,8 +383,8 @@ def tidy(path: Path, profile: str, written: Iterable[Path], key: str) -> None:
         return tables.setdefault(found[0], f"T_{len(tables):05d}")
 
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
+        for shown in cell.get("outputs", []):
+            data = shown.get("data", {})
             data.pop(WIDGET, None)
             if "text/html" in data:
                 data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}", name, data["text/html"])

@@ -408,7 +408,8 @@ def configure(
     Raises:
         InputError: unknown profile; unknown, missing or ill-typed key.
     """
-    sections, name = read_profile(profile), profile
+    sections, name = read_profile(profile), run_of(profile).name
+    sections.pop("run", None)
     for (section, *keys), value in changes:
         _put(sections.setdefault(section, {}), keys, value)
     if protocol:
@@ -432,7 +433,8 @@ def run_of(profile: str) -> Run:
     """What a profile's ``config.yaml`` says of the run; of a plain profile, its name."""
     if not _is_file(profile):
         return Run(name=profile)
-    return _checked(Run, read_profile(profile).get("run", {}), f"{profile}: run")
+    given = read_profile(profile).get("run", {})
+    return _checked(Run, {"name": Path(profile).stem, **given}, f"{profile}: run")
 
 
 def _is_file(profile: str) -> bool:

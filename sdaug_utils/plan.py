@@ -568,7 +568,7 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
         absent.append(chosen.name)
         whole = photos.stand_in(chosen.name)
         data = datasets.restricted(whole, chosen.classes, chosen.max_images_per_class)
-    return Study(profile, settings.model_copy(update=changes), data, Store()), absent
+    return Study(profile, settings.model_copy(update=changes), data, Store(), domain), absent
 
 
 def costs(study: Study, names: Iterable[str], count: int, real_percent: float) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from sdaug_utils.params import Domain, Protocol, Settings, load_settings, run_of
 from sdaug_utils.store import Store, require_writable, write_atomically
 
 ROOT = Path(__file__).parents[1]
+WRITTEN: list[str] = []  # paths of the figures, tables and raw runs that this process wrote
 CONFIG = "config.yaml"  # in a run's folder: what was asked for
 STANDS_FOR = {"main": "oxford-iiit-pet", "second": "food-101"}  # the thesis's data sets
 
@@ -42,12 +43,17 @@ def configure(
     dataset: Path | None = None,
     from_results: bool = False,
     folder: Path | None = None,
+    file: str = CONFIG,
 ) -> tuple[str, Path]:
     """Write what is asked for, as :func:`params.configure` resolves it, into a ``config.yaml``.
 
+    Args:
+        folder: where the file goes, by default ``runs/<name>``.
+        file: its name, another one where nothing is run.
+
     Returns:
         What to open studies by, the file's path or, where nothing is changed, the profile's name;
-        and the run's folder, ``runs/<name>`` unless one is given, in which the file is.
+        and the folder.
 
     Raises:
         InputError: something that is asked for cannot be; the folder cannot be written to.
@@ -56,11 +62,9 @@ def configure(
     name = sections["run"]["name"]
     folder = folder or output() / "runs" / name
     require_writable(folder)
-    file, text = folder / CONFIG, yaml.safe_dump(sections, sort_keys=False)
-    if from_results:  # of a run that may go on beside
-        file = file.with_stem("from-results")
-    write_atomically(file, lambda path: path.write_text(text))
-    return profile if name == profile and not from_results else str(file.resolve()), folder
+    target, text = folder / file, yaml.safe_dump(sections, sort_keys=False)
+    write_atomically(target, lambda path: path.write_text(text))
+    return profile if name == profile and not from_results else str(target.resolve()), folder
 
 
 @dataclass(frozen=True, eq=False)

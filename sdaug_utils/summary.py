@@ -17,6 +17,7 @@ from sdaug_utils.notebooks import Job, Report
 from sdaug_utils.study import figures_folder
 
 RECORD = "run.json"  # beside the executed notebooks
+FOLDERS = ("SDAUG_STORE", "SDAUG_OUTPUT")  # of the environment: where a run's files are
 
 
 def asked_for(jobs: Sequence[Job]) -> plan.Asked:
@@ -159,7 +160,7 @@ def _write_record(
         "workers": outcome.workers,
         "peak memory of a process, GiB": round(max(peak_memory(), peak_memory(True)), 2),
         "notebooks": dict(sorted(known.items())),
-        "store": str(store.default_root().resolve()),
+        "environment": {name: os.environ[name] for name in FOLDERS if os.environ.get(name)},
     }
     text = json.dumps(record, indent=1)
     store.write_atomically(file, lambda path: path.write_text(text))

@@ -201,7 +201,7 @@ def test_a_worker_that_computes_otherwise_refuses(store):
     orders = make.orders_for(asked(store))
     other = orders.replace('"float32"', '"float16"')
     with pytest.raises(make.InputError, match="computes on cpu in float32, the process that asks"):
-        make._planned(other, True)
+        make._planned(other, 0)
 
 
 def test_a_notebook_makes_little_in_its_own_process_and_more_in_others(store, monkeypatch, capsys):

@@ -202,7 +202,9 @@ def test_a_pool_is_grown_by_several_at_once(store, tmp_path):
 
 def test_a_listing_is_made_again_and_what_is_not_listed_is_checked(store):
     """A process was killed behind an image and before its listing; one image was cut short."""
-    pool = grow(store, 4, FakeSampler(rejects={(2, 0), (2, 1)}.__contains__))
+    bad = {pools.image_seed(SPEC, 2, attempt) for attempt in (0, 1)}
+    pool = grow(store, 4, FakeSampler(rejects=bad.__contains__))
+    assert pool.attempts == (1, 1, 3, 1)
     listing = pool.files[0].parent / "metadata.csv"
     before, images = listing.read_bytes(), content(pool)
     listing.unlink()

@@ -22,7 +22,7 @@ def site(tmp_path_factory):
     run = ["run_all.py", "--profile", "smoke", "--only", "03", "05", "--output", folder / "runs"]
     report = ["-m", "sdaug_utils", "report", "--runs", folder / "runs"]
     there = {name: value for name, value in os.environ.items() if name not in own | store}
-    for command, more in ((run, own | store), (report, own)):  # the store, a run's record knows
+    for command, more in ((run, own | store), (report, {})):  # which a run's record knows
         subprocess.run([sys.executable, *command], cwd=ROOT, env=there | more, check=True)
     return folder / "runs" / "report"
 

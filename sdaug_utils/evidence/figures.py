@@ -22,7 +22,7 @@ from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.params import load_settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import write_atomically
-from sdaug_utils.study import figures_folder
+from sdaug_utils.study import WRITTEN, figures_folder
 
 LARGEST = 128  # pixels of an image's side on a sheet
 REAL_ARMS = {
@@ -100,6 +100,7 @@ def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = No
     pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
     for suffix, write in (("png", png), ("pdf", pdf)):
         write_atomically(target / f"{name}.{suffix}", write)
+        WRITTEN.append(str(target / f"{name}.{suffix}"))
     if data is not None:
         save_table(profile, name, data)
 
@@ -112,6 +113,7 @@ def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     target.mkdir(parents=True, exist_ok=True)
     write = partial(data.to_csv, index=False, float_format="%.6g", lineterminator="\n")
     write_atomically(target / f"{name}.csv", write)
+    WRITTEN.append(str(target / f"{name}.csv"))
 
 
 def curves(

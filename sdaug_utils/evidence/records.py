@@ -8,7 +8,7 @@ import pandas as pd
 from sdaug_utils.errors import InputError
 from sdaug_utils.params import run_of
 from sdaug_utils.store import write_atomically
-from sdaug_utils.study import results_folder
+from sdaug_utils.study import WRITTEN, results_folder
 
 SMALL = {
     "predictions": np.int16,
@@ -33,6 +33,7 @@ def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFr
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = _small(make())
         write_atomically(path, lambda beside: rows.to_parquet(beside, compression="zstd"))
+        WRITTEN.append(str(path))
     if not path.exists():
         raise InputError(f"{path.name}: no such results in {path.parent}: run it first")
     return pd.read_parquet(path)

@@ -15,8 +15,8 @@ import hashlib
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -87,37 +87,28 @@ def _seed(key: str, index: int, attempt: int) -> int:
     return int.from_bytes(hashed[:8], "big") >> 1
 
 
-def there(folder: Path) -> set[int]:
-    """The images of a pool that are there; one that is listed has the size that is listed."""
-    sizes = _sizes(folder)
-    listed = _listed(folder) if sizes else {}
-    return {i for i, size in sizes.items() if i not in listed or listed[i]["size"] == str(size)}
-
-
 def read_pool(folder: Path, spec: Spec) -> dict[int, Row]:
-    """The rows of a pool's ``metadata.csv`` by index, of images that are there.
+    """The images of a pool that are there and whole, by index, as ``metadata.csv`` lists them.
 
-    Images that are not listed yet, or with another size, are listed first: or deleted, if they are
-    damaged.
+    What is not listed yet, or with another size, is read.
     """
     sizes = _sizes(folder)
-    listed = {i: row for i, row in _listed(folder).items() if row["size"] == str(sizes.get(i))}
-    if new := sizes.keys() - listed.keys():
-        for index in new:
-            file = folder / _file_name(index)
-            if is_whole_png(content := file.read_bytes()):
-                listed[index] = _row(file, index, spec, content)
-            else:
-                tqdm.write(f"pools/{folder.name}/{file.name}: damaged: it is made again")
-                file.unlink()
-        rows = [listed[index] for index in sorted(listed)]
-        write_atomically(folder / LISTING, partial(_write_rows, rows))
-    return listed
+    rows = {i: row for i, row in _listed(folder).items() if row["size"] == str(sizes.get(i))}
+    for index in sizes.keys() - rows.keys():
+        if row := _row(folder / _file_name(index), index, spec):
+            rows[index] = row
+    return rows
 
 
-def _row(file: Path, index: int, spec: Spec, content: bytes) -> Row:
+def _row(file: Path, index: int, spec: Spec) -> Row | None:
+    """What there is to say of an image; None if it is damaged, or gone in the meantime."""
     own = file.with_suffix(ATTEMPTS)
-    attempts = int(own.read_text()) if own.exists() else 1
+    try:
+        content, attempts = file.read_bytes(), int(own.read_text()) if own.exists() else 1
+    except (FileNotFoundError, ValueError):
+        return None
+    if not is_whole_png(content):
+        return None
     seed = _seed(file.parent.name, index, attempts - 1)
     made = (len(content), digest_of(content))
     values = (file.name, spec["class"], spec["prompt"], seed, attempts, *made)
@@ -127,16 +118,23 @@ def _row(file: Path, index: int, spec: Spec, content: bytes) -> Row:
 def verify(store: Store, spec: Spec) -> None:
     """Delete those images of a pool whose files have not the digests that are listed."""
     folder = store.folder("pools", spec)
-    for index, row in _listed(folder).items():
+    rows, sound = _listed(folder), dict[int, Row]()
+    for index, row in rows.items():
         file = folder / _file_name(index)
         if file.exists() and file_digest(file) != row["digest"]:
-            store.tell(folder)
+            store.tell(file)
             file.unlink()
+        else:
+            sound[index] = row
+    if sound != rows:
+        _write_rows(sound, folder)
 
 
 def is_whole_png(content: bytes) -> bool:
     """Whether a PNG's parts are all there and have the checksums that stand behind each."""
-    at = 8  # behind the signature
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
+        return False
+    at = 8
     while at + 12 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
         told = int.from_bytes(content[end - 4 : end], "big")
@@ -150,12 +148,13 @@ def is_whole_png(content: bytes) -> bool:
 
 def _sizes(folder: Path) -> dict[int, int]:
     """The sizes of a pool's files by index, but for what others are writing."""
-    try:
-        with os.scandir(folder) as entries:
-            files = [e for e in entries if e.name.endswith(".png") and not e.name.startswith(".")]
-            return {int(file.name.removesuffix(".png")): file.stat().st_size for file in files}
-    except FileNotFoundError:
-        return {}
+    found = {}
+    for path in os.listdir(folder) if folder.exists() else []:
+        stem, suffix = os.path.splitext(path)
+        if suffix == ".png" and stem.isdecimal():
+            with suppress(FileNotFoundError):  # it is deleted just now
+                found[int(stem)] = os.stat(folder / path).st_size
+    return found
 
 
 def _listed(folder: Path) -> dict[int, Row]:
@@ -169,11 +168,16 @@ def _listed(folder: Path) -> dict[int, Row]:
         return {}
 
 
-def _write_rows(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+def _write_rows(rows: Mapping[int, Row], folder: Path) -> None:
+    """Write ``metadata.csv``; where others do so at the same time, it may lack some of theirs."""
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows[index] for index in sorted(rows))
+
+    write_atomically(folder / LISTING, write)
 
 
 def _file_name(index: int) -> str:
@@ -215,8 +219,12 @@ def grow(
             break
         blocks = {f"pools-{folders[number].name}-{index // BLOCK}" for number, index in missing}
         with store.lock(*blocks):
-            missing = lacking([there(folder) for folder in folders])  # others may have made some
-            _make(specs, folders, missing, sampler, batch, max_attempts, progress, alike)
+            rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
+            missing = lacking(rows)  # others may have made some
+            _make(store, specs, folders, missing, sampler, batch, max_attempts, progress, alike)
+    for folder, known in zip(folders, rows, strict=True):
+        if known != _listed(folder):
+            _write_rows(known, folder)
     return [_pool(*one) for one in zip(requests, folders, rows, strict=True)]
 
 
@@ -233,6 +241,7 @@ def _pool(request: Request, folder: Path, rows: dict[int, Row]) -> Pool:
 
 
 def _make(
+    store: Store,
     specs: Sequence[Spec],
     folders: Sequence[Path],
     items: Sequence[Item],
@@ -245,10 +254,17 @@ def _make(
     """Make images; what a process that was killed was writing is deleted first."""
     for number in {number for number, _ in items}:
         folders[number].mkdir(parents=True, exist_ok=True)
-        write_spec(folders[number], {**specs[number], "batch_size": batch.size})
+        listed = _listed(folders[number])
+        sound = {i: row for i, row in listed.items() if (number, i) not in set(items)}
+        if sound != listed:  # the others were damaged
+            _write_rows(sound, folders[number])
+        with store.lock(f"pools-{folders[number].name}-spec"):
+            write_spec(folders[number], {**specs[number], "batch_size": batch.size})
     for number, index in items:
         for leftover in folders[number].glob(f".{_file_name(index)}.*"):
             leftover.unlink()
+        if (damaged := folders[number] / _file_name(index)).exists():
+            store.tell(damaged)
 
     def make(part: Sequence[Item]) -> Sequence[Item]:
         _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
@@ -281,8 +297,10 @@ def _make_batch(
                 rejected.append(item)
                 continue
             folder, name = folders[item[0]], _file_name(item[1])
+            beside = (folder / name).with_suffix(ATTEMPTS)
+            beside.unlink(missing_ok=True)
             if attempt:
-                (folder / name).with_suffix(ATTEMPTS).write_text(str(attempt + 1))
+                beside.write_text(str(attempt + 1))
             write_atomically(folder / name, partial(image.save, format="PNG"))
         waiting = rejected
         if not waiting:
@@ -416,7 +434,8 @@ def fill(
 
 def number_missing(study: Study, request: Request) -> int:
     """How many of the images that a request gets are still to be made."""
-    return len(set(request.indices) - there(study.store.folder("pools", request.spec)))
+    there = read_pool(study.store.folder("pools", request.spec), request.spec)
+    return len(set(request.indices) - there.keys())
 
 
 def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:

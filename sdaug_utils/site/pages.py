@@ -48,7 +48,7 @@ def write_site(runs: Path) -> Path:
         raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
     record = json.loads(record_file.read_text())
     profile, name = str(runs / CONFIG), run_of(str(runs / CONFIG)).name
-    kept = Store(record["store"])
+    os.environ.update(record["environment"])  # as that run was asked for
     whole, site = runs / "report", runs / "report.partial"
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir()
@@ -84,9 +84,9 @@ def write_site(runs: Path) -> Path:
         write(place, "notebook.html.j2", title, body=Markup(made))
     pools = [
         pool
-        for domain, folders in pools_of(record, kept).items()
+        for domain, folders in pools_of(record).items()
         if folders
-        for pool in write_gallery(open_study(profile, kept, domain, False), folders, site)
+        for pool in write_gallery(open_study(profile, None, domain, False), folders, site)
     ]
     (site / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
     write(len(pages) - 1, "gallery.html.j2", "Gallery", number=len(pools))
@@ -156,12 +156,12 @@ def code_style() -> str:
     return f"{day}\n@media (prefers-color-scheme: dark) {{\n{night}\n}}\n"
 
 
-def pools_of(record: Mapping[str, Any], kept: Store) -> dict[params.Domain, list[Path]]:
+def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
     """The folders of the pools that a run's notebooks used, by the domain that they are about."""
-    found = dict[params.Domain, dict[Path, None]]()
+    root, found = Store().root, dict[params.Domain, dict[Path, None]]()
     for notebook, facts in record["notebooks"].items():
         of_domain = found.setdefault(params.domain_of(notebook), {})
-        of_domain |= dict.fromkeys(kept.root / pool for pool in facts["pools"])
+        of_domain |= dict.fromkeys(root / pool for pool in facts["pools"])
     return {
         domain: [folder for folder in folders if (folder / "spec.json").exists()]
         for domain, folders in found.items()
@@ -185,7 +185,7 @@ def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
 
 def card(profile: str, record: Mapping[str, Any]) -> dict[str, Rows]:
     """The report card: tables by title, each with its head."""
-    facts = {key: value for key, value in record.items() if key not in ("notebooks", "store")}
+    facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
     columns = ["minutes", "images", "models", "runs", "status"]
     found: dict[str, Rows] = {
         "The run": [["what", "value"], *map(list, facts.items())],

@@ -284,7 +284,7 @@ def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dic
             try:
                 with np.load(path) as file:  # it compares what it reads with a checksum
                     read = {name: file[name] for name in parts}
-            except (EOFError, OSError, ValueError, KeyError, BadZipFile):
+            except (EOFError, ValueError, KeyError, BadZipFile):
                 study.store.tell(path)
                 path.unlink(missing_ok=True)
             else:
