@@ -23,44 +23,50 @@ def test_what_is_up_to_date_is_not_run_again(monkeypatch, capsys, tmp_path):
     code = """
 import pandas as pd
 from sdaug_utils.evidence import figures
-from sdaug_utils.generation.pools import technique_pools
-from sdaug_utils.study import open_study
 open(MARK, "a").write("x")
-pools = technique_pools(open_study(profile), "stable-diffusion-prompt", 0, 1, progress=False)
-figures.save_table(profile, "table-x", pd.DataFrame({"a": [len(pools)]}))
-print(pools[0].files[0].parent)
+figures.save_table(profile, "table-x", pd.DataFrame({"a": [2]}))
 """.replace("MARK", repr(str(tmp_path / "mark")))
     notebook(books, name, code)
     monkeypatch.setattr(notebooks, "NOTEBOOKS", books)
     made = tmp_path / "figures" / "smoke" / "table-x.csv"
 
-    def run(*arguments, changed=False):
+    def run(*arguments):
         line = ["run_all.py", "--profile", "smoke", "--output", str(output), *arguments]
         monkeypatch.setattr(sys, "argv", line)
         assert run_all.main() == 0
         shown = capsys.readouterr().out
         [status] = [line.split()[-1] for line in shown.splitlines() if line.startswith(f"{name}  ")]
-        assert (output / f"{name}.ipynb").exists()
-        assert changed or made.read_text() == "a\n2\n"
         return status, len((tmp_path / "mark").read_text())
+
+    def job(profile="smoke"):
+        [one] = notebooks.check(notebooks.chosen([name]), profile, output)
+        return one
 
     assert run() == ("ok", 1)
     assert run() == ("date", 1)
-    made.write_text("a\n3\n")  # not what it wrote
-    assert run() == ("ok", 2)
-    assert run("--force") == ("ok", 3)
-    [job] = notebooks.check(notebooks.chosen([name]), "smoke", tmp_path)
-    [what] = plan.wanted(summary.asked_for([job])).values()
+    assert made.read_text() == "a\n2\n"
+    [what] = plan.wanted(summary.asked_for([job()])).values()
     images = [tmp_path / "store" / "pools" / key / "00000.png" for key in what.images]
     assert len(images) > 2
     before = [image.read_bytes() for image in images]
     for image in images:
         image.write_bytes(image.read_bytes()[:100])  # damaged: made again as it was
-    assert run() == ("date", 3)
+    assert run() == ("date", 1)
     assert [image.read_bytes() for image in images] == before
+
+    assert not job(configure("smoke", [([name, "num_seeds"], 1)])[0]).is_up_to_date()
+    made.write_text("a\n3\n")  # not what it wrote
+    assert not job().is_up_to_date()
+    made.write_text("a\n2\n")
+    assert job().is_up_to_date()
+    with monkeypatch.context() as patched:
+        patched.setattr(notebooks, "_module_digest", lambda: "of another version")
+        assert not job().is_up_to_date()
     notebook(books, name, f"{code}\nprint('changed')")
-    assert run() == ("ok", 4)
-    assert run("-p", "05.num_seeds", "1", changed=True) == ("ok", 5)
+    assert not job().is_up_to_date()
+    assert run("--force") == ("ok", 2)
+    made.unlink()
+    assert not job().is_up_to_date()
 
 
 def call(monkeypatch, capsys, *arguments):
