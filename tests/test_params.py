@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from sdaug_utils import params
 from sdaug_utils.errors import InputError
+from sdaug_utils.study import configure
 
 NOTEBOOKS = params.PARAMS_FOLDER.parent / "notebooks"
 NAME = "03-training-percentage"
@@ -47,6 +50,33 @@ def test_a_profile_is_its_base_but_for_what_it_sets(profile_folder):
     heir.write_text("base: nobody")
     with pytest.raises(InputError, match="profile 'nobody' is unknown"):
         params.load_settings("heir")
+
+
+def test_what_is_asked_for_is_a_profile_in_a_file(tmp_path):
+    changes = [(["common", "sampling", "batch_size"], 3), ([NAME, "num_draws"], 9)]
+    changed, folder = configure("smoke", changes, protocol="published")
+    assert Path(changed) == folder / "config.yaml"
+    assert params.load_settings(changed).sampling.batch_size == 3
+    own = params.overrides(changed, NAME)
+    assert (own["num_draws"], own["protocol"]) == (9, "published")
+    assert "protocol" not in params.overrides(changed, "01-number-of-images")
+    assert params.run_of(changed).name == folder.name != "smoke-published"
+    assert configure("smoke") == ("smoke", folder.parent / "smoke")  # nothing is changed
+    with pytest.raises(InputError, match=r"smoke\.yaml: sampling\.batch_size: Input should be"):
+        configure("smoke", [(["common", "sampling", "batch_size"], "many")])
+
+
+def test_a_file_is_a_profile_like_any_other():
+    changed, folder = configure("smoke", [([NAME, "num_draws"], 9)])
+    shipped, same = configure(changed, from_results=True, file="from-results.yaml")
+    assert same == folder
+    assert params.run_of(shipped).from_results
+    assert not params.run_of(changed).from_results
+    further, other = configure(changed, protocol="published")
+    assert other.name == f"{folder.name}-published"
+    assert params.overrides(further, NAME)["num_draws"] == 9
+    plain = str(params.PARAMS_FOLDER / "smoke.yaml")
+    assert configure(plain)[1].name == params.run_of(plain).name == "smoke"
 
 
 def test_the_fast_profile_differs_from_the_thesis_in_what_its_treatment_says():

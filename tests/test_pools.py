@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import time
@@ -219,6 +220,32 @@ def test_a_listing_is_made_again_and_what_is_not_listed_is_checked(store):
     assert {index for index, _ in again.asked} == {0}
 
 
+def test_what_a_listing_or_a_number_of_attempts_says_wrongly_is_made_again(store):
+    bad = {pools.image_seed(SPEC, 1, 0)}
+    pool = grow(store, 3, FakeSampler(rejects=bad.__contains__))
+    listing, images = pool.files[0].parent / "metadata.csv", content(pool)
+    text = listing.read_text()
+    listing.write_text(text.replace(pool.digests[0], "0" * 20))
+    pools.verify(store, SPEC)
+    assert content(grow(store, 3, FakeSampler(rejects=bad.__contains__))) == images
+    assert listing.read_text() == text
+    listing.unlink()
+    pool.files[1].with_suffix(".attempts").write_text("")
+    (pool.files[0].parent / "sheet.png").write_bytes(b"somebody else's")
+    again = grow(store, 3, FakeSampler(rejects=bad.__contains__))
+    assert again == pool
+    assert listing.read_text() == text
+
+
+def test_images_without_png_signature_are_not_whole():
+    whole = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(whole, format="PNG")
+    assert pools.is_whole_png(whole.getvalue())
+    assert not pools.is_whole_png(b"X" + whole.getvalue()[1:])
+    assert not pools.is_whole_png(whole.getvalue()[:-1])
+    assert not pools.is_whole_png(b"")
+
+
 def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
     spec = {**SPEC, "class": "boot"}
     folder = store.folder("pools", spec)
@@ -229,7 +256,7 @@ def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
         (folder / name).write_bytes(b"0" * 40)
         values = (name, "boot", "a boot", index, 1, 40, pools.digest_of(b"0" * 40))
         rows[index] = dict(zip(pools.COLUMNS, map(str, values), strict=True))
-    pools._write_rows(list(rows.values()), folder / "metadata.csv")
+    pools._write_rows(rows, folder)
     asked = techniques.Request(spec, range(10_000), None, {}, (), None)
     began = time.perf_counter()
     [pool] = pools.grow(store, [asked], FakeSampler, Batch(7, "sampling.batch_size"), 5)
