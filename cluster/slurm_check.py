@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.faults import contents
+from tests.faults import Runner, contents
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -91,6 +91,7 @@ def main() -> int:
             print(f"jobs {', '.join(jobs)}: {jobs[0]} is cancelled", flush=True)
             say("scancel", jobs[0])
             code = run.wait()
+            processes = Runner(folder, []).left_behind()
             left = say("squeue", "--noheader").strip()
         minutes = (time.monotonic() - began) / 60
         alone, jobs_made = contents(folder / "alone"), contents(folder / "jobs")
@@ -99,8 +100,8 @@ def main() -> int:
         print(
             f"exit code {code}, {len(names)} files, {len(differing)} differ, {minutes:.1f} minutes"
         )
-        print(f"jobs left behind: {left or 'none'}")
-        return 1 if code or differing or left else 0
+        print(f"left behind: jobs {left or 'none'}, processes {processes or 'none'}")
+        return 1 if code or differing or left or processes else 0
 
 
 if __name__ == "__main__":
