@@ -274,7 +274,7 @@ def scaling(study: Study, folder: str) -> dict[str, dict[int, float]]:
 
     def runs(first: int, count: int) -> None:
         grid = cells.repeated(arms, "controlled", 1, first + count)
-        cells.run(trained, grid[first:], progress=False)
+        cells.run(trained, grid[first:])
 
     make_images(afresh(study, folder), 20, 1)  # whoever is first reads the model's files
     runs(0, 1)

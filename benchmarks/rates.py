@@ -109,7 +109,7 @@ def main() -> None:
     )
 
     began = time.perf_counter()
-    pools.technique_pools(study, "retrieval", 0, 100, progress=False)
+    pools.technique_pools(study, "retrieval", 0, 100)
     result["retrieved images per second"] = round(1000 / (time.perf_counter() - began), 1)
 
     example = NoisyLatents(pipeline, study.data.splits["train"].images(range(64)), 32, seed=0)

@@ -44,7 +44,7 @@ def list_techniques(arguments: argparse.Namespace) -> None:
 
 def make_images(arguments: argparse.Namespace) -> None:
     """Images of some classes by a technique, as an image folder with ``metadata.csv``."""
-    from sdaug_utils.generation import export
+    from sdaug_utils import export
     from sdaug_utils.study import configure, open_study
 
     profile = arguments.profile

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -69,19 +70,17 @@ def half_precision(settings: Settings) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def one_by_one(
-    settings: Settings, work: Callable[[int], Result], items: Sequence[int]
-) -> list[Result]:
-    """Do pieces of work; on the CPU with a single thread of PyTorch.
+@contextmanager
+def one_thread(settings: Settings) -> Iterator[None]:
+    """On the CPU a single thread of PyTorch.
 
     Small networks gain little from several cores, and so the results do not depend on their number.
     """
-    if device_of(settings).type != "cpu":
-        return [work(item) for item in items]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if device_of(settings).type == "cpu":
+        torch.set_num_threads(1)
     try:
-        return [work(item) for item in items]
+        yield
     finally:
         torch.set_num_threads(threads)
 

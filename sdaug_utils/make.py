@@ -76,16 +76,6 @@ class Outcome:
     busy: float = 0.0  # seconds of all workers together
     workers: int = 0
 
-    def add(self, other: Outcome) -> None:
-        """Add what became of a later list, by the same workers."""
-        for kind, number in other.made.items():
-            self.made[kind] = self.made.get(kind, 0) + number
-        self.failures |= other.failures
-        self.left_out += other.left_out
-        self.seconds += other.seconds
-        self.busy += other.busy
-        self.workers = max(self.workers, other.workers)
-
 
 @dataclass(frozen=True)
 class Workers:
@@ -276,9 +266,9 @@ def verify(asked: plan.Asked) -> None:
 
 def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
     """Make what is left of all that some notebooks need."""
-    asked, total = list(asked), Outcome()
+    asked, outcome = list(asked), Outcome()
     if not asked:
-        return total
+        return outcome
     orders = orders_for(asked)
     with contextlib.ExitStack() as stack:
         client: Client | None = None
@@ -289,15 +279,17 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
             if client is None:
                 settings = asked[0][1].settings
                 client = stack.enter_context(connected(workers, settings))
-            total.add(_make_on(client, orders, work, workers.timeout))
-    return total
+            _make_on(client, orders, work, workers.timeout, outcome)
+    return outcome
 
 
-def _make_on(client: Client, orders: str, work: plan.Work, timeout: float) -> Outcome:
+def _make_on(
+    client: Client, orders: str, work: plan.Work, timeout: float, outcome: Outcome
+) -> None:
     """Make units on workers; the longest path of what needs each other goes first."""
     from distributed import as_completed
 
-    began, outcome = time.monotonic(), Outcome()
+    began = time.monotonic()
     paths, futures = work.longest_paths(), dict[str, Any]()
     for unit in work.waiting:
         futures[unit.key] = client.submit(
@@ -327,9 +319,8 @@ def _make_on(client: Client, orders: str, work: plan.Work, timeout: float) -> Ou
         else:
             outcome.failures[unit.name] = _reason(futures[unit.key].exception())
             tqdm.write(f"{unit.name}: {outcome.failures[unit.name]}")
-    outcome.seconds = time.monotonic() - began
+    outcome.seconds += time.monotonic() - began
     outcome.workers = len(client.nthreads())
-    return outcome
 
 
 def _reason(error: BaseException) -> str:
@@ -371,6 +362,15 @@ class Progress(contextlib.ExitStack):
                 )
 
 
+def make_here(units: Sequence[Unit]) -> None:
+    """Make what is left of some units in this process."""
+    work = plan.Work(units)
+    with Progress(work) as progress:
+        for unit in work.waiting:
+            unit.make()
+            progress.update(unit.kind, work.left[unit.key])
+
+
 def make(study: Study, p: params.Experiment) -> None:
     """Make what a notebook needs, with a word on what is missing and about how long it takes.
 
@@ -380,14 +380,11 @@ def make(study: Study, p: params.Experiment) -> None:
     asked = [(name, study, p)]
     work = plan.Work(plan.units(plan.wanted(asked)))
     print(_told(study, work))
-    if not work.waiting:
-        return
     if work.seconds() > IN_PROCESS:
         make_all(asked, Workers())
-        return
-    for listed in plan.STAGES:
-        for unit in plan.Work(listed(asked)).waiting:
-            unit.make()
+    elif work.waiting:
+        for listed in plan.STAGES:
+            make_here(listed(asked))
 
 
 def _told(study: Study, work: plan.Work) -> str:

@@ -236,7 +236,8 @@ class Planner:
             made += self.models(shelf, models, learnt)
         for key, requests in by_model.items():
             if requests[0].technique.learns and key not in learnt:
-                made.append(self.passing_model(requests))
+                counts = [[self.pool_of(r), len(r.indices)] for r in requests]
+                made.append(self._image_unit(requests, counts, None, learnt=True))
             else:
                 made += self.images(requests, learnt.get(key))
         return [*made, *self.training()]
@@ -270,29 +271,6 @@ class Planner:
             made.append(unit)
         return made
 
-    def passing_model(self, requests: Sequence[Request]) -> Unit:
-        """A model that is not kept, with all its images."""
-        first, technique = requests[0], requests[0].technique
-        count = sum(len(request.indices) for request in requests)
-        cost, number = technique.model_cost(self.settings)
-        key = f"images-{digest({'images': [self.pool_of(r) for r in requests], 'count': count})}"
-        for request in requests:
-            self.makers.setdefault(self.pool_of(request), set()).add(key)
-        return Unit(
-            name=f"{technique.name}, {first.spec['class']}: a model and its {count} images, "
-            f"draw {first.spec['draw']}",
-            key=key,
-            kind="images",
-            items=count,
-            left=partial(_images_left, self.study, requests),
-            make=partial(fill, self.study, requests),
-            seconds=number * self.seconds[cost] + count * self.seconds[technique.image_cost],
-            num_bytes=count * self.image_bytes,
-            passing_bytes=technique.model_bytes * self.is_large,
-            models=1,
-            notebook=self._first_notebook(requests),
-        )
-
     def images(self, requests: Sequence[Request], model: Unit | None) -> list[Unit]:
         """Whole blocks of pools, in units that are neither large nor long, of a notebook each."""
         each = self.seconds[requests[0].technique.image_cost]
@@ -309,30 +287,48 @@ class Planner:
                     parts.append([])
                 parts[-1].append(block)
                 last = notebook
-        return [self._some_images(part, each, model) for part in parts]
+        made = []
+        for part in parts:
+            known = [[self.pool_of(b), b.indices[0], b.indices[-1], len(b.indices)] for b in part]
+            whole = []  # blocks of one pool are one request again
+            for _, group in itertools.groupby(part, self.pool_of):
+                same = list(group)
+                indices = [index for block in same for index in block.indices]
+                whole.append(replace(same[0], indices=indices))
+            made.append(self._image_unit(whole, known, model))
+        return made
 
-    def _some_images(self, blocks: Sequence[Request], each: float, model: Unit | None) -> Unit:
-        first, count = blocks[0], sum(len(block.indices) for block in blocks)
-        known = [[self.pool_of(b), b.indices[0], b.indices[-1], len(b.indices)] for b in blocks]
+    def _image_unit(
+        self, parts: Sequence[Request], known: list[Any], model: Unit | None, learnt: bool = False
+    ) -> Unit:
+        """A unit of images, whose key is of what is ``known`` of them.
+
+        Their ``model`` is another unit's, or it is ``learnt`` here, and passes.
+        """
+        first, count = parts[0], sum(len(request.indices) for request in parts)
+        technique = first.technique
         key = f"images-{digest({'images': known})}"
-        whole = []  # blocks of one pool are one request again
-        for pool, group in itertools.groupby(blocks, self.pool_of):
-            same = list(group)
-            indices = [index for block in same for index in block.indices]
-            whole.append(replace(same[0], indices=indices))
-            self.makers.setdefault(pool, set()).add(key)
+        for request in parts:
+            self.makers.setdefault(self.pool_of(request), set()).add(key)
+        learning = passing = 0.0
+        if learnt:
+            cost, number = technique.model_cost(self.settings)
+            learning = number * self.seconds[cost]
+            passing = technique.model_bytes * self.is_large
         return Unit(
-            name=f"{first.technique.name}, {first.spec['class']}: {count} images from "
-            f"{first.indices[0]}, draw {first.spec['draw']}",
+            name=f"{technique.name}, {first.spec['class']}: {'a model, ' if learnt else ''}{count} "
+            f"images from {first.indices[0]}, draw {first.spec['draw']}",
             key=key,
             kind="images",
             items=count,
-            left=partial(_images_left, self.study, whole),
-            make=partial(fill, self.study, whole),
-            seconds=count * each,
+            left=partial(_images_left, self.study, parts),
+            make=partial(fill, self.study, parts),
+            seconds=learning + count * self.seconds[technique.image_cost],
             num_bytes=count * self.image_bytes,
+            passing_bytes=passing,
+            models=int(learnt),
             needs=frozenset([model.key] if model else ()),
-            notebook=self._first_notebook(whole),
+            notebook=self._first_notebook(parts),
         )
 
     def _first_notebook(self, requests: Sequence[Request]) -> str:

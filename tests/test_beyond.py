@@ -92,7 +92,7 @@ def test_a_cell_trains_on_what_its_rule_keeps(world):
     assert all(np.array_equal(images[first + i], every[row]) for i, row in enumerate(kept))
     assert labels[first:].tolist() == [row // 6 for row in kept] == [0, 0, 1, 1]
     assert sum(map(len, trainer.features(confident))) == len(images)
-    results = run(world, [confident, any_of_them], progress=False)
+    results = run(world, [confident, any_of_them])
     assert set(results["rule"]) == {"confidence", "chance"}
     assert set(results["num_synthetic"]) == {4}
 
@@ -124,7 +124,7 @@ def test_only_the_cell_s_own_real_images_judge(world):
 def test_runs_without_a_rule_are_what_they_were(world):
     plain = chosen().model_copy(update={"chosen_from": 0})
     assert "rule" not in cells.spec(world, plain)["cell"]
-    assert "chosen_from" not in run(world, [plain], progress=False)
+    assert "chosen_from" not in run(world, [plain])
 
 
 def test_more_cannot_be_kept_than_there_are():
@@ -163,7 +163,7 @@ def test_shifts_change_an_image_each_in_its_way(world):
 
 def test_classifiers_see_shifted_images_and_those_as_they_are(world):
     grid = [chosen().model_copy(update={"seed": seed, "chosen_from": 0}) for seed in (0, 1)]
-    plain = run(world, grid, progress=False)
+    plain = run(world, grid)
     rows = with_shifts(world, grid)
     assert len(rows) == 2 * (1 + len(shifts.SHIFTS))
     same = rows[rows["shift"] == "none"]

@@ -27,7 +27,7 @@ def test_a_grid_has_every_combination_once(grid):
 
 def test_cells_are_trained_once_and_say_what_they_saw(world, grid, monkeypatch):
     assert cells.plan(world, grid)["already in the store"].sum() == 0
-    results = cells.run(world, grid, progress=False)
+    results = cells.run(world, grid)
     assert cells.plan(world, grid)["already in the store"].sum() == len(grid)
     baseline = results[(results["arm"] == "baseline") & (results["real_percent"] == 50)]
     assert set(baseline["num_real"]) == {20}
@@ -40,7 +40,7 @@ def test_cells_are_trained_once_and_say_what_they_saw(world, grid, monkeypatch):
     assert cells.scores(results, arm="baseline", real_percent=100).shape == (2, 2, 10)
 
     monkeypatch.setattr(classifier, "train_controlled", lambda *_: pytest.fail("trained again"))
-    again = cells.run(world, grid, progress=False)
+    again = cells.run(world, grid)
     arrays = ["scores", "predictions"]
     assert again.drop(columns=arrays).equals(results.drop(columns=arrays))
 
@@ -59,13 +59,13 @@ def test_a_cell_depends_on_its_settings_and_data(world, grid):
 
 
 def test_a_missing_arm_is_an_error(world, grid):
-    results = cells.run(world, grid[:1], progress=False)
+    results = cells.run(world, grid[:1])
     with pytest.raises(KeyError, match=r"no run of .*dreambooth"):
         cells.scores(results, arm="dreambooth", real_percent=5)
 
 
 def test_incomplete_double_and_mixed_runs_are_refused(world, grid):
-    results = cells.run(world, grid, progress=False)
+    results = cells.run(world, grid)
     doubled = pd.concat([results, results])
     lacking = results.drop(index=0)
     mixed = results.assign(protocol=["published"] * 3 + ["controlled"] * (len(results) - 3))
@@ -97,7 +97,7 @@ def test_synthetic_images_alone_and_augmented_ones_are_trained_on(world):
     ]
     alone, both = cells.repeated(arms, "controlled", 1, 1)
     assert both.arm == "stable-diffusion-prompt+randaugment"
-    results = cells.run(world, [alone, both], progress=False)
+    results = cells.run(world, [alone, both])
     assert results["num_real"].tolist() == [0, 4]
     assert results["num_synthetic"].tolist() == [4, 4]
 
@@ -109,14 +109,14 @@ def test_segmenters_share_trimaps_with_their_control_images_and_learn(world):
         + experiments.synthetic(["controlnet-segmentation"], [(100, [2])])
     ]
     grid = cells.repeated(arms, "controlled", 1, 1)
-    results = cells.run(world, grid, progress=False)
+    results = cells.run(world, grid)
     assert results["num_synthetic"].tolist() == [0, 4]
     assert results["scores"].map(lambda scores: scores.shape == (10,)).all()
     assert results["mean_iou"].map(lambda iou: iou.min() >= 0 and iou.max() <= 1).all()
     rows, labels = cells.examples(world, grid[1])
     assert labels.shape == (2, 32, 32)
     assert set(world.data.splits["test"].labels[rows]) == {0, 1}
-    again = cells.run(world, grid, progress=False)
+    again = cells.run(world, grid)
     assert again["test_score"].tolist() == results["test_score"].tolist()
 
 
@@ -127,7 +127,7 @@ def test_controls_from_outside_are_an_arm_of_their_own(world):
     )
     assert (inside.arm, cells.pool_percent(world, inside)) == ("controlnet-canny", 10)
     assert (outside.arm, cells.pool_percent(world, outside)) == ("controlnet-canny+outside", 100)
-    results = cells.run(world, [inside, outside], progress=False)
+    results = cells.run(world, [inside, outside])
     assert results["num_real"].tolist() == [4, 4]
     assert cells.folder(world, inside) != cells.folder(world, outside)
 
@@ -173,7 +173,7 @@ def test_real_images_have_more_views_than_synthetic_ones(world):
 def test_views_are_varied_up_to_those_in_use(world):
     arms = [{"real_percent": percent, "augmentation": "custom"} for percent in (100, 10)]
     grid = cells.repeated(arms, "controlled", 1, 1)
-    own = cells.run(world, grid, progress=False)
+    own = cells.run(world, grid)
     found = cells.with_views(world, grid, [1, 2, 3])
     assert found.groupby("num_views")["real_percent"].apply(list).to_dict() == {
         1: [100, 10],
@@ -211,7 +211,7 @@ def test_a_frozen_twin_has_the_same_updates_at_the_same_rate(world, monkeypatch)
 def test_segmenters_are_trained_for_other_numbers_of_updates(world):
     arm = {"task": "segmentation", "real_percent": 10}
     grid = cells.repeated([arm], "controlled", 1, 1)
-    own = cells.run(world, grid, progress=False)
+    own = cells.run(world, grid)
     found = cells.with_updates(world, grid, [3, 6])
     assert found["num_updates"].tolist() == [3, 6]
     assert (found["scores"][1] == own["scores"][0]).all()  # six are the profile's own
@@ -220,7 +220,7 @@ def test_segmenters_are_trained_for_other_numbers_of_updates(world):
 def test_a_classifier_on_pixels_learns_without_a_network(world, monkeypatch):
     monkeypatch.setattr(features, "load_backbone", lambda *_: pytest.fail("a network"))
     grid = cells.repeated(experiments.baselines([100]), "pixels", 1, 1)
-    [row] = cells.run(world, grid, progress=False).to_dict("records")
+    [row] = cells.run(world, grid).to_dict("records")
     assert row["protocol"] == "pixels"
     assert row["test_score"] > 0.8  # trousers and bags
     assert row["num_updates"] == world.settings.classifier.controlled.max_train_steps

@@ -11,8 +11,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sdaug_utils import __main__ as commands
-from sdaug_utils.generation import export, pools
+from sdaug_utils import export
+from sdaug_utils.generation import pools
 from sdaug_utils.store import PARTIAL
+from sdaug_utils.study import ROOT
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_images_come_as_a_folder_that_torchvision_reads(call, world, tmp_path):
     assert {row["file_name"] for row in rows} == {
         os.path.relpath(path, into) for path, _ in read.samples
     }
-    pool = pools.technique_pools(world, "stable-diffusion-prompt", 0, 3, progress=False)[0]
+    pool = pools.technique_pools(world, "stable-diffusion-prompt", 0, 3)[0]
     [first] = [row for row in rows if row["file_name"].startswith(f"{pool.class_name}/")][:1]
     assert int(first["seed"]) == pool.seeds[0]
     assert Image.open(into / first["file_name"]).tobytes() == pool.images()[0].tobytes()
@@ -106,7 +108,7 @@ def test_a_folder_of_something_else_is_left_alone(call, tmp_path):
 
 
 def test_the_store_is_listed_shown_and_pruned(call, world):
-    [pool, *_] = pools.technique_pools(world, "stable-diffusion-prompt", 0, 2, progress=False)
+    [pool, *_] = pools.technique_pools(world, "stable-diffusion-prompt", 0, 2)
     folder = pool.files[0].parent
     assert "pools " in call("store", "ls")[1]
     listed = call("store", "ls", "pools")[1]
@@ -171,7 +173,7 @@ def test_help_waits_for_nothing_slow():
         "except SystemExit: print(sorted({'torch.nn', 'diffusers', 'pandas'} & set(sys.modules)))"
     )
     shown = subprocess.run(
-        [sys.executable, "-c", asked], cwd=commands.ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "--into" in shown.stdout
     assert shown.stdout.endswith("[]\n")

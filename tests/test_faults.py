@@ -249,7 +249,7 @@ def test_control_images_take_turns(world):
 def test_chance_is_nothing(world):
     judge = subjects.Judge(world)
     judge.head = lambda made: torch.tensor([[1.0, 0.0]]).expand(len(made), 2)  # always class 0
-    [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2, progress=False)
+    [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2)
     for labels, expected in (((0,), 0.5), ((1,), -0.5), ((0, 1), 0.0)):
         subject = subjects.Subject("one", labels, (0, 1))
         assert judge([pool], {"A {}": None}, subject)["in_class"] == pytest.approx(expected)
@@ -295,7 +295,7 @@ def test_in_context_counts_fidelity_where_the_prompt_is_obeyed(world, monkeypatc
 def test_a_kind_is_more_than_its_classes(world):
     judge = subjects.Judge(world, [["trouser", "bag"]])
     judge.head = lambda made: torch.tensor([[1.0, 0.0]]).expand(len(made), 2)  # always class 0
-    [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2, progress=False)
+    [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2)
     other = subjects.Subject("bags", (1,), (20, 21))
     assert judge([pool], {"A {}": None}, other)["in_kind"] == 1
     assert subjects.Judge(world).kinds.tolist() == ["trouser", "bag"]

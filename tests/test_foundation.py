@@ -134,7 +134,7 @@ def hub_study(world, cache):
 
 @pytest.mark.parametrize("technique", list(techniques()))
 def test_models_of_the_hub_run_every_technique(hub_study, technique):
-    made = pools.technique_pools(hub_study, technique, 0, 1, progress=False)
+    made = pools.technique_pools(hub_study, technique, 0, 1)
     assert [pool.attempts for pool in made] == [(1,), (1,)]
     spec = json.loads((made[0].files[0].parent / "spec.json").read_text())
     assert spec["foundation"] == COMMIT

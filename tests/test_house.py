@@ -17,7 +17,6 @@ FLOW = [
     "study",
     *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pools")),
     "generation.techniques",
-    "generation.export",
     *(
         f"training.{room}"
         for room in ("features", "classifier", "segmenter", "mixing", "selection", "cells")
@@ -27,7 +26,7 @@ FLOW = [
         for room in ("records", "metrics", "subjects", "likeness", "claims", "figures")
     ),
     *(f"evidence.{room}" for room in ("gallery", "prose", "report")),
-    *("experiments", "rates", "plan", "make", "notebooks", "summary"),
+    *("experiments", "rates", "plan", "make", "export", "notebooks", "summary"),
     *("site.gallery", "site.pages", "__main__"),
 ]
 FILES = {

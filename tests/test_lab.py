@@ -110,7 +110,7 @@ def test_a_gallery_pages_through_pools_and_falls_back_on_a_sheet(world, monkeypa
     shown = []
     monkeypatch.setattr(gallery, "display", shown.append)
     made = {
-        name: pools.technique_pools(world, name, 0, count, progress=False)
+        name: pools.technique_pools(world, name, 0, count)
         for name, count in (("stable-diffusion-prompt", 12), ("real-guidance", 3))
     }
     rows = {"prompt": [made["stable-diffusion-prompt"][0].images()[:2]]}

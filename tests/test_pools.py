@@ -315,11 +315,11 @@ def test_the_real_pipeline_makes_the_same_images_in_any_batch(world):
     ],
 )
 def test_every_technique_fills_a_pool_per_class(world, technique):
-    made = pools.technique_pools(world, technique, 0, 2, progress=False)
+    made = pools.technique_pools(world, technique, 0, 2)
     assert [pool.class_name for pool in made] == list(world.data.class_names)
     assert all(image.shape == (32, 32, 3) for pool in made for image in pool.images())
     before = [content(pool) for pool in made]
-    grown = pools.technique_pools(world, technique, 0, 3, progress=False)
+    grown = pools.technique_pools(world, technique, 0, 3)
     assert [content(pool)[:2] for pool in grown] == before
     first, second = (techniques.technique_requests(world, technique, draw, 1) for draw in (0, 1))
     assert all(a.spec != b.spec for a, b in zip(first, second, strict=True))
@@ -340,7 +340,7 @@ def test_personalisation_sees_nothing_outside_the_draws_subset(world, technique)
 def test_control_images_come_from_the_subset_and_percentages_share_images(world):
     train = world.data.splits["train"]
     made = {
-        percent: pools.technique_pools(world, "controlnet-canny", 0, 5, percent, progress=False)
+        percent: pools.technique_pools(world, "controlnet-canny", 0, 5, percent)
         for percent in (100, 10)
     }
     for percent, of_classes in made.items():
@@ -362,7 +362,7 @@ def test_images_follow_their_control(world):
     settings = world.settings.model_copy(update={"controlnet": settings})
     study = type(world)(world.profile, settings, world.data, world.store)
     train = world.data.splits["train"]
-    [pool, _] = pools.technique_pools(study, "controlnet-segmentation", 0, 6, progress=False)
+    [pool, _] = pools.technique_pools(study, "controlnet-segmentation", 0, 6)
 
     def overlap(image, row):
         first, second = control.silhouette(image), control.silhouette(train.load(row))
@@ -419,10 +419,7 @@ def test_subjects_learnt_in_parts_are_those_learnt_together(world, tmp_path):
     inversion = world.settings.textual_inversion.model_copy(update={"subjects_at_once": 1})
     settings = world.settings.model_copy(update={"textual_inversion": inversion})
     parts = type(world)(world.profile, settings, world.data, type(world.store)(tmp_path / "other"))
-    made = [
-        pools.technique_pools(study, "textual-inversion", 0, 1, progress=False)
-        for study in (world, parts)
-    ]
+    made = [pools.technique_pools(study, "textual-inversion", 0, 1) for study in (world, parts)]
     for first, second in zip(*made, strict=True):
         assert first.files[0].parent.name == second.files[0].parent.name
         images = [np.asarray(pool.images()[0], int) for pool in (first, second)]

@@ -36,9 +36,9 @@ def cell(**more):
 
 
 def test_da_fusion_uses_the_words_of_textual_inversion(world):
-    pools.technique_pools(world, "textual-inversion", 0, 1, progress=False)
+    pools.technique_pools(world, "textual-inversion", 0, 1)
     learnt = sorted((world.store.root / "textual-inversion").iterdir())
-    made = pools.technique_pools(world, "da-fusion", 0, 4, 50, progress=False)
+    made = pools.technique_pools(world, "da-fusion", 0, 4, 50)
     assert sorted((world.store.root / "textual-inversion").iterdir()) == learnt
     assert not (world.store.root / "da-fusion").exists()
     train, allowed = (
@@ -71,7 +71,7 @@ def test_less_noise_leaves_more_of_the_image(world):
     distances = []
     for strength in (0.5, 1.0):
         fusion = changed(world, da_fusion={"strengths": [strength]})
-        made = pools.technique_pools(fusion, "da-fusion", 0, 4, progress=False)
+        made = pools.technique_pools(fusion, "da-fusion", 0, 4)
         rows = [row for pool in made for row in pool.followed]
         real = np.stack(list(world.data.splits["train"].images(rows))).astype(float)
         distances.append(np.abs(stacked(made) - real).mean())
@@ -90,7 +90,7 @@ def test_a_strength_that_leaves_no_step_is_refused(world):
 def test_diff_mix_turns_images_of_other_classes_and_mixes_their_labels(world):
     train = world.data.splits["train"]
     allowed = datasets.subset(train.labels, 50)
-    made = pools.technique_pools(world, "diff-mix", 0, 3, 50, progress=False)
+    made = pools.technique_pools(world, "diff-mix", 0, 3, 50)
     for label, pool in enumerate(made):
         assert set(pool.followed) <= set(allowed)
         assert (train.labels[list(pool.followed)] != label).all()
@@ -100,7 +100,7 @@ def test_diff_mix_turns_images_of_other_classes_and_mixes_their_labels(world):
     own = 0.7**0.5
     assert targets[-1].tolist() == pytest.approx([1 - own, own])  # a bag that was trousers
     assert set(targets[: len(allowed)].flatten().tolist()) == {0.0, 1.0}
-    assert run(world, [mixed], progress=False)["num_synthetic"].tolist() == [6]
+    assert run(world, [mixed])["num_synthetic"].tolist() == [6]
     other = changed(world, diff_mix={"gamma": 1.0})
     assert spec(other, mixed) != spec(world, mixed)
 
@@ -162,9 +162,7 @@ def test_personalised_subjects_have_no_images_to_follow():
 
 
 def test_retrieved_images_are_the_corpus_s_own(world):
-    first, second = (
-        pools.technique_pools(world, "retrieval", draw, 5, progress=False) for draw in (0, 1)
-    )
+    first, second = (pools.technique_pools(world, "retrieval", draw, 5) for draw in (0, 1))
     for label, pool in enumerate(first):
         known = {image.tobytes() for image in corpus.naming("miniature", pool.class_name)}
         assert len(known) == 200
@@ -173,7 +171,7 @@ def test_retrieved_images_are_the_corpus_s_own(world):
     study = {image.tobytes() for split in world.data.splits.values() for image in split.images()}
     assert not study & {image.tobytes() for pool in first for image in pool.images()}
     with pytest.raises(InputError, match=r"200 of its captions name 'trouser'"):
-        pools.technique_pools(world, "retrieval", 0, 201, progress=False)
+        pools.technique_pools(world, "retrieval", 0, 201)
 
 
 def test_no_image_of_the_corpus_is_as_near_to_the_study_as_its_own_are_to_each_other():
@@ -295,7 +293,7 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
     unnamed = changed(world, retrieval={"corpus": None})
     assert technique_requests(unnamed, "retrieval", 0, 500)
     with pytest.raises(InputError, match=r"retrieval\.corpus: null: name a folder"):
-        pools.technique_pools(unnamed, "retrieval", 0, 1, progress=False)
+        pools.technique_pools(unnamed, "retrieval", 0, 1)
     values = params.parameters_cell(NOTEBOOKS / "11-rivals.ipynb")
     p = params.check_notebook("11-rivals", values | params.overrides("smoke", "11-rivals"))
     experiments.check(unnamed, p)

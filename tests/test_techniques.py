@@ -56,7 +56,7 @@ def test_its_images_begin_as_real_ones_of_the_subset(world):
     distances = {}
     for strength in (0.5, 1.0):
         study = with_strength(world, strength)
-        made = pools.technique_pools(study, "real-guidance", 0, 4, 10, progress=False)
+        made = pools.technique_pools(study, "real-guidance", 0, 4, 10)
         assert {row for pool in made for row in pool.followed} <= inside
         distances[strength] = np.mean(
             [
@@ -87,7 +87,7 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
     assert counts["runs"] == 2 * (1 + 2) * 2
     assert work.seconds() > 0
     arms = baselines([10]) + synthetic(["real-guidance"], [(10, [1, 3])])
-    results = cells.run(world, cells.repeated(arms, "controlled", 2, 1), progress=False)
+    results = cells.run(world, cells.repeated(arms, "controlled", 2, 1))
     table = claims.summary(results, "oxford-iiit-pet")
     theirs = claims.published_settings(["real-guidance"], "oxford-iiit-pet")
     figure = figures.amounts(theirs, table, [10])

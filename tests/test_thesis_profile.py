@@ -168,7 +168,7 @@ def test_a_model_that_is_not_kept_counts_where_its_images_are_still_to_be_made(w
 
     world = changed(world, dreambooth={"prior_loss_weight": 0.0, "keep_models": False})
     assert learnt(world, 1) == learnt(world, 3) == (2, 2)
-    pools.technique_pools(world, "dreambooth", 0, 1, progress=False)
+    pools.technique_pools(world, "dreambooth", 0, 1)
     assert learnt(world, 1) == (0, 2)
     assert learnt(world, 3) == (2, 2)  # they were deleted when all that was asked for was made
     assert learnt(changed(world, dreambooth={"keep_models": True}), 1) == (0, 2)
@@ -219,7 +219,7 @@ def test_a_part_that_is_filled_up_to_a_batch_is_halved_like_a_whole_one():
 
 
 def test_a_pool_is_the_same_where_the_memory_is_short(world, tmp_path, monkeypatch):
-    whole = pools.technique_pools(world, "stable-diffusion-prompt", 0, 4, progress=False)
+    whole = pools.technique_pools(world, "stable-diffusion-prompt", 0, 4)
     pipeline_sampler = pools.pipeline_sampler
 
     def short(*arguments, **more):
@@ -234,7 +234,7 @@ def test_a_pool_is_the_same_where_the_memory_is_short(world, tmp_path, monkeypat
 
     monkeypatch.setattr(pools, "pipeline_sampler", short)
     elsewhere = Study(world.profile, world.settings, world.data, type(world.store)(tmp_path / "x"))
-    parts = pools.technique_pools(elsewhere, "stable-diffusion-prompt", 0, 4, progress=False)
+    parts = pools.technique_pools(elsewhere, "stable-diffusion-prompt", 0, 4)
     for one, other in zip(whole, parts, strict=True):
         assert one.seeds == other.seeds
         for a, b in zip(one.images(), other.images(), strict=True):
@@ -242,12 +242,12 @@ def test_a_pool_is_the_same_where_the_memory_is_short(world, tmp_path, monkeypat
 
 
 def test_fine_tuned_models_go_once_their_images_are_made(world, tmp_path):
-    kept = pools.technique_pools(world, "dreambooth", 0, 2, progress=False)
+    kept = pools.technique_pools(world, "dreambooth", 0, 2)
     assert len(list((world.store.root / "dreambooth").glob("*/unet"))) == 2
     elsewhere = Study(world.profile, world.settings, world.data, type(world.store)(tmp_path / "x"))
     elsewhere = changed(elsewhere, dreambooth={"keep_models": False})
     for count in (1, 2):
-        made = pools.technique_pools(elsewhere, "dreambooth", 0, count, progress=False)
+        made = pools.technique_pools(elsewhere, "dreambooth", 0, count)
         assert not list((elsewhere.store.root / "dreambooth").glob("*/unet"))
     for one, other in zip(kept, made, strict=True):
         assert [file.read_bytes() for file in one.files] == [
@@ -259,7 +259,7 @@ def test_two_processes_may_pass_on_the_same_model(world):
     world = changed(world, dreambooth={"keep_models": False, "prior_loss_weight": 0.0})
     with ThreadPoolExecutor(2) as executor:
         both = executor.map(
-            lambda count: pools.technique_pools(world, "dreambooth", 0, count, progress=False),
+            lambda count: pools.technique_pools(world, "dreambooth", 0, count),
             (1, 3),
         )
         few, many = both
@@ -268,7 +268,7 @@ def test_two_processes_may_pass_on_the_same_model(world):
 
 
 def test_lora_is_a_technique_of_its_own_and_small(world):
-    made = pools.technique_pools(world, "dreambooth-lora", 0, 2, progress=False)
+    made = pools.technique_pools(world, "dreambooth-lora", 0, 2)
     assert [len(pool.files) for pool in made] == [2, 2]
     [first, _] = (world.store.root / "dreambooth-lora").glob("*/pytorch_lora_weights.safetensors")
     whole = foundation.MINIATURE_WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
@@ -333,7 +333,7 @@ def test_the_8_bit_optimiser_says_what_it_needs(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     world = changed(world, dreambooth={"optimizer": "adamw-8bit"})
     with pytest.raises(InputError, match="adamw-8bit needs bitsandbytes"):
-        pools.technique_pools(world, "dreambooth", 0, 1, progress=False)
+        pools.technique_pools(world, "dreambooth", 0, 1)
 
 
 def test_no_input_comes_from_outside_a_subset_that_is_smaller(world):
@@ -465,7 +465,7 @@ def test_the_thesis_backbones_train_a_classifier_and_a_segmenter(world):
         {"protocol": "controlled", "real_percent": 20},
         {"protocol": "controlled", "real_percent": 20, "task": "segmentation"},
     ]
-    results = cells.run(world, [cells.Cell(draw=0, seed=0, **arm) for arm in arms], progress=False)
+    results = cells.run(world, [cells.Cell(draw=0, seed=0, **arm) for arm in arms])
     assert results["test_score"].between(0, 1).all()
     assert (results["num_updates"] > 0).all()
 

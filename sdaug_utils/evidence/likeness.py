@@ -28,7 +28,7 @@ def likeness(
     real = feature_arrays(study, test.images())[:, 0]
     for technique in techniques:
         for draw in range(num_draws):
-            pools = technique_pools(study, technique, draw, count, real_percent, False)
+            pools = technique_pools(study, technique, draw, count, real_percent)
             made = feature_arrays(study, images_of(pools))[:, 0].reshape(len(pools), count, -1)
             seen = subset(train.labels, real_percent, draw)
             inputs = feature_arrays(study, train.images(seen))[:, 0]

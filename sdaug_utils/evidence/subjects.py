@@ -102,7 +102,7 @@ def images(
     study: Study, technique: str, subjects: Sequence[Subject], p: params.Subjects
 ) -> list[list[Pool]]:
     """Images of each subject by each prompt: a list of pools per subject, in the prompts' order."""
-    return _by_subject(fill(study, subject_requests(study, technique, subjects, p), technique), p)
+    return _by_subject(fill(study, subject_requests(study, technique, subjects, p)), p)
 
 
 def _by_subject(pools: list[Pool], p: params.Subjects) -> list[list[Pool]]:
@@ -142,7 +142,7 @@ def hypernym_requests(study: Study, p: params.DifferentSubjects) -> list[Request
 
 def hypernym_images(study: Study, p: params.DifferentSubjects) -> list[list[Pool]]:
     """Images of :func:`hypernym_requests`: a list of pools per subject, in the prompts' order."""
-    return _by_subject(fill(study, hypernym_requests(study, p), p.bare_technique), p)
+    return _by_subject(fill(study, hypernym_requests(study, p)), p)
 
 
 def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:

@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from sdaug_utils.compute import Batch, device_of, one_by_one
+from sdaug_utils.compute import Batch, device_of, one_thread
 from sdaug_utils.data.images import Images, read_listed
 from sdaug_utils.generation.foundation import Pipeline, compiled, takes_scale
 from sdaug_utils.generation.technique import Request, technique_requests
@@ -190,7 +189,6 @@ def grow(
     make_sampler: Callable[[], Sampler],
     batch: Batch,
     max_attempts: int,
-    progress: tqdm | None = None,
     alike: Callable[[int], Any] = lambda index: 0,
 ) -> list[Pool]:
     """Make those images of some pools that are missing; the pools share a sampler and its passes.
@@ -221,7 +219,7 @@ def grow(
         with store.lock(*blocks):
             rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
             missing = lacking(rows)  # others may have made some
-            _make(store, specs, folders, missing, sampler, batch, max_attempts, progress, alike)
+            _make(store, specs, folders, missing, sampler, batch, max_attempts, alike)
     for folder, known in zip(folders, rows, strict=True):
         if known != _listed(folder):
             _write_rows(known, folder)
@@ -248,7 +246,6 @@ def _make(
     sampler: Callable[[], Sampler],
     batch: Batch,
     max_attempts: int,
-    progress: tqdm | None,
     alike: Callable[[int], Any],
 ) -> None:
     """Make images; what a process that was killed was writing is deleted first."""
@@ -268,8 +265,6 @@ def _make(
 
     def make(part: Sequence[Item]) -> Sequence[Item]:
         _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
-        if progress:
-            progress.update(len(part))
         return part
 
     def kind(item: Item) -> Any:
@@ -369,21 +364,17 @@ def technique_pools(
     draw: int,
     count: int,
     real_percent: float = 100,
-    progress: bool = True,
 ) -> list[Pool]:
     """A pool per class of what :func:`technique_requests` asks for, made where it is missing."""
     requests = technique_requests(study, technique, draw, count, real_percent)
-    return fill(study, requests, f"{technique}, draw {draw}" if progress else None)
+    return fill(study, requests)
 
 
-def fill(
-    study: Study, requests: Sequence[Request], label: str | None = None, keep: bool = False
-) -> list[Pool]:
+def fill(study: Study, requests: Sequence[Request], keep: bool = False) -> list[Pool]:
     """Make what is missing of the requested pools, personalised models first.
 
-    All requests are of one technique. ``label`` names the progress bars; None shows none. Where
-    learnt models are not to be kept, and not to ``keep`` for now, each is made, used and deleted
-    before the next.
+    All requests are of one technique. Where learnt models are not to be kept, and not to ``keep``
+    for now, each is made, used and deleted before the next.
     """
     settings, store, technique = study.settings, study.store, requests[0].technique
     sampling = technique.sampling(settings)
@@ -391,15 +382,13 @@ def fill(
     pipeline = partial(loaded, technique, settings)
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
     lacking: dict[str, Request] = {}  # of models whose pools are not complete
-    total = 0
     for position, request in enumerate(requests):
-        key, lacks = digest(request.model or request.spec), number_missing(study, request)
+        key = digest(request.model or request.spec)
         groups.setdefault(key, []).append(position)
-        if lacks:
-            lacking[key], total = request, total + lacks
+        if number_missing(study, request):
+            lacking[key] = request
     if technique.learns and kept:
-        learn_models(study, list(lacking.values()), label)
-    bar = tqdm(total=total, desc=f"images: {label}", disable=not (label and total))
+        learn_models(study, list(lacking.values()))
     batch = Batch(sampling.batch_size, "sampling.batch_size")
     pools: dict[int, Pool] = {}
 
@@ -424,11 +413,12 @@ def fill(
 
         with nullcontext() if kept or key not in lacking else _passing(store, group[0]):
             alike = partial(technique.alike, settings)
-            grown = grow(store, group, sampler, batch, sampling.max_attempts, bar, alike)
+            grown = grow(store, group, sampler, batch, sampling.max_attempts, alike)
         pools.update(zip(groups[key], grown, strict=True))
 
-    with bar:
-        one_by_one(settings, lambda number: fill_group(list(groups)[number]), range(len(groups)))
+    with one_thread(settings):
+        for key in groups:
+            fill_group(key)
     return [pools[position] for position in range(len(requests))]
 
 
@@ -438,33 +428,27 @@ def number_missing(study: Study, request: Request) -> int:
     return len(set(request.indices) - there.keys())
 
 
-def learn_models(study: Study, requests: Sequence[Request], label: str | None = None) -> None:
+def learn_models(study: Study, requests: Sequence[Request]) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
     store = study.store
-    folders = [store.folder(request.technique.shelf, request.model) for request in requests]
     lacking = [
         request
-        for request, folder in zip(requests, folders, strict=True)
-        if not store.is_whole(folder, to_read=True)
+        for request in requests
+        if not store.is_whole(store.folder(request.technique.shelf, request.model), to_read=True)
     ]
     if not lacking:
         return
     technique = lacking[0].technique
     size = technique.at_once(study.settings)
-    steps = technique.recipe(study.settings).max_train_steps
-    parts = [lacking[i : i + size] for i in range(0, len(lacking), size)]
-    shown = f"training: {label}" if label else None
-    with tqdm(total=len(parts) * steps, desc=shown, disable=not shown) as bar:
+    for start in range(0, len(lacking), size):
+        some = lacking[start : start + size]
 
-        def learn(number: int) -> None:
-            def make(missing: list[int], folders: list[Path]) -> None:
-                chosen = [parts[number][i] for i in missing]
-                pipeline = loaded(technique, study.settings)
-                technique.learn(study, pipeline, chosen, folders, bar.update)
+        def make(missing: list[int], folders: list[Path], some: Sequence[Request] = some) -> None:
+            pipeline = loaded(technique, study.settings)
+            technique.learn(study, pipeline, [some[i] for i in missing], folders)
 
-            store.get_all(technique.shelf, [request.model for request in parts[number]], make)
-
-        one_by_one(study.settings, learn, range(len(parts)))
+        with one_thread(study.settings):
+            store.get_all(technique.shelf, [request.model for request in some], make)
 
 
 def denoising(study: Study, request: Request) -> np.ndarray:

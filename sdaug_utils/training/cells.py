@@ -12,9 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from tqdm import tqdm
 
-from sdaug_utils.compute import device_of, one_by_one
+from sdaug_utils.compute import device_of, one_thread
 from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import first_per_class, subset
 from sdaug_utils.data.images import Images
@@ -120,7 +119,7 @@ def _listed(values: pd.Series) -> str:
     return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFrame:
+def run(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
     """Train what is not in the store yet; one row per cell.
 
     Columns: the cell's fields, ``arm``, ``num_real`` and ``num_synthetic`` (training images),
@@ -129,7 +128,7 @@ def run(study: Study, cells: Sequence[Cell], progress: bool = True) -> pd.DataFr
     are the classes), the weighted Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds
     that of each image, too).
     """
-    make(study, cells, progress)
+    make(study, cells)
     return pd.DataFrame([_row(study, cell) for cell in cells])
 
 
@@ -152,10 +151,8 @@ def is_made(study: Study, cell: Cell) -> bool:
     return study.store.is_whole(folder(study, cell), to_read=True)
 
 
-def make(
-    study: Study, cells: Sequence[Cell], progress: bool = False, trainer: Trainer | None = None
-) -> list[Cell]:
-    """Train what is not in the store yet, and say what that was.
+def make(study: Study, cells: Sequence[Cell], trainer: Trainer | None = None) -> None:
+    """Train what is not in the store yet.
 
     A ``trainer`` that has been at work before need not read again what it knows.
     """
@@ -164,18 +161,13 @@ def make(
     # The largest pools first: a model that is not kept makes all its images at once.
     for cell in sorted(missing, key=lambda cell: -cell.num_made):
         trainer.prepare(cell)
-    with tqdm(total=len(missing), desc="training runs", disable=not (progress and missing)) as bar:
+    for some in stacks(missing):
 
-        def train(some: Sequence[Cell]) -> None:
-            def write(positions: list[int], folders: list[Path]) -> None:
-                trainer.train([some[position] for position in positions], folders)
+        def write(positions: list[int], folders: list[Path], some: list[Cell] = some) -> None:
+            trainer.train([some[position] for position in positions], folders)
 
+        with one_thread(study.settings):
             study.store.get_all("cells", [spec(study, cell) for cell in some], write)
-            bar.update(len(some))
-
-        parts = stacks(missing)
-        one_by_one(study.settings, lambda number: train(parts[number]), range(len(parts)))
-    return missing
 
 
 def _row(study: Study, cell: Cell) -> dict[str, Any]:
@@ -305,7 +297,7 @@ class Trainer:
     def __init__(self, study: Study) -> None:
         self.study, self.splits = study, study.data.splits
         self.num_classes = len(study.data.class_names)
-        self.pools = cache(partial(technique_pools, study, progress=False))
+        self.pools = cache(partial(technique_pools, study))
         self.features_of = cache(self._features_of)  # of images as they are
         self.kept_of = cache(self._kept)  # rows of pools' images
         self.pixels_of = cache(lambda name: features.pixel_vectors(self.splits[name].images()))
@@ -330,11 +322,8 @@ class Trainer:
         made = self.features_of(tuple(pools))[:, 0]
         data = classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(cell))
         recipe = self.study.settings.classifier.controlled
-
-        def train(_: int) -> torch.nn.Linear:
-            return classifier.judge(data, recipe, self.num_classes)
-
-        [judge] = one_by_one(self.study.settings, train, [0])  # on one core: it is small
+        with one_thread(self.study.settings):
+            judge = classifier.judge(data, recipe, self.num_classes)
         with torch.no_grad():
             probabilities = judge(made).softmax(dim=1).numpy()
         kept = []
@@ -556,7 +545,7 @@ def with_twins(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
         same = {"learning_rate": like.learning_rate, "batch_size": like.batch_size}
         twin = _changed(study, {**same, **steps}, image_size=like.image_size)
         frozen = cell.model_copy(update={"protocol": "controlled"})
-        rows.append(run(twin, [frozen], progress=False))
+        rows.append(run(twin, [frozen]))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -571,7 +560,7 @@ def with_views(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> p
         of_all = dict.fromkeys(("min_views", "min_synthetic_views"), number)
         limited = _changed(study, {**of_all, "num_augmented": 1})
         if fewer := [cell for cell in cells if number <= own[cell]]:
-            rows.append(run(limited, fewer, progress=False).assign(num_views=number))
+            rows.append(run(limited, fewer).assign(num_views=number))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -584,7 +573,7 @@ def with_updates(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) ->
     for number in numbers:
         own = settings.model_copy(update={"max_train_steps": number})
         changed = study.settings.model_copy(update={"segmenter": own})
-        made = run(replace(study, settings=changed), cells, progress=False)
+        made = run(replace(study, settings=changed), cells)
         rows.append(made.assign(step=number))
     return pd.concat(rows, ignore_index=True)
 
@@ -625,7 +614,8 @@ def with_shifts(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
 
         return study.store.get_all("shifts", specs[some], make)
 
-    parts = one_by_one(study.settings, train, range(0, len(cells), STACK))
+    with one_thread(study.settings):
+        parts = [train(start) for start in range(0, len(cells), STACK)]
     rows = []
     for cell, folder in zip(cells, [folder for part in parts for folder in part], strict=True):
         predictions, sure = (np.load(folder / f"{x}.npy") for x in ("predictions", "confidences"))
@@ -681,7 +671,8 @@ def accuracy_curves(
 
         return study.store.get_all("curves", specs[some], make)
 
-    parts = one_by_one(study.settings, train, range(0, len(cells), STACK))
+    with one_thread(study.settings):
+        parts = [train(start) for start in range(0, len(cells), STACK)]
     folders = [folder for part in parts for folder in part]
     return pd.concat(
         pd.read_csv(folder / "curve.csv").assign(

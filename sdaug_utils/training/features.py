@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from sdaug_utils.compute import device_of, one_by_one
+from sdaug_utils.compute import device_of, one_thread
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, digests
 from sdaug_utils.errors import InputError
@@ -334,5 +334,6 @@ def _compute(
         pixels = to_pixels(filled(part)).to(device)
         return backbone(normalise(pixels, backbone))[: len(part)].cpu().numpy()
 
-    parts = one_by_one(study.settings, features, range(0, len(views), FEATURE_BATCH))
+    with one_thread(study.settings):
+        parts = [features(start) for start in range(0, len(views), FEATURE_BATCH)]
     return np.concatenate(parts).reshape(len(rows), len(numbers), -1)

@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from sdaug_utils.compute import device_of, one_by_one
+from sdaug_utils.compute import device_of, one_thread
 from sdaug_utils.data import augment
 from sdaug_utils.data.images import Images, Split
 from sdaug_utils.lazy import torch
@@ -65,14 +65,11 @@ class FeatureMaps:
             return lambda rows: self._maps([images[row] for row in rows]).float()
         keys = images.digests()
         missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
-        parts = [missing[i : i + FEATURE_BATCH] for i in range(0, len(missing), FEATURE_BATCH)]
-
-        def make(number: int) -> None:
-            made = self._maps(filled([images[i] for _, i in parts[number]]))
-            kept = made.half().cpu().contiguous()
-            self.known.update(zip((key for key, _ in parts[number]), kept, strict=False))
-
-        one_by_one(self.study.settings, make, range(len(parts)))
+        with one_thread(self.study.settings):
+            for start in range(0, len(missing), FEATURE_BATCH):
+                part = missing[start : start + FEATURE_BATCH]
+                kept = self._maps(filled([images[i] for _, i in part])).half().cpu().contiguous()
+                self.known.update(zip((key for key, _ in part), kept, strict=False))
         every = torch.stack([self.known[key] for key in keys])
         return lambda rows: every[list(rows)].to(self.device).float()
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdaug_utils import make, plan
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.pools import Pool, fill
 from sdaug_utils.generation.technique import Request, request, technique_requests
@@ -60,7 +61,10 @@ def write_images(
     techniques()[technique].check(study.settings)
     require_writable(into)
     requests = _requests(study, technique, classes, count, draw, real_percent)
-    pools = fill(study, requests, technique)
+    wanted = plan.Wanted()
+    wanted.ask(requests)
+    make.make_here(plan.units({study: wanted}))
+    pools = fill(study, requests)
     rows = _listed(into / LISTING)
     for asked, pool in zip(requests, pools, strict=True):
         folder = into / pool.class_name
