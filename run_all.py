@@ -4,14 +4,14 @@
     python run_all.py                         all notebooks, miniature profile
     python run_all.py --only 03 06            some of them
     python run_all.py --dry-run               what they need and how long it takes; starts nothing
-    python run_all.py --force                 what is up to date, too
+    python run_all.py --force                 run every notebook again
     python run_all.py --profile thesis --dataset FOLDER    on one's own images
 
-What is asked for is resolved once, into runs/<name>/config.yaml, and all parameters of all
-notebooks are checked before the first one starts. What the store has is not made again; a notebook
-that was run with the same code, settings, data and models is not run again. One that fails does
-not stop the others, unless --no-keep-going says so: it is kept as far as it came, and the run ends
-with exit code 1.
+The profile and all options are written, merged, to runs/<name>/config.yaml. All parameters of all
+notebooks are checked before the first one starts. Artefacts that are in the store are not made
+again; a notebook is not run again if its code, settings, data and models are unchanged. If a
+notebook fails, its output up to there is kept, the others still run (unless --no-keep-going), and
+the exit code is 1.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def positive(text: str) -> int:
 
 
 def command_line() -> argparse.Namespace:
-    """What is asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
     parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml, or a path")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
@@ -68,32 +68,38 @@ def command_line() -> argparse.Namespace:
         "--workers",
         type=lambda text: None if text == "auto" else positive(text),
         metavar="N",
-        help="processes that make everything, or jobs of a cluster; auto: one per GPU or core",
+        help="number of worker processes, or of cluster jobs; auto: one per GPU or core",
     )
     parser.add_argument(
         "--cluster",
         choices=["slurm", "lsf", "pbs", "sge"],
-        help="make everything in jobs of a queue; their options are in the profile or Dask's YAML",
+        help="run the workers as jobs of this queue; its options: the profile's or Dask's YAML",
     )
     parser.add_argument(
-        "--scheduler", metavar="ADDRESS", help="make everything on a Dask cluster that runs"
+        "--scheduler", metavar="ADDRESS", help="use a Dask cluster that is already running"
     )
     parser.add_argument(
-        "--timeout", type=positive, default=600, metavar="MINUTES", help="after which a unit hangs"
+        "--timeout",
+        type=positive,
+        default=600,
+        metavar="MINUTES",
+        help="a unit that takes longer is stopped, and tried again",
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare every image with its digest, not its size"
     )
-    parser.add_argument("--force", action="store_true", help="run what is up to date, too")
+    parser.add_argument("--force", action="store_true", help="run every notebook again")
     parser.add_argument(
-        "--from-results", action="store_true", help="figures, tables, verdicts from shipped runs"
+        "--from-results",
+        action="store_true",
+        help="redraw figures and tables from shipped runs; make nothing",
     )
     parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
     return parser.parse_args()
 
 
 def workers_of(arguments: argparse.Namespace) -> Any:
-    """Who is to make everything.
+    """The workers that the command line asks for, checked.
 
     Raises:
         InputError: there can be no such workers.
@@ -107,7 +113,7 @@ def workers_of(arguments: argparse.Namespace) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything, then plan, download, make again from results, or run the study.
+    """Check everything, then plan, download, redraw figures from results, or run the study.
 
     Raises:
         InputError: what is wrong, before any work has started.
@@ -119,8 +125,9 @@ def run(arguments: argparse.Namespace) -> int:
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     paths = notebooks.chosen(arguments.only)
-    dry = arguments.dry_run or arguments.from_results
-    if dry:
+    offline, file = arguments.dry_run or arguments.from_results, study.CONFIG
+    if offline:  # a run may go on beside
+        file = "dry-run.yaml" if arguments.dry_run else "from-results.yaml"
         os.environ["HF_HUB_OFFLINE"] = "1"
     profile, output = study.configure(
         arguments.profile,
@@ -129,11 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.dataset.resolve() if arguments.dataset else None,
         arguments.from_results,
         arguments.output,
-        study.CONFIG if not dry else "dry-run.yaml" if arguments.dry_run else "from-results.yaml",
+        file,
     )
     if arguments.dataset and not arguments.only:
-        paths = notebooks.about(arguments.dataset, paths)
-    jobs = notebooks.check(paths, profile, output, dry)
+        paths = notebooks.runnable_on(arguments.dataset, paths)
+    jobs = notebooks.check(paths, profile, output, offline)
     from sdaug_utils import make, rates, summary  # takes seconds, and an error needs none of it
 
     if arguments.dry_run:
@@ -148,13 +155,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.download_only:
         return 0
+    workers, asked = workers_of(arguments), summary.asked_for(jobs)
     if jobs and rates.is_at_scale(jobs[0].study.settings):
-        summary.require_disk(jobs, arguments.workers or 1)
-    asked = summary.asked_for(jobs)
+        summary.require_disk(jobs, make.number_of(workers, jobs[0].study.settings))
     if arguments.verify:
         make.verify(asked)
     done = [] if arguments.force else [job for job in jobs if job.is_up_to_date()]
-    outcome = make.make_all(asked, workers_of(arguments))
+    outcome = make.make_all(asked, workers)
     reports = notebooks.execute_all(jobs, done, arguments.keep_going)
     summary.close(jobs, reports, outcome, profile, began)
     fine = all(report.status in notebooks.FINE for report in reports)

@@ -109,7 +109,7 @@ def prune_store(arguments: argparse.Namespace) -> None:
             continue
         if folder.suffix == store.PARTIAL:
             why = "left by a run that was killed"
-        elif (folder / store.FILES).exists() and not kept.is_whole(folder, told=True):
+        elif (folder / store.FILES).exists() and not kept.is_whole(folder, silent=True):
             why = "damaged"
         elif folder.stat().st_mtime < before:
             why = f"made more than {days:g} days ago"

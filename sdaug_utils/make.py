@@ -48,15 +48,15 @@ CLUSTERS = {  # dask-jobqueue's classes, and what they hand in jobs with
     "sge": ("SGECluster", "qsub"),
 }
 LINES_EVERY = 60  # seconds
-IN_PROCESS = 30  # seconds of work for which no other process is started
+IN_PROCESS = 30  # work of at most so many seconds is done in this process
 TIMEOUT = 600 * 60  # seconds after which a unit is taken to hang
 DASK = {
     "distributed.scheduler.allowed-failures": 3,  # of a unit whose worker dies
-    "distributed.scheduler.worker-saturation": 1.0,  # what waits, waits at the scheduler
+    "distributed.scheduler.worker-saturation": 1.0,  # units queue at the scheduler, not at workers
     "distributed.comm.timeouts.connect": "60s",
-    # Its own would have the allocator give memory back at once: half of a small network's time.
+    # Dask's default sets MALLOC_TRIM_THRESHOLD_, which costs small networks half of their time.
     "distributed.nanny.pre-spawn-environ": {},
-    # What watches a worker takes turns with its Python code: much more often than one would need.
+    # Dask's monitors run in the worker's process and take the GIL: they are off, or run rarely.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.tick.limit": "1h",
@@ -89,13 +89,13 @@ class Workers:
 
 @contextlib.contextmanager
 def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
-    """A client of the workers, which end with it if they are started for it.
+    """Start the workers, or find running ones, and yield a Dask client of them.
 
-    What they say to each other is encrypted and they know each other by a certificate: nobody else
-    on a shared host can hand them work.
+    Workers that are started here are stopped at the end. Their connections are encrypted and
+    authenticated by certificates: other users of a shared host cannot hand them work.
 
     Raises:
-        InputError: what answers at an address is no scheduler that lets one in.
+        InputError: no scheduler answers at the address, or it refuses the connection.
     """
     import dask
     from distributed import Client, Security
@@ -122,9 +122,9 @@ def _client_of(scheduler: str) -> Client:
 
 
 def _processes(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
-    """Processes of this machine, each with its share of the GPUs; ``folder`` is for what they keep.
+    """Workers as processes of this machine, each with one GPU; their files are in ``folder``.
 
-    No port of theirs is fixed, and none is open to other machines.
+    They listen on free ports of the loopback interface only.
     """
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -132,7 +132,7 @@ def _processes(workers: Workers, settings: params.Settings, security: Any, folde
     both["dashboard_address"] = f"{LOOPBACK}:0"
     own = {"nthreads": 1, "memory_limit": 0, "local_directory": folder}
     specs = {}
-    for number, gpu in enumerate(_shares(workers.number, settings)):
+    for number, gpu in enumerate(_gpu_of_each(workers.number, settings)):
         env = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         quiet = {"silence_logs": logging.CRITICAL, "env": env}
         specs[number] = {"cls": Nanny, "options": {**both, **own, **quiet}}
@@ -141,7 +141,10 @@ def _processes(workers: Workers, settings: params.Settings, security: Any, folde
 
 
 def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
-    """Jobs of a queue; certificates, and nothing in ``folder``, are on a disk that they share."""
+    """Workers as jobs of a queue; ``folder``, which they may not share, is not used.
+
+    Their certificates are on the store's disk, which they do share.
+    """
     import dask
     import dask_jobqueue  # with it, Dask knows the queues' defaults
 
@@ -190,7 +193,13 @@ def require_workers(workers: Workers) -> None:
             raise InputError(f"--cluster {workers.cluster}: there is no command '{command}' here")
 
 
-def _shares(number: int | None, settings: params.Settings) -> list[str]:
+def number_of(workers: Workers, settings: params.Settings) -> int:
+    """How many workers there will be, if it is known; at least one."""
+    elsewhere = workers.cluster or workers.scheduler
+    return workers.number or (1 if elsewhere else len(_gpu_of_each(None, settings)))
+
+
+def _gpu_of_each(number: int | None, settings: params.Settings) -> list[str]:
     """The GPU of each process, as ``CUDA_VISIBLE_DEVICES`` names it; "" on the CPU."""
     if device_of(settings).type != "cuda":
         return [""] * (number or torch.get_num_threads())
@@ -200,7 +209,7 @@ def _shares(number: int | None, settings: params.Settings) -> list[str]:
 
 
 def orders_for(asked: plan.Asked) -> str:
-    """What a worker needs to know to plan for itself: JSON."""
+    """JSON from which each worker lists the same units: profile, parameters, precision."""
     studies = {study.profile: study.settings for _, study, _ in asked}
     [(profile, settings)] = studies.items()
     return json.dumps(
@@ -213,31 +222,31 @@ def orders_for(asked: plan.Asked) -> str:
 
 
 @cache
-def _planned(orders: str, stage: int) -> dict[str, Unit]:
-    """The units by key, as this process plans them."""
-    told = json.loads(orders)
-    settings = load_settings(told["profile"])
+def _units_by_key(orders: str, stage: int) -> dict[str, Unit]:
+    """The units of one stage by key, planned again in this process."""
+    given = json.loads(orders)
+    settings = load_settings(given["profile"])
     here = [device_of(settings).type, dtype_name(settings)]
-    if here != told["computes"]:
+    if here != given["computes"]:
         raise InputError(
             f"a worker computes on {here[0]} in {here[1]}, the process that asks on "
-            f"{told['computes'][0]} in {told['computes'][1]}: start it on a machine like the "
+            f"{given['computes'][0]} in {given['computes'][1]}: start it on a machine like the "
             "workers', or set common.device and common.precision"
         )
     asked = []
     opened: dict[params.Domain, Study] = {}
-    for name, values in told["notebooks"].items():
+    for name, values in given["notebooks"].items():
         domain = params.domain_of(name)
         if domain not in opened:
-            opened[domain] = open_study(told["profile"], domain=domain, download=False)
+            opened[domain] = open_study(given["profile"], domain=domain, download=False)
         asked.append((name, opened[domain], params.check_notebook(name, values)))
     return {unit.key: unit for unit in plan.STAGES[stage](asked)}
 
 
-def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = ()) -> float:
+def make_unit(orders: str, key: str, timeout: float, dependencies: Sequence[float] = ()) -> float:
     """Make a unit in this process, which ends if that takes longer than ``timeout`` seconds.
 
-    ``needed`` are the results of the units that it needs.
+    ``dependencies``, the results of the units that it needs, are not read: Dask waits for them.
 
     Returns:
         Seconds that it took.
@@ -248,25 +257,28 @@ def make_unit(orders: str, key: str, timeout: float, needed: Sequence[float] = (
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # small networks gain little from more
     try:
+        # The second stage can be listed only when the first is made: it is looked up last.
         for stage in range(len(plan.STAGES)):
-            if key in (listed := _planned(orders, stage)):
+            if key in (listed := _units_by_key(orders, stage)):
                 listed[key].make()
                 break
+        else:
+            raise InputError("a worker does not know this unit: its data or its code are others")
     finally:
         faulthandler.cancel_dump_traceback_later()
     return time.monotonic() - began
 
 
 def verify(asked: plan.Asked) -> None:
-    """Delete images that notebooks need whose files are not as they were written."""
+    """Delete damaged images of the pools that notebooks need, found by digest."""
     for study, what in plan.wanted(asked).items():
         for request in what.requests.values():
             pools.verify(study.store, request.spec)
 
 
 def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
-    """Make what is left of all that some notebooks need."""
-    asked, outcome = list(asked), Outcome()
+    """Make everything that the notebooks need and the store lacks."""
+    outcome = Outcome()
     if not asked:
         return outcome
     orders = orders_for(asked)
@@ -286,15 +298,19 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
 def _make_on(
     client: Client, orders: str, work: plan.Work, timeout: float, outcome: Outcome
 ) -> None:
-    """Make units on workers; the longest path of what needs each other goes first."""
+    """Make units on workers; those at the start of the longest chains go first (critical path)."""
     from distributed import as_completed
 
     began = time.monotonic()
     paths, futures = work.longest_paths(), dict[str, Any]()
     for unit in work.waiting:
+        dependencies = [futures[key] for key in sorted(unit.needs & futures.keys())]
         futures[unit.key] = client.submit(
-            *(make_unit, orders, unit.key, timeout),
-            [futures[key] for key in sorted(unit.needs & futures.keys())],
+            make_unit,
+            orders,
+            unit.key,
+            timeout,
+            dependencies,
             key=unit.key,
             priority=paths[unit.key],
             pure=False,
@@ -314,7 +330,7 @@ def _make_on(
     for unit in work.waiting:
         if unit.key not in failed:
             continue
-        if unit.needs & failed:
+        if unit.needs & failed:  # Dask fails it with the error of what it needs
             outcome.left_out.append(unit.name)
         else:
             outcome.failures[unit.name] = _reason(futures[unit.key].exception())
@@ -329,7 +345,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Progress(contextlib.ExitStack):
-    """For each kind of unit done and total, rate, time left: bars, or in a log a line a minute."""
+    """Progress per kind of unit: bars on a terminal, in a log one line a minute."""
 
     def __init__(self, work: plan.Work) -> None:
         super().__init__()
@@ -343,14 +359,14 @@ class Progress(contextlib.ExitStack):
                 self.bars[kind] = self.enter_context(bar)
 
     def update(self, kind: str, number: int) -> None:
-        """So many more are done."""
+        """Count ``number`` more items as done."""
         self.done[kind] += number
         if self.bars:
             self.bars[kind].update(number)
         self.tell()
 
     def tell(self) -> None:
-        """Write into a log, once a minute, how far everything is."""
+        """Write the progress to a log, once a minute."""
         now = time.monotonic()
         if self.bars or now - self.told < LINES_EVERY:
             return
@@ -372,14 +388,14 @@ def make_here(units: Sequence[Unit]) -> None:
 
 
 def make(study: Study, p: params.Experiment) -> None:
-    """Make what a notebook needs, with a word on what is missing and about how long it takes.
+    """Print what a notebook lacks and about how long it takes, then make it.
 
-    Little is made in this process, more in processes of their own.
+    Less than ``IN_PROCESS`` seconds of work are done in this process, more by worker processes.
     """
     [name] = [name for name, model in params.EXPERIMENTS.items() if model is type(p)]
     asked = [(name, study, p)]
     work = plan.Work(plan.units(plan.wanted(asked)))
-    print(_told(study, work))
+    print(_summary_line(study, work))
     if work.seconds() > IN_PROCESS:
         make_all(asked, Workers())
     elif work.waiting:
@@ -387,7 +403,7 @@ def make(study: Study, p: params.Experiment) -> None:
             make_here(listed(asked))
 
 
-def _told(study: Study, work: plan.Work) -> str:
+def _summary_line(study: Study, work: plan.Work) -> str:
     """One line: what of a notebook's units is left, and about how long that takes here."""
     counts = work.counts()
     named = {label: counts[kind] for kind, label in KINDS.items()}

@@ -23,10 +23,13 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.study import ROOT, Study, figures_folder, open_study, output, results_folder
 
 NOTEBOOKS, MODULE = ROOT / "notebooks", Path(__file__).parent
-SOURCES = {".py", ".yaml", ".json", ".csv"}  # of the module
-BEYOND = ("10", "11")  # what the thesis did not do: only where they are asked for
+SOURCES = {".py", ".yaml", ".json", ".csv"}  # the files of the module that its digest covers
+BEYOND = (
+    "10",
+    "11",
+)  # experiments that the thesis does not have: they run only if --only names them
 FINE = ("ok", "up to date")
-NEEDS_IMAGES = "needs-images"  # tag of the cells that shipped runs alone do not suffice for
+NEEDS_IMAGES = "needs-images"  # tag of cells that need images, which shipped runs do not have
 AHEAD = (  # what takes seconds to import
     "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
     "sdaug_utils.plan, sdaug_utils.evidence.figures"
@@ -35,13 +38,13 @@ AHEAD = (  # what takes seconds to import
 
 @dataclass
 class Job:
-    """A notebook with what is injected into its parameters cell, and the whole of them, checked."""
+    """A notebook, the values injected into its parameters cell, and all its parameters."""
 
     path: Path
     output: Path  # the folder of executed notebooks
-    overrides: dict[str, Any]
+    overrides: dict[str, Any]  # values that are injected into the parameters cell
     study: Study
-    parameters: Any
+    parameters: Any  # all of them, checked: the cell's values with the overrides
 
     @property
     def executed(self) -> Path:
@@ -50,9 +53,9 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """A hash of all that determines what comes of it: source, configuration, module, data.
+        """A hash of everything that determines the outcome: source, settings, module, data, models.
 
-        It is that of before the run.
+        It is computed once, before the run: an edit during the run does not count as executed.
         """
         import nbformat
 
@@ -66,7 +69,7 @@ class Job:
         given = [settings.model_dump(mode="json"), compute.dtype_name(settings)]
         return store.digest(
             {
-                "source": [prose.emptied(cell.source) for cell in written],  # numbers follow
+                "source": [prose.emptied(cell.source) for cell in written],  # without results
                 "parameters": self.parameters.model_dump(mode="json", exclude={"profile"}),
                 "settings": [*given, self.study.name],
                 "module": _module_digest(),
@@ -77,7 +80,7 @@ class Job:
         )
 
     def is_up_to_date(self) -> bool:
-        """Whether it was run as it is now, and its figures and numbers are as it left them."""
+        """Whether it was last run with this key, and its figures and tables are unchanged since."""
         key = self.key
         try:
             known = json.loads(self.executed.read_text())["metadata"]["sdaug"]
@@ -109,7 +112,7 @@ def chosen(only: list[str] | None) -> list[Path]:
     """The thesis's notebooks in order, or those whose names begin with one of ``only``.
 
     Raises:
-        InputError: no notebook's does.
+        InputError: no notebook's name begins with one of them.
     """
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
     for prefix in only or []:
@@ -121,8 +124,8 @@ def chosen(only: list[str] | None) -> list[Path]:
     return [path for path in every if path.stem[:2] not in BEYOND]
 
 
-def about(dataset: Path, paths: list[Path]) -> list[Path]:
-    """The notebooks that can run on a folder of one's own, which has one domain."""
+def runnable_on(dataset: Path, paths: list[Path]) -> list[Path]:
+    """Those notebooks that can run on a folder of one's own images; print which are left out."""
     left_out = {"09": "another domain"}
     if not (dataset / "trimaps").is_dir():
         left_out["08"] = "no folder 'trimaps'"
@@ -131,11 +134,11 @@ def about(dataset: Path, paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.stem[:2] not in left_out]
 
 
-def check(paths: Iterable[Path], profile: str, output: Path, dry: bool = False) -> list[Job]:
+def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = False) -> list[Job]:
     """Check everything that can be checked beforehand; no work starts but for downloads.
 
-    A dry check downloads nothing: what is not here yet is planned for by its published size. What
-    images of one's own do not allow is left out of the notebooks' parameters.
+    An offline check downloads nothing: what is not here yet is planned for by its published size.
+    Parameters that one's own images do not allow are changed, and the changes are printed.
 
     Raises:
         InputError: what is wrong, in one line.
@@ -151,7 +154,7 @@ def check(paths: Iterable[Path], profile: str, output: Path, dry: bool = False) 
             overrides = {"profile": profile, **overrides}
         checked = params.check_notebook(path.stem, values | overrides)
         domain = params.domain_of(path.stem)
-        if domain not in opened and dry:
+        if domain not in opened and offline:
             opened[domain], missing = plan.planned(profile, domain)
             absent += missing
         elif domain not in opened:
@@ -165,9 +168,9 @@ def check(paths: Iterable[Path], profile: str, output: Path, dry: bool = False) 
         jobs.append(Job(path, output, overrides, opened[domain], checked))
     for job in jobs:
         experiments.check(job.study, job.parameters)
-    if dry and absent:
+    if offline and absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
-    elif not dry:
+    elif not offline:
         for one in opened.values():
             _require_models(one.settings)
         for job in jobs:
@@ -201,10 +204,10 @@ def _require_models(settings: params.Settings) -> None:
 
 
 class Kernel:
-    """A kernel of its own for each notebook, started while the one before is still at work.
+    """A Jupyter kernel for one notebook, started while the notebook before is still running.
 
-    By its turn it has imported what takes seconds. It talks through sockets in a folder, no ports:
-    several runs may share a host.
+    By the time it is needed, it has imported the slow libraries. It communicates by Unix sockets in
+    a temporary folder, not by ports, so that several runs can share a host.
     """
 
     def __init__(self) -> None:
@@ -246,7 +249,7 @@ class Kernel:
 
 
 def start_kernel() -> Kernel | None:
-    """A kernel, or None where none would start: its notebook's turn brings another try."""
+    """A kernel, or None if it does not start; it is tried again when its notebook runs."""
     try:
         return Kernel()
     except Exception as error:
@@ -255,7 +258,7 @@ def start_kernel() -> Kernel | None:
 
 
 def execute_all(jobs: Sequence[Job], done: Sequence[Job], keep_going: bool) -> list[Report]:
-    """Run in order what is not ``done``, to the first that fails or, to keep going, the last."""
+    """Run the jobs in order, except those ``done``; stop at a failure unless ``keep_going``."""
     waiting = [job for job in jobs if job not in done]
     reports: list[Report] = []
     ahead: Kernel | None = None
@@ -265,7 +268,8 @@ def execute_all(jobs: Sequence[Job], done: Sequence[Job], keep_going: bool) -> l
                 reports.append(Report(job.path.stem, "up to date"))
                 continue
             print(f"{job.path.stem} …", flush=True)
-            kernel, ahead = ahead or start_kernel(), None
+            kernel = ahead or start_kernel()
+            ahead = None
             try:
                 ahead = start_kernel() if job is not waiting[-1] else None
                 reports.append(execute(job, kernel))
@@ -281,7 +285,7 @@ def execute_all(jobs: Sequence[Job], done: Sequence[Job], keep_going: bool) -> l
 
 
 def execute(job: Job, kernel: Kernel | None) -> Report:
-    """Run one notebook and say what became of it: it is kept as far as it came."""
+    """Run one notebook; if it fails, its output up to there is kept."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -301,6 +305,7 @@ def execute(job: Job, kernel: Kernel | None) -> Report:
             progress_bar=False,
             km=kernel.manager,
         )
+        # An expression, since a statement would add a name to the notebook's own.
         names = kernel.ask("__import__('sdaug_utils.study').study.WRITTEN")
         written = sorted(map(Path, set(names)))
     except PapermillExecutionError as error:
@@ -310,7 +315,8 @@ def execute(job: Job, kernel: Kernel | None) -> Report:
     if job.executed.exists():
         tidy(job.executed, profile, written, key if report.status == "ok" else "")
     report.figures = sorted(file.name for file in written if file.suffix == ".png")
-    report.minutes, report.status = (time.time() - began) / 60, report.status.splitlines()[0]
+    report.minutes = (time.time() - began) / 60
+    report.status = report.status.splitlines()[0]
     return report
 
 
@@ -334,7 +340,8 @@ def remake(jobs: Iterable[Job]) -> None:
             if cell.cell_type == "code" and NEEDS_IMAGES not in tags:
                 with contextlib.redirect_stdout(None):
                     exec(compile(cell.source, job.path.name, "exec"), names)
-                names |= job.overrides if "parameters" in tags else {}
+                if "parameters" in tags:
+                    names |= job.overrides
         print(f"{job.path.stem}: figures, tables and verdicts from its results", flush=True)
 
 
@@ -356,12 +363,12 @@ def settings_digest(profile: str, notebook: str) -> str:
 
 
 def tidy(path: Path, profile: str, written: Sequence[Path], key: str) -> None:
-    """Take out of an executed notebook what only the machine that ran it cares for.
+    """Remove from an executed notebook everything that differs from machine to machine.
 
-    Progress bars keep their last state, widgets leave the picture that stands in for them, tables
-    are numbered, objects lose their addresses, and metadata lose times and paths. In their stead
-    they say which code and settings, and which numbers behind the figures, the outputs belong to;
-    with which ``key`` it was run, and which files it wrote.
+    Progress bars keep their last state only, widgets are replaced by their picture, tables get
+    numbers for their random names, and addresses of objects, times and paths are removed. The
+    metadata then record digests of the code, the settings and the tables behind the figures, the
+    files that the notebook wrote, and the ``key`` it was run with, empty if it failed.
     """
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor

@@ -399,7 +399,7 @@ def configure(
     dataset: Path | None = None,
     from_results: bool = False,
 ) -> dict[str, Any]:
-    """What ``config.yaml`` holds: a profile with all that a command line changes, checked.
+    """The content of a ``config.yaml``: a profile with a command line's changes, checked.
 
     Args:
         changes: paths of keys and values, as :func:`override` gives them.
@@ -421,7 +421,7 @@ def configure(
         name += f"-{dataset.name}"
         own = {"name": "imagefolder", "folder": str(dataset), "classes": None}
         _put(sections, ["common", "data", "main"], {**own, "max_images_per_class": None})
-    if dataset or changes:  # two folders or values may have one name
+    if dataset or changes:  # a hash, since different folders or values would give the same name
         asked = json.dumps([str(dataset), changes]).encode()
         name += f"-{hashlib.sha256(asked).hexdigest()[:8]}"
     for domain in get_args(Domain):
@@ -430,7 +430,7 @@ def configure(
 
 
 def run_of(profile: str) -> Run:
-    """What a profile's ``config.yaml`` says of the run; of a plain profile, its name."""
+    """Section ``run`` of a ``config.yaml``; for a plain profile, only its name."""
     if not _is_file(profile):
         return Run(name=profile)
     given = read_profile(profile).get("run", {})
@@ -448,11 +448,11 @@ def _file(profile: str) -> Path:
 def read_profile(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     """The sections of a profile, unchecked but for their names.
 
-    A profile that names another as its ``base`` is that other but for what it sets itself.
+    A profile with a ``base`` inherits all values of that profile that it does not set itself.
 
     Args:
         profile: its name, or the path of a ``config.yaml`` that was made of one.
-        heirs: profiles that have it for their base.
+        heirs: profiles that inherit from this one, to detect a cycle.
 
     Raises:
         InputError: no such profile, no YAML, or a section that is no notebook's.

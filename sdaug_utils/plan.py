@@ -1,7 +1,7 @@
-"""What experiments need, as a list of units: pieces of work that may be made anywhere.
+"""What experiments need, as a list of units: pieces of work that any process or machine can do.
 
-The list is the same on every machine, whatever its store has got. All that is said about work is a
-sum over it; whatever makes work takes it from here.
+The list is the same on every machine, whatever its store has got. Every estimate (time, disk,
+counts) is a sum over this list, and everything that makes artefacts works through it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_IMAGES, LONGEST = 500, 120  # of a unit: images, and the seconds that their
 PNG_BYTES = 1.8  # per pixel of a photograph
 FEATURE_BYTES = 1280 * 4
 GIB = 2**30
-Asked = Iterable[tuple[str, Study, params.Experiment]]  # notebooks' names, studies, parameters
+Asked = Sequence[tuple[str, Study, params.Experiment]]  # notebooks' names, studies, parameters
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,8 +49,8 @@ class Unit:
     make: Callable[[], object]  # makes what is left
     seconds: float  # by the rates in use, for all items
     num_bytes: float = 0.0  # of disk, for all items
-    passing_bytes: float = 0.0  # of disk, while it is made: a model that is not kept
-    models: int = 0  # that it learns and does not keep
+    temporary_bytes: float = 0.0  # of disk, while it is made: a model that is not kept
+    temporary_models: int = 0  # that it learns and deletes again
     needs: frozenset[str] = frozenset()  # keys of the units whose results it needs
     notebook: str = ""  # the first that asks for it
 
@@ -63,7 +63,7 @@ class Wanted:
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
     cells: dict[Cell, str] = field(default_factory=dict)
     beside: dict[str, tuple[Beside, str]] = field(default_factory=dict)
-    unshared: int = 0  # images, if each setting made its own, as in the thesis
+    unshared: int = 0  # images, if no two settings shared any, as in the thesis
     by_notebook: dict[str, Wanted] = field(default_factory=dict)  # what each asks for
 
     def counts(self) -> dict[str, int]:
@@ -73,7 +73,7 @@ class Wanted:
         return {"images": images, "models": len(models), "runs": len(self.cells)}
 
     def folders(self, study: Study) -> list[Path]:
-        """Where the store has it, or will have it."""
+        """The store's folders of all pools, models and runs, whether they exist yet or not."""
         shelves = [(r.technique.shelf, r.model) for r in self.requests.values() if r.model]
         return [
             *(study.store.root / "pools" / key for key in self.images),
@@ -82,7 +82,7 @@ class Wanted:
         ]
 
     def merge(self, other: Wanted) -> None:
-        """Add what other notebooks need."""
+        """Add what other notebooks need; for what both need, the first notebook stays noted."""
         for key, indices in other.images.items():
             self.images[key] = indices | self.images.get(key, {})
         self.requests = {**other.requests, **self.requests}
@@ -94,7 +94,7 @@ class Wanted:
         self.by_notebook |= other.by_notebook
 
     def ask(self, requests: Iterable[Request], notebook: str = "") -> None:
-        """Add what is needed for some pools."""
+        """Add the images of some requests."""
         for request in requests:
             key = digest(request.spec)
             self.requests.setdefault(key, request)
@@ -106,22 +106,25 @@ class Wanted:
             self._add_subjects(notebook, study, p)
             return
         assert isinstance(p, params.Runs)
-        pools, settings = dict[tuple[Any, ...], None](), set()  # in order, which a set has not
+        # A dictionary keeps the order, which a set does not.
+        pools, conditions = dict[tuple[Any, ...], None](), set()
         for cell in experiments.every_cell(study, p):
             self.cells.setdefault(cell, notebook)
             if cell.technique:
-                settings.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
+                conditions.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
                 percent = cells.pool_percent(study, cell)
                 pools[cell.technique, cell.draw, cell.num_made, percent] = None
         for arguments in pools:
             self.ask(technique_requests(study, *arguments), notebook)
         for name, extra in experiments.beside(study, p).items():
             self.beside.setdefault(name, (extra, notebook))
-        self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in settings)
+        self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in conditions)
 
     def _add_subjects(self, notebook: str, study: Study, p: params.Subjects) -> None:
-        is_known = features.have_features(study, study.data.splits["train"].images())
-        everyone = (subjects.of_experiment if is_known else subjects.stand_ins)(study, p)
+        if features.have_features(study, study.data.splits["train"].images()):
+            everyone = subjects.of_experiment(study, p)
+        else:
+            everyone = subjects.stand_ins(study, p)
         asked = [subjects.subject_requests(study, name, everyone, p) for name in p.techniques]
         if isinstance(p, params.DifferentSubjects):
             asked.append(subjects.hypernym_requests(study, p))
@@ -153,32 +156,33 @@ def units(needed: dict[Study, Wanted]) -> list[Unit]:
 
 
 STAGES = (first_units, lambda asked: units(wanted(asked)))
-"""Two lists of units, of which the second is known when the first is made."""
+"""Two functions that list units. The units of the first must be made before the second is called,
+since subjects are chosen by the features of real images."""
 
 
 class Work:
-    """A list of units with what was left of each when it was looked at: all sums are over it."""
+    """A list of units, and how many items each one lacked when this object was made."""
 
     def __init__(self, units: Sequence[Unit], left: dict[str, int] | None = None) -> None:
-        """What a unit needs comes before it in the list."""
+        """``units`` are in order: a unit comes after those that it needs."""
         self.units = units
         self.left = left or {unit.key: unit.left() for unit in units}
         self.waiting = [unit for unit in units if self.left[unit.key]]
 
     def of(self, notebook: str) -> Work:
-        """The part that a notebook is the first to ask for."""
+        """The units that this notebook is the first to ask for."""
         return Work([unit for unit in self.units if unit.notebook == notebook], self.left)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """How much is left and how much there is in all, by kind, passing models included."""
+        """How much is left and how much there is in all, by kind, temporary models included."""
         found = {kind: (0, 0) for kind in KINDS}
         for unit in self.units:
             left, items = found.get(unit.kind, (0, 0))
             found[unit.kind] = (left + self.left[unit.key], items + unit.items)
-            if unit.models:
+            if unit.temporary_models:
                 left, items = found["models"]
-                lacking = unit.models if self.left[unit.key] else 0
-                found["models"] = (left + lacking, items + unit.models)
+                lacking = unit.temporary_models if self.left[unit.key] else 0
+                found["models"] = (left + lacking, items + unit.temporary_models)
         return found
 
     def seconds(self) -> float:
@@ -186,14 +190,16 @@ class Work:
         return sum(unit.seconds * self.left[unit.key] / unit.items for unit in self.waiting)
 
     def gibibytes(self, workers: int = 1) -> float:
-        """Disk that what is left takes, with the models that so many workers have at a time."""
+        """GiB of disk for what is left, with a temporary model per worker.
+
+        There may be one more of those, which a worker that died has left.
+        """
         parts = (unit.num_bytes * self.left[unit.key] / unit.items for unit in self.waiting)
-        passing = max((unit.passing_bytes for unit in self.waiting), default=0.0)
-        return (sum(parts) + passing * (workers + 1)) / GIB
+        temporary = max((unit.temporary_bytes for unit in self.waiting), default=0.0)
+        return (sum(parts) + temporary * (workers + 1)) / GIB
 
     def longest_paths(self) -> dict[str, float]:
-        """Seconds from the beginning of each unit that is left to the end of the last that needs
-        it, by key."""
+        """Seconds of the longest chain of units that starts with each unit that is left, by key."""
         seconds = {unit.key: unit.seconds for unit in self.waiting}
         paths = dict(seconds)
         for unit in reversed(self.waiting):
@@ -202,7 +208,7 @@ class Work:
         return paths
 
     def hours_on(self, workers: int) -> float:
-        """A bound from below: hours that so many workers take for what is left."""
+        """A lower bound, in hours, for what is left on this many workers."""
         longest = max(self.longest_paths().values(), default=0.0)
         return max(self.seconds() / workers, longest) / 3600
 
@@ -210,20 +216,21 @@ class Work:
 class Planner:
     """Cuts what is wanted of one study into units."""
 
-    def __init__(self, study: Study, what: Wanted) -> None:
-        self.study, self.settings, self.what = study, study.settings, what
+    def __init__(self, study: Study, wanted: Wanted) -> None:
+        self.study, self.settings, self.wanted = study, study.settings, wanted
         self.seconds = rates.rates(study.settings)[1]
         self.image_bytes = PNG_BYTES * self.settings.sampling.resolution**2
         self.is_large = rates.is_at_scale(self.settings)
         self.makers: dict[str, set[str]] = {}  # of each pool: keys of the units that make images
-        # A request's specification is long, and stays the same object in all parts of the request.
-        self.keys = {id(request.spec): key for key, request in what.requests.items()}
+        # To hash a specification is slow: its key is looked up by the object's id, which stays the
+        # same in all parts of a request.
+        self.keys = {id(request.spec): key for key, request in wanted.requests.items()}
 
     def units(self) -> list[Unit]:
         """Models before their images, images before what trains on them."""
         by_model: dict[str, list[Request]] = {}  # pools of a model, or of a technique without any
-        for key, request in self.what.requests.items():
-            whole = replace(request, indices=sorted(self.what.images[key]))
+        for key, request in self.wanted.requests.items():
+            whole = replace(request, indices=sorted(self.wanted.images[key]))
             together = digest(request.model) if request.model else request.technique.name
             by_model.setdefault(together, []).append(whole)
         kept: dict[str, dict[str, list[Request]]] = {}  # models by the technique that learns them
@@ -249,7 +256,10 @@ class Planner:
     def models(
         self, shelf: str, models: dict[str, list[Request]], learnt: dict[str, Unit]
     ) -> list[Unit]:
-        """Models that are kept, as many as learn in one go; ``learnt`` grows by them."""
+        """Units for models that are kept, each with as many models as are learnt together.
+
+        The units are added to ``learnt``, by the models' keys.
+        """
         technique, made = techniques()[shelf], []
         size, keys = technique.at_once(self.settings), list(models)
         cost, number = technique.model_cost(self.settings)
@@ -272,13 +282,17 @@ class Planner:
         return made
 
     def images(self, requests: Sequence[Request], model: Unit | None) -> list[Unit]:
-        """Whole blocks of pools, in units that are neither large nor long, of a notebook each."""
+        """Units for a model's images. Each has whole blocks of pools, for one notebook.
+
+        A unit has at most ``MOST_IMAGES`` images and takes about ``LONGEST`` seconds, but has at
+        least one block.
+        """
         each = self.seconds[requests[0].technique.image_cost]
         most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / max(each, 1e-9))))
         parts: list[list[Request]] = []
         last = ""  # the notebook that the last part is for
         for request in requests:
-            notebooks = self.what.images[self.pool_of(request)]
+            notebooks = self.wanted.images[self.pool_of(request)]
             for _, some in itertools.groupby(request.indices, lambda index: index // BLOCK):
                 block = replace(request, indices=list(some))
                 notebook = notebooks[block.indices[0]]
@@ -301,20 +315,23 @@ class Planner:
     def _image_unit(
         self, parts: Sequence[Request], known: list[Any], model: Unit | None, learnt: bool = False
     ) -> Unit:
-        """A unit of images, whose key is of what is ``known`` of them.
+        """One unit that makes the images of ``parts``.
 
-        Their ``model`` is another unit's, or it is ``learnt`` here, and passes.
+        Args:
+            known: what is hashed into the unit's key.
+            model: the unit that learns the personalised model, if there is one.
+            learnt: this unit learns the model itself, and deletes it when its images are made.
         """
         first, count = parts[0], sum(len(request.indices) for request in parts)
         technique = first.technique
         key = f"images-{digest({'images': known})}"
         for request in parts:
             self.makers.setdefault(self.pool_of(request), set()).add(key)
-        learning = passing = 0.0
+        learning = temporary = 0.0
         if learnt:
             cost, number = technique.model_cost(self.settings)
             learning = number * self.seconds[cost]
-            passing = technique.model_bytes * self.is_large
+            temporary = technique.model_bytes * self.is_large
         return Unit(
             name=f"{technique.name}, {first.spec['class']}: {'a model, ' if learnt else ''}{count} "
             f"images from {first.indices[0]}, draw {first.spec['draw']}",
@@ -325,24 +342,24 @@ class Planner:
             make=partial(fill, self.study, parts),
             seconds=learning + count * self.seconds[technique.image_cost],
             num_bytes=count * self.image_bytes,
-            passing_bytes=passing,
-            models=int(learnt),
+            temporary_bytes=temporary,
+            temporary_models=int(learnt),
             needs=frozenset([model.key] if model else ()),
             notebook=self._first_notebook(parts),
         )
 
     def _first_notebook(self, requests: Sequence[Request]) -> str:
         first = requests[0]
-        return self.what.images[self.pool_of(first)][first.indices[0]]
+        return self.wanted.images[self.pool_of(first)][first.indices[0]]
 
     def training(self) -> list[Unit]:
-        """Features, runs, and what comes beside them."""
-        if not self.what.cells:
+        """Units for features, training runs, and what is measured beside the main tables."""
+        if not self.wanted.cells:
             return []
-        split = features_of_splits(self.study, next(iter(self.what.cells.values())))
-        extra = [cell for beside, _ in self.what.beside.values() for cell in beside.cells]
+        split = features_of_splits(self.study, next(iter(self.wanted.cells.values())))
+        extra = [cell for beside, _ in self.wanted.beside.values() for cell in beside.cells]
         needs: dict[Cell, set[str]] = {}
-        for cell in dict.fromkeys([*self.what.cells, *extra]):
+        for cell in dict.fromkeys([*self.wanted.cells, *extra]):
             makers = (self.makers.get(key, set()) for key in pool_keys(self.study, cell))
             needs[cell] = {split.key}.union(*makers)
         shared = self._features(needs)
@@ -350,7 +367,7 @@ class Planner:
         return [split, *shared, *dict.fromkeys(runs.values()), *self._beside(needs, runs)]
 
     def _features(self, needs: dict[Cell, set[str]]) -> list[Unit]:
-        """Features that cells have in common; cells need the unit from now on."""
+        """Units for features that cells share; each is added to the ``needs`` of its cells."""
         made, views = [], dict[tuple[Any, ...], int]()
         for alike in _with_features_in_common(self.study, needs):
             number = rates.num_views(self.study, alike, views)
@@ -364,7 +381,7 @@ class Planner:
                 seconds=number * self.seconds["feature"],
                 num_bytes=number * FEATURE_BYTES,
                 needs=frozenset().union(*(needs[cell] for cell in alike)),
-                notebook=self.what.cells.get(alike[0], ""),
+                notebook=self.wanted.cells.get(alike[0], ""),
             )
             made.append(unit)
             for cell in alike:
@@ -374,7 +391,7 @@ class Planner:
     def _runs(self, needs: dict[Cell, set[str]]) -> dict[Cell, Unit]:
         """The unit that trains each cell."""
         by_notebook: dict[str, list[Cell]] = {}
-        for cell, notebook in self.what.cells.items():
+        for cell, notebook in self.wanted.cells.items():
             by_notebook.setdefault(notebook, []).append(cell)
         made: dict[Cell, Unit] = {}
         for notebook, own in by_notebook.items():
@@ -395,9 +412,12 @@ class Planner:
         return made
 
     def _beside(self, needs: dict[Cell, set[str]], runs: dict[Cell, Unit]) -> list[Unit]:
-        """What experiments measure beside their main tables; that it is made is noted."""
+        """Units for what experiments measure beside their main tables.
+
+        Each stores an artefact without results, which records that the unit is done.
+        """
         made = []
-        for name, (beside, notebook) in self.what.beside.items():
+        for name, (beside, notebook) in self.wanted.beside.items():
             spec = {
                 "name": name,
                 "cells": [digest(cells.spec(self.study, cell)) for cell in beside.cells],
@@ -444,8 +464,8 @@ def _images_left(study: Study, requests: Sequence[Request]) -> int:
     return sum(number_missing(study, request) for request in requests)
 
 
-def _lacking_models(study: Study, pools: Sequence[Sequence[Request]]) -> list[Request]:
-    """A request for each model that is not there, unless all its images are."""
+def _requests_lacking_models(study: Study, pools: Sequence[Sequence[Request]]) -> list[Request]:
+    """A request for each model that is missing, except models whose images are all made."""
     firsts = [requests[0] for requests in pools if _images_left(study, requests)]
     folders = [study.store.folder(first.technique.shelf, first.model) for first in firsts]
     pairs = zip(firsts, folders, strict=True)
@@ -453,11 +473,11 @@ def _lacking_models(study: Study, pools: Sequence[Sequence[Request]]) -> list[Re
 
 
 def _models_left(study: Study, pools: Sequence[Sequence[Request]]) -> int:
-    return len(_lacking_models(study, pools))
+    return len(_requests_lacking_models(study, pools))
 
 
 def _learn(study: Study, pools: Sequence[Sequence[Request]]) -> None:
-    learn_models(study, _lacking_models(study, pools))
+    learn_models(study, _requests_lacking_models(study, pools))
 
 
 def _features_left(study: Study, some: Sequence[Cell], number: int) -> int:
@@ -532,10 +552,10 @@ def models(settings: Settings) -> list[tuple[str, str]]:
 
 
 def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
-    """A study to plan with, and what of it is not here yet.
+    """A study for planning without a download, and the names of the models and data it lacks.
 
-    In the place of absent models stand others, whose images are not in the store either; in the
-    place of an absent data set stands one of the published sizes.
+    The miniature model replaces each missing model, and no images of it are in the store. A
+    stand-in with the published number of images replaces a missing data set.
 
     Raises:
         InputError: as :func:`open_study`; the data are not here and their sizes are not known.

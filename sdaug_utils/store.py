@@ -88,9 +88,9 @@ def default_root() -> Path:
 
 
 def kept_digest(path: Path) -> str:
-    """As :func:`file_digest`, of a file that is read once for all processes.
+    """As :func:`file_digest`, and kept on disk for later processes by :func:`keep_digests`.
 
-    What is known of a path holds for as long as its size and time stay.
+    A kept digest is valid as long as the file's size and modification time do not change.
     """
     known, status = _known_digests(default_root()), path.stat()
     facts = [status.st_size, status.st_mtime_ns]
@@ -100,7 +100,7 @@ def kept_digest(path: Path) -> str:
 
 
 def keep_digests() -> None:
-    """Keep what :func:`kept_digest` found out."""
+    """Save the digests that :func:`kept_digest` has computed."""
     root = default_root()
     known, file = _known_digests(root), root / "digests.json"
     before = _read_digests(file)
@@ -133,19 +133,20 @@ class Store:
             InputError: the folder cannot be made or written to.
         """
         self.root = Path(root or default_root())
-        self.read: set[Path] = set()  # artefacts whose digests are known to be right
-        self.told: set[Path] = set()  # damaged ones that were told of
+        self.verified: set[Path] = set()  # artefacts whose digests are known to be right
+        self.reported: set[Path] = set()  # damaged ones that were reported
         require_writable(self.root)
 
     def folder(self, kind: str, spec: Spec) -> Path:
         """Where the artefact is, or will be."""
         return self.root / kind / digest(spec)
 
-    def is_whole(self, folder: Path, to_read: bool = False, told: bool = False) -> bool:
-        """Whether an artefact is there and its files have their sizes.
+    def is_whole(self, folder: Path, to_read: bool = False, silent: bool = False) -> bool:
+        """Whether an artefact exists and is undamaged: the sizes of its files are as listed.
 
-        One that is ``to_read`` must have its digests, too; each is looked at once. That one is
-        damaged is said, unless it is ``told`` elsewhere.
+        Args:
+            to_read: compare the files' digests, too; once per process and artefact.
+            silent: do not print that an artefact is damaged.
         """
         if not folder.exists():
             return False
@@ -153,25 +154,25 @@ class Store:
             listed = json.loads((folder / FILES).read_text())
             sizes = {name: (folder / name).stat().st_size for name in listed}
             whole = sizes == {name: size for name, (size, _) in listed.items()}
-            if whole and to_read and folder not in self.read:
+            if whole and to_read and folder not in self.verified:
                 whole = all(file_digest(folder / name) == own for name, (_, own) in listed.items())
         except (OSError, ValueError, AttributeError, TypeError):  # the listing itself is damaged
             whole = False
         if whole and to_read:
-            self.read.add(folder)
-        if not (whole or told):
-            self.tell(folder)
+            self.verified.add(folder)
+        if not (whole or silent):
+            self.report_damaged(folder)
         return whole
 
-    def tell(self, damaged: Path) -> None:
-        """Say, once, that something is damaged."""
-        if damaged not in self.told:
+    def report_damaged(self, damaged: Path) -> None:
+        """Print, once per path, that it is damaged and will be made again."""
+        if damaged not in self.reported:
             tqdm.write(f"{damaged.relative_to(self.root)}: damaged: it is made again")
-        self.told.add(damaged)
+        self.reported.add(damaged)
 
     @contextmanager
     def lock(self, *names: str) -> Iterator[None]:
-        """Locks between processes, by names of a kind and a key, in one order: no deadlock."""
+        """Hold locks between processes. They are acquired in sorted order: there is no deadlock."""
         with ExitStack() as stack:
             for name in sorted(set(names)):
                 stack.enter_context(self._locked(name))
@@ -179,9 +180,10 @@ class Store:
 
     @contextmanager
     def _locked(self, name: str, timeout: float = -1) -> Iterator[None]:
-        """A lock by its name, for which one waits without end unless there is a ``timeout``.
+        """Hold one lock between processes; wait for it for ``timeout`` seconds, or for ever if -1.
 
-        Its file goes while it is still held: whoever has opened it in the meantime finds that out.
+        Its file is deleted while the lock is held. A process that has opened the file in the
+        meantime notices that it is deleted, and tries again with a new file.
         """
         file = self.root / "locks" / f"{name}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +267,7 @@ def _list_files(folder: Path) -> None:
 
 
 def write_spec(folder: Path, spec: Spec) -> None:
-    """Say in ``spec.json`` what determines an artefact, and all that it was made with so far."""
+    """Write ``spec.json``: what determines an artefact, and all that it was made with so far."""
     path, makers = folder / "spec.json", _makers(folder)
     makers += [made_with()] if made_with() not in makers else []
     text = json.dumps({**spec, "made_with": makers}, indent=2, sort_keys=True)
@@ -279,7 +281,7 @@ def makers(artefacts: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def _makers(folder: Path) -> list[dict[str, str]]:
-    """Those that an artefact lists; none if the list is gone or damaged."""
+    """``made_with`` of one artefact; empty if ``spec.json`` is missing or damaged."""
     try:
         return json.loads((folder / "spec.json").read_text()).get("made_with", [])
     except (OSError, ValueError, AttributeError):

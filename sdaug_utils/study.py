@@ -49,11 +49,11 @@ def configure(
 
     Args:
         folder: where the file goes, by default ``runs/<name>``.
-        file: its name, another one where nothing is run.
+        file: its name; where nothing is run, another one than ``config.yaml``.
 
     Returns:
-        What to open studies by, the file's path or, where nothing is changed, the profile's name;
-        and the folder.
+        A value for ``profile`` of :func:`open_study`, which is the profile's own name if nothing
+        changes it, else the path of the written file; and the folder.
 
     Raises:
         InputError: something that is asked for cannot be; the folder cannot be written to.
@@ -69,6 +69,8 @@ def configure(
 
 @dataclass(frozen=True, eq=False)
 class Study:
+    """One profile and one of its data sets, opened: settings, real images, store."""
+
     profile: str  # its name, or the path of a config.yaml
     settings: Settings
     data: Dataset
@@ -77,12 +79,12 @@ class Study:
 
     @cached_property
     def name(self) -> str:
-        """As the folders of its figures and results are called."""
+        """The run's name, which its folders under figures and results have."""
         return run_of(self.profile).name
 
     @property
     def stands_for(self) -> str:
-        """The thesis's data set whose results stand beside the study's; none for own images."""
+        """The thesis's data set whose published results are compared; "" for one's own images."""
         own = self.settings.data[self.domain].name == "imagefolder"
         return "" if own else STANDS_FOR[self.domain]
 
@@ -95,10 +97,10 @@ def open_study(
     Args:
         profile: its name, or the path of a ``config.yaml`` that was made of one.
         domain: which of the profile's two data sets: only experiment 09 uses the second.
-        download: False keeps a data set that the profile would download from being downloaded.
+        download: False never downloads the data set, even if the profile allows it.
 
     Raises:
-        InputError: anything in the profile, the data files or the store's folder is amiss.
+        InputError: anything in the profile, the data files or the store's folder is wrong.
     """
     settings = load_settings(profile, domain)
     chosen = settings.data[domain]

@@ -21,15 +21,15 @@ FOLDERS = ("SDAUG_STORE", "SDAUG_OUTPUT")  # of the environment: where a run's f
 
 
 def asked_for(jobs: Sequence[Job]) -> plan.Asked:
-    """What the plan is made of: notebooks' names, studies and parameters."""
+    """The plan's input: each notebook's name, study and parameters."""
     return [(job.path.stem, job.study, job.parameters) for job in jobs]
 
 
 def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
-    """What the notebooks need, what the store has not got, how long that takes, and on what disk.
+    """Print, per notebook: what it needs, what the store lacks, the time, and the disk space.
 
-    What several notebooks need is missing for the first of them alone. Where the models are those
-    of the thesis, the hours in the thesis's own logs stand there, too.
+    If several notebooks lack the same item, it is counted for the first of them only. For models of
+    the thesis's size, the hours in the thesis's own logs are shown, too.
     """
     import pandas as pd
 

@@ -103,7 +103,7 @@ def here(monkeypatch):
     from distributed import Client, LocalCluster
 
     def make_some(some):
-        monkeypatch.setattr(make, "_planned", lambda *_: {one.key: one for one in some})
+        monkeypatch.setattr(make, "_units_by_key", lambda *_: {one.key: one for one in some})
         return make._make_on(client, "", plan.Work(some), 600)
 
     cluster = LocalCluster(
@@ -151,7 +151,7 @@ def test_what_much_waits_for_comes_first(here):
 def test_a_unit_that_hangs_ends_its_process():
     script = (
         "import time; from sdaug_utils import make; from tests.test_plan import unit;"
-        "make._planned = lambda *_: {'hangs': unit('hangs', make=lambda: time.sleep(60))};"
+        "make._units_by_key = lambda *_: {'hangs': unit('hangs', make=lambda: time.sleep(60))};"
         "make.make_unit('', 'hangs', 0.5)"
     )
     began = time.monotonic()
@@ -182,7 +182,7 @@ def test_processes_share_the_gpus(monkeypatch, world, number, listed, wanted, ex
     settings = world.settings.model_copy(update={"device": "cuda" if number else "cpu"})
     monkeypatch.setattr(make.torch.cuda, "device_count", lambda: number)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
-    assert make._shares(wanted, settings) == expected
+    assert make._gpu_of_each(wanted, settings) == expected
 
 
 def test_nobody_without_the_certificate_hands_work_to_the_workers(world):
@@ -201,7 +201,7 @@ def test_a_worker_that_computes_otherwise_refuses(store):
     orders = make.orders_for(asked(store))
     other = orders.replace('"float32"', '"float16"')
     with pytest.raises(make.InputError, match="computes on cpu in float32, the process that asks"):
-        make._planned(other, 0)
+        make._units_by_key(other, 0)
 
 
 def test_a_notebook_makes_little_in_its_own_process_and_more_in_others(store, monkeypatch, capsys):

@@ -42,7 +42,7 @@ def unit(key, seconds=1.0, needs=(), **more):
 def thesis_units(**changes):
     """The thesis profile, planned by its published sizes: nothing of it need be here."""
     paths = notebooks.chosen(None)
-    jobs = notebooks.check(paths, "thesis", Path(os.environ["SDAUG_STORE"]), dry=True)
+    jobs = notebooks.check(paths, "thesis", Path(os.environ["SDAUG_STORE"]), offline=True)
     return units_of(summary.asked_for(jobs))
 
 
@@ -115,7 +115,7 @@ def test_sums_and_bounds():
             unit("upon it", 9, {"base"}),
             unit("half", 8, **half),
             unit("made", 100, left=lambda: 0),
-            unit("passing", 1, passing_bytes=3 * plan.GIB, models=1),
+            unit("passing", 1, temporary_bytes=3 * plan.GIB, temporary_models=1),
         ]
     )
     assert work.seconds() == 2 + 9 + 4 + 1
@@ -129,9 +129,9 @@ def test_sums_and_bounds():
 def test_a_model_that_is_not_kept_lives_with_its_images():
     listed = thesis_units()
     dreambooth = techniques()["dreambooth"]
-    passing = [one for one in listed if one.passing_bytes]
-    assert {one.passing_bytes for one in passing} == {dreambooth.model_bytes}
-    assert len(passing) == sum(one.models for one in passing) > 200
+    passing = [one for one in listed if one.temporary_bytes]
+    assert {one.temporary_bytes for one in passing} == {dreambooth.model_bytes}
+    assert len(passing) == sum(one.temporary_models for one in passing) > 200
     assert not [one for one in listed if one.name.startswith("dreambooth: models")]
     work = plan.Work(listed)
     lasting = sum(one.num_bytes for one in listed) / plan.GIB

@@ -387,7 +387,7 @@ def test_ones_own_images_take_the_place_of_the_data_set(own_images, monkeypatch,
     assert [path.stem[:2] for path in started] == [f"0{number}" for number in range(1, 8)]
     assert "left out: 08 (no folder 'trimaps')" in capsys.readouterr().out
     (own_images / "trimaps").mkdir()
-    assert [path.stem[:2] for path in notebooks.about(own_images, started)][-1] == "07"
+    assert [path.stem[:2] for path in notebooks.runnable_on(own_images, started)][-1] == "07"
     settings = params.load_settings(given[0])
     assert settings.data["main"].name == "imagefolder"
     assert settings.data["second"].name == "digits"

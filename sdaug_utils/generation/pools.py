@@ -1,11 +1,11 @@
 """Synthetic images: a pool per technique, class and draw.
 
 A pool is a sequence: image i depends only on the pool's specification and i. Asking for 50 after
-10 adds 40. On disk it is an ordinary image folder. An image is there if its file is there, which is
-written beside its place and renamed. ``metadata.csv`` lists the images afterwards, with the size
-and the digest of each file. A file that is not listed, or with another size, is read and compared
-with PNG's own checksums; one of another digest is refused when it is read, or found by
-:func:`verify`.
+10 adds 40. A draw is one random subset of the real images. On disk a pool is an ordinary image
+folder. An image exists as soon as its file does: the file is written under a temporary name, then
+renamed. ``metadata.csv`` is written afterwards and lists each file with its size and digest. A file
+that is not listed, or whose size differs, is read and checked by PNG's own checksums. If only the
+digest differs, reading the image raises an error, and :func:`verify` deletes the file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from sdaug_utils.study import Study
 
 COLUMNS = ("file_name", "class", "prompt", "seed", "attempts", "size", "digest")
 LISTING = "metadata.csv"
-ATTEMPTS = ".attempts"  # beside an image that is not its first attempt's: whose it is
+ATTEMPTS = (
+    ".attempts"  # suffix of a file next to an image that took more than one attempt: how many
+)
 BLOCK = 50  # images of a pool that are locked together: others may make the next at the same time
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
@@ -64,7 +66,7 @@ class Pool:
     digests: tuple[str, ...]  # of the files
     seeds: tuple[int, ...]
     attempts: tuple[int, ...]
-    followed: tuple[int, ...] = ()  # the row of the train split that each image follows
+    followed: tuple[int, ...] = ()  # the train image that each one is made from, by its row
 
     def images(self) -> Images:
         """8-bit RGB arrays of shape (height, width, 3)."""
@@ -87,9 +89,9 @@ def _seed(key: str, index: int, attempt: int) -> int:
 
 
 def read_pool(folder: Path, spec: Spec) -> dict[int, Row]:
-    """The images of a pool that are there and whole, by index, as ``metadata.csv`` lists them.
+    """The rows of a pool's undamaged images by index, as ``metadata.csv`` has them.
 
-    What is not listed yet, or with another size, is read.
+    A file that is not listed, or whose size differs, is read and checked.
     """
     sizes = _sizes(folder)
     rows = {i: row for i, row in _listed(folder).items() if row["size"] == str(sizes.get(i))}
@@ -100,7 +102,7 @@ def read_pool(folder: Path, spec: Spec) -> dict[int, Row]:
 
 
 def _row(file: Path, index: int, spec: Spec) -> Row | None:
-    """What there is to say of an image; None if it is damaged, or gone in the meantime."""
+    """An image's row for ``metadata.csv``, read from its file; None if it is damaged or gone."""
     own = file.with_suffix(ATTEMPTS)
     try:
         content, attempts = file.read_bytes(), int(own.read_text()) if own.exists() else 1
@@ -115,13 +117,13 @@ def _row(file: Path, index: int, spec: Spec) -> Row | None:
 
 
 def verify(store: Store, spec: Spec) -> None:
-    """Delete those images of a pool whose files have not the digests that are listed."""
+    """Delete the images of a pool whose digest differs from the one in ``metadata.csv``."""
     folder = store.folder("pools", spec)
     rows, sound = _listed(folder), dict[int, Row]()
     for index, row in rows.items():
         file = folder / _file_name(index)
         if file.exists() and file_digest(file) != row["digest"]:
-            store.tell(file)
+            store.report_damaged(file)
             file.unlink()
         else:
             sound[index] = row
@@ -146,7 +148,7 @@ def is_whole_png(content: bytes) -> bool:
 
 
 def _sizes(folder: Path) -> dict[int, int]:
-    """The sizes of a pool's files by index, but for what others are writing."""
+    """The sizes of a pool's images by index, without temporary files."""
     found = {}
     for path in os.listdir(folder) if folder.exists() else []:
         stem, suffix = os.path.splitext(path)
@@ -191,15 +193,16 @@ def grow(
     max_attempts: int,
     alike: Callable[[int], Any] = lambda index: 0,
 ) -> list[Pool]:
-    """Make those images of some pools that are missing; the pools share a sampler and its passes.
+    """Make the missing images of some pools; all pools share one sampler, and may share a batch.
 
-    Every pass has the batch's size, since rounding depends on its shape: a last one is filled up.
+    Every batch has the full size, because rounding depends on a batch's shape: the last one is
+    padded with copies of its last image.
 
     Args:
         requests: of each pool what determines its images (``class`` and ``prompt`` go into the
             metadata) and which images are asked for, ``range(50)`` for the first fifty.
         make_sampler: called only if an image is missing.
-        alike: what images of one pass must have in common, by their index.
+        alike: a key by an image's index; only images with equal keys share a batch.
 
     Raises:
         RuntimeError: an image was rejected ``max_attempts`` times.
@@ -248,7 +251,7 @@ def _make(
     max_attempts: int,
     alike: Callable[[int], Any],
 ) -> None:
-    """Make images; what a process that was killed was writing is deleted first."""
+    """Make images; first delete rows of damaged files, and temporary files of killed processes."""
     for number in {number for number, _ in items}:
         folders[number].mkdir(parents=True, exist_ok=True)
         listed = _listed(folders[number])
@@ -261,7 +264,7 @@ def _make(
         for leftover in folders[number].glob(f".{_file_name(index)}.*"):
             leftover.unlink()
         if (damaged := folders[number] / _file_name(index)).exists():
-            store.tell(damaged)
+            store.report_damaged(damaged)
 
     def make(part: Sequence[Item]) -> Sequence[Item]:
         _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
@@ -282,9 +285,10 @@ def _make_batch(
     max_attempts: int,
     batch_size: int,
 ) -> None:
+    """Make one batch; try rejected images again with new seeds, up to ``max_attempts`` times."""
     waiting = list(items)
     for attempt in range(max_attempts):
-        filled = [*waiting, *waiting[-1:] * (batch_size - len(waiting))]
+        filled = waiting + [waiting[-1]] * (batch_size - len(waiting))
         seeds = [image_seed(specs[number], index, attempt) for number, index in filled]
         rejected = []
         for item, image in zip(waiting, sampler(filled, seeds), strict=False):
@@ -350,7 +354,7 @@ def pipeline_sampler(
 
 
 def found_sampler(images: Sequence[Sequence[np.ndarray]]) -> Sampler:
-    """A sampler over images of each pool that are there already."""
+    """A sampler that returns given images, by pool and index: nothing is generated."""
 
     def sample(items: Sequence[Item], seeds: Sequence[int]) -> list[Image.Image | None]:
         return [Image.fromarray(images[number][index]) for number, index in items]
@@ -370,15 +374,15 @@ def technique_pools(
     return fill(study, requests)
 
 
-def fill(study: Study, requests: Sequence[Request], keep: bool = False) -> list[Pool]:
-    """Make what is missing of the requested pools, personalised models first.
+def fill(study: Study, requests: Sequence[Request]) -> list[Pool]:
+    """Make the images that the requested pools lack, personalised models first.
 
-    All requests are of one technique. Where learnt models are not to be kept, and not to ``keep``
-    for now, each is made, used and deleted before the next.
+    All requests are of one technique. If the settings say not to keep personalised models, each is
+    learnt, used and deleted before the next one is learnt.
     """
     settings, store, technique = study.settings, study.store, requests[0].technique
     sampling = technique.sampling(settings)
-    kept = keep or not technique.learns or technique.keeps_models(settings)
+    kept = not technique.learns or technique.keeps_models(settings)
     pipeline = partial(loaded, technique, settings)
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
     lacking: dict[str, Request] = {}  # of models whose pools are not complete
@@ -411,7 +415,8 @@ def fill(study: Study, requests: Sequence[Request], keep: bool = False) -> list[
             arguments = [technique.arguments(study, request) for request in group]
             return pipeline_sampler(ready(), sampling, prompts, arguments)
 
-        with nullcontext() if kept or key not in lacking else _passing(store, group[0]):
+        is_temporary = not kept and key in lacking
+        with _temporary(store, group[0]) if is_temporary else nullcontext():
             alike = partial(technique.alike, settings)
             grown = grow(store, group, sampler, batch, sampling.max_attempts, alike)
         pools.update(zip(groups[key], grown, strict=True))
@@ -423,7 +428,7 @@ def fill(study: Study, requests: Sequence[Request], keep: bool = False) -> list[
 
 
 def number_missing(study: Study, request: Request) -> int:
-    """How many of the images that a request gets are still to be made."""
+    """How many of the requested images the store lacks."""
     there = read_pool(study.store.folder("pools", request.spec), request.spec)
     return len(set(request.indices) - there.keys())
 
@@ -452,10 +457,10 @@ def learn_models(study: Study, requests: Sequence[Request]) -> None:
 
 
 def denoising(study: Study, request: Request) -> np.ndarray:
-    """How the first image of a pool comes about: what the model has in mind after each step.
+    """The decoded latents of a pool's first image after each sampling step.
 
-    For techniques that learn no model. It is sampled alone: from the pool's own image it may differ
-    by rounding.
+    Only for techniques that learn no model. The image is sampled alone, so it may differ from the
+    pool's own by rounding.
 
     Returns:
         (steps, height, width, 3) 8-bit RGB.
@@ -485,20 +490,22 @@ def denoising(study: Study, request: Request) -> np.ndarray:
 
 
 @contextmanager
-def _passing(store: Store, request: Request) -> Iterator[None]:
-    """Keep a request's model for as long as one process uses it, then delete it."""
-    with store.lock(f"passing-models-{digest(request.model)}"):
+def _temporary(store: Store, request: Request) -> Iterator[None]:
+    """Lock a temporary model against other processes while it is used, then delete it."""
+    with store.lock(f"temporary-models-{digest(request.model)}"):
         yield
         store.drop(request.technique.shelf, request.model)
 
 
 loaded_pipelines: dict[str, Pipeline] = {}
-MOST_LOADED = {"cpu": 2}  # by device; on any other one: there may be no room for two
+MOST_LOADED = {
+    "cpu": 2
+}  # pipelines in memory, by device; one on all others: a GPU may not hold two
 LOADED_BY = {"foundation", "device", "precision", "attention", "compile"}  # of the settings
 
 
 def loaded(technique: Any, settings: Settings) -> Pipeline:
-    """The pipeline that a technique starts from; the last ones stay in memory."""
+    """The pipeline that a technique starts from; the most recently loaded ones stay in memory."""
     sampling, common = technique.sampling(settings), settings.model_dump(include=LOADED_BY)
     own = [technique.kind, technique.models(settings), sampling.scheduler]
     key = digest({"technique": own, **common, "safety checker": settings.sampling.safety_checker})

@@ -285,7 +285,7 @@ def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dic
                 with np.load(path) as file:  # it compares what it reads with a checksum
                     read = {name: file[name] for name in parts}
             except (EOFError, ValueError, KeyError, BadZipFile):
-                study.store.tell(path)
+                study.store.report_damaged(path)
                 path.unlink(missing_ok=True)
             else:
                 yield read
