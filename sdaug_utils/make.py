@@ -281,7 +281,6 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
     outcome = Outcome()
     if not asked:
         return outcome
-    orders = orders_for(asked)
     with contextlib.ExitStack() as stack:
         client: Client | None = None
         for listed in plan.STAGES:
@@ -291,7 +290,7 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
             if client is None:
                 settings = asked[0][1].settings
                 client = stack.enter_context(connected(workers, settings))
-            _make_on(client, orders, work, workers.timeout, outcome)
+            _make_on(client, orders_for(asked), work, workers.timeout, outcome)
     return outcome
 
 

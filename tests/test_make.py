@@ -104,7 +104,9 @@ def here(monkeypatch):
 
     def make_some(some):
         monkeypatch.setattr(make, "_units_by_key", lambda *_: {one.key: one for one in some})
-        return make._make_on(client, "", plan.Work(some), 600)
+        outcome = make.Outcome()
+        make._make_on(client, "", plan.Work(some), 600, outcome)
+        return outcome
 
     cluster = LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"

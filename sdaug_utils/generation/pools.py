@@ -149,12 +149,15 @@ def is_whole_png(content: bytes) -> bool:
 
 def _sizes(folder: Path) -> dict[int, int]:
     """The sizes of a pool's images by index, without temporary files."""
+    if not folder.exists():
+        return {}
     found = {}
-    for path in os.listdir(folder) if folder.exists() else []:
-        stem, suffix = os.path.splitext(path)
-        if suffix == ".png" and stem.isdecimal():
-            with suppress(FileNotFoundError):  # it is deleted just now
-                found[int(stem)] = os.stat(folder / path).st_size
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix == ".png" and stem.isdecimal():
+                with suppress(FileNotFoundError):  # it is deleted just now
+                    found[int(stem)] = entry.stat().st_size
     return found
 
 
