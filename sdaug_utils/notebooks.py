@@ -63,11 +63,12 @@ class Job:
         from sdaug_utils.training import cells
 
         settings, data = self.study.settings, self.study.data
-        written = json.loads(self.path.read_text())["cells"]  # to import nbformat takes seconds
+        # Without the numbers in its text, which are results; to import nbformat takes seconds.
+        written = json.loads(self.path.read_text())["cells"]
         given = [settings.model_dump(mode="json"), compute.dtype_name(settings)]
         return store.digest(
             {
-                "source": [prose.emptied("".join(cell["source"])) for cell in written],  # without results
+                "source": [prose.emptied("".join(cell["source"])) for cell in written],
                 "parameters": self.parameters.model_dump(mode="json", exclude={"profile"}),
                 "settings": [*given, self.study.name],
                 "module": _module_digest(),
