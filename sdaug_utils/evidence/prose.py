@@ -75,4 +75,6 @@ def renew(path: Path, profile: str) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = filled(cell.source, read)
+    for name in ("files", "key"):  # of the run that it is from
+        notebook.metadata.get("sdaug", {}).pop(name, None)
     nbformat.write(notebook, path)
