@@ -251,11 +251,11 @@ def make_unit(orders: str, key: str, timeout: float, dependencies: Sequence[floa
     Returns:
         Seconds that it took.
     """
-    faulthandler.dump_traceback_later(timeout, exit=True, file=2)
-    began = time.monotonic()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # small networks gain little from more
+    began = time.monotonic()
+    faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     try:
         # The second stage can be listed only when the first is made: it is looked up last.
         for stage in range(len(plan.STAGES)):

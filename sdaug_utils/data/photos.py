@@ -27,7 +27,7 @@ def oxford_iiit_pet(folder: Path, download: bool) -> Dataset:
     Raises:
         InputError: the folder is not in the official layout, or a class has no image.
     """
-    _require(folder / "oxford-iiit-pet", download)
+    _require(folder / "oxford-iiit-pet", "OxfordIIITPet", download)
     from torchvision.datasets import OxfordIIITPet
 
     train, test = _opened(OxfordIIITPet, folder, ("trainval", "test"), download)
@@ -46,7 +46,7 @@ def food_101(folder: Path, download: bool) -> Dataset:
     Raises:
         InputError: as :func:`oxford_iiit_pet`.
     """
-    _require(folder / "food-101", download)
+    _require(folder / "food-101", "Food101", download)
     from torchvision.datasets import Food101
 
     train, test = _opened(Food101, folder, ("train", "test"), download)
@@ -122,12 +122,12 @@ LOADERS: dict[str, Callable[[Path, bool], Dataset]] = {
 }
 
 
-def _require(folder: Path, download: bool) -> None:
+def _require(folder: Path, kind: str, download: bool) -> None:
     """Check that a data set is there, or may be downloaded, before torchvision is imported."""
     if not (download or folder.is_dir()):
         raise InputError(
-            f"data.folder: {folder}: there is no such folder; set data.download: true where there "
-            "is internet"
+            f"data.folder: {folder.parent}: not the layout of torchvision's {kind} (no folder "
+            f"'{folder.name}' in it); set data.download: true where there is internet"
         )
 
 
