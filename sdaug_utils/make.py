@@ -156,6 +156,7 @@ def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: st
     own = [
         f"export SDAUG_STORE={quote(str(default_root().resolve()))}",
         f"export PYTHONPATH={quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "trap : TERM",  # the script outlives its worker: one that hangs at its end is killed, too
     ]
     given = {
         "shared_temp_directory": str(certificates),
