@@ -138,8 +138,8 @@ def is_whole_png(content: bytes) -> bool:
     at = 8
     while at + 12 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        told = int.from_bytes(content[end - 4 : end], "big")
-        if end > len(content) or zlib.crc32(content[at + 4 : end - 4]) != told:
+        expected = int.from_bytes(content[end - 4 : end], "big")
+        if end > len(content) or zlib.crc32(content[at + 4 : end - 4]) != expected:
             return False
         if content[at + 4 : at + 8] == b"IEND":
             return True
@@ -255,10 +255,11 @@ def _make(
     alike: Callable[[int], Any],
 ) -> None:
     """Make images; first delete rows of damaged files, and temporary files of killed processes."""
+    missing = set(items)
     for number in {number for number, _ in items}:
         folders[number].mkdir(parents=True, exist_ok=True)
         listed = _listed(folders[number])
-        sound = {i: row for i, row in listed.items() if (number, i) not in set(items)}
+        sound = {i: row for i, row in listed.items() if (number, i) not in missing}
         if sound != listed:  # the others were damaged
             _write_rows(sound, folders[number])
         with store.lock(f"pools-{folders[number].name}-spec"):
