@@ -12,7 +12,7 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.generation.pools import Pool, fill
 from sdaug_utils.generation.technique import Request, request, technique_requests
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import require_writable, write_atomically
+from sdaug_utils.store import require_writable, write_csv
 from sdaug_utils.study import Study
 
 LISTING = "metadata.csv"
@@ -73,14 +73,7 @@ def write_images(
             old.unlink()
             rows.pop(f"{folder.name}/{old.name}", None)
         rows |= _copied(pool, asked, folder, technique)
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows[name] for name in sorted(rows))
-
-    write_atomically(into / LISTING, write)
+    write_csv(into / LISTING, COLUMNS, [rows[name] for name in sorted(rows)])
     return count * len(pools)
 
 

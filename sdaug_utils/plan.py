@@ -144,6 +144,11 @@ def wanted(asked: Asked) -> dict[Study, Wanted]:
     return found
 
 
+def by_notebook(needed: dict[Study, Wanted]) -> dict[str, Wanted]:
+    """What each notebook asks for, by its name."""
+    return {name: own for what in needed.values() for name, own in what.by_notebook.items()}
+
+
 def first_units(asked: Asked) -> list[Unit]:
     """What has to be there before a plan: subjects are chosen by the features of real images."""
     studies = dict.fromkeys(study for _, study, p in asked if isinstance(p, params.Subjects))

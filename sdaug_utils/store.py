@@ -8,6 +8,7 @@ whenever somebody asks for it, and digests, which are compared when a process fi
 was damaged since is made again.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -310,3 +311,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     beside = path.with_name(f".{path.name}.{token_hex(4)}")
     write(beside)
     beside.replace(path)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Write rows of text as a table, as :func:`write_atomically` does."""
+
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

@@ -15,7 +15,7 @@ from sdaug_utils.data.images import Dataset
 from sdaug_utils.params import Domain, Protocol, Settings, load_settings, run_of
 from sdaug_utils.store import Store, require_writable, write_atomically
 
-ROOT = Path(__file__).parents[1]
+ROOT = datasets.PROJECT
 WRITTEN: list[str] = []  # paths of the figures, tables and raw runs that this process wrote
 CONFIG = "config.yaml"  # in a run's folder: what was asked for
 STANDS_FOR = {"main": "oxford-iiit-pet", "second": "food-101"}  # the thesis's data sets

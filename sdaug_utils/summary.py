@@ -38,7 +38,7 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
     label, per_second = ("GPU hours", 1 / 3600) if at_scale else ("minutes", 1 / 60)
     needed = plan.wanted(asked_for(jobs))
     work, rows = plan.Work(plan.units(needed)), []
-    each = {name: own for what in needed.values() for name, own in what.by_notebook.items()}
+    each = plan.by_notebook(needed)
     for job in jobs:
         own = work.of(job.path.stem)
         counts, uses = own.counts(), each[job.path.stem].counts()
@@ -93,7 +93,7 @@ def close(
 
     needed = plan.wanted(asked_for(jobs))
     report.write_tables(profile, [f for study, what in needed.items() for f in what.folders(study)])
-    each = {name: own for what in needed.values() for name, own in what.by_notebook.items()}
+    each = plan.by_notebook(needed)
     used = {name: own.counts() for name, own in each.items()}
     pools = {name: sorted(f"pools/{key}" for key in own.images) for name, own in each.items()}
     _print_summary(reports, used, outcome)

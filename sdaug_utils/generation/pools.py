@@ -38,6 +38,7 @@ from sdaug_utils.store import (
     digest_of,
     file_digest,
     write_atomically,
+    write_csv,
     write_spec,
 )
 from sdaug_utils.study import Study
@@ -174,14 +175,7 @@ def _listed(folder: Path) -> dict[int, Row]:
 
 def _write_rows(rows: Mapping[int, Row], folder: Path) -> None:
     """Write ``metadata.csv``; where others do so at the same time, it may lack some of theirs."""
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows[index] for index in sorted(rows))
-
-    write_atomically(folder / LISTING, write)
+    write_csv(folder / LISTING, COLUMNS, [rows[index] for index in sorted(rows)])
 
 
 def _file_name(index: int) -> str:

@@ -36,8 +36,7 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
     found = []
     for folder in pools:
         spec = json.loads((folder / "spec.json").read_text())
-        rows = [(i, row) for i, row in sorted(read_pool(folder, spec).items())]
-        rows = rows[:PER_POOL]
+        rows = sorted(read_pool(folder, spec).items())[:PER_POOL]
         if not rows or spec["technique"] not in techniques():
             continue
         is_generative = techniques()[spec["technique"]].is_generative
