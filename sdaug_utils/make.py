@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +109,21 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
         else:
             security, start = Security.temporary(), _jobs if workers.cluster else _processes
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
-            cluster = stack.enter_context(start(workers, settings, security, folder))
+            with _interrupts_blocked():
+                cluster = stack.enter_context(start(workers, settings, security, folder))
             client = Client(cluster, security=security)
         yield stack.enter_context(client)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Threads and processes started inside never receive Ctrl-C; this thread does, afterwards."""
+    resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _client_of(scheduler: str) -> Client:
