@@ -148,7 +148,7 @@ def show_results(arguments: argparse.Namespace) -> None:
         arrays = [key for key in runs if isinstance(runs[key].iloc[0], np.ndarray)]
         several = {"num_views", "step", "shift", "protocol"} & set(runs)  # runs of one setting
         is_plain = settings <= set(runs) and all(len(set(runs[key])) == 1 for key in several)
-        table = claims.summary(runs) if is_plain else runs.drop(columns=arrays)
+        table = claims.gains(runs) if is_plain else runs.drop(columns=arrays)
         print(table.to_string(index=False, float_format="{:.3f}".format))
     else:
         raise InputError(f"results: '{what}': choose from claims, {', '.join(known)}")

@@ -32,10 +32,12 @@ from tqdm import tqdm
 from sdaug_utils import params, plan, rates
 from sdaug_utils.compute import device_of, dtype_name
 from sdaug_utils.errors import InputError
+from sdaug_utils.experiments.base import Experiment
 from sdaug_utils.generation import pools
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import load_settings
 from sdaug_utils.plan import Unit
+from sdaug_utils.registry import experiments
 from sdaug_utils.store import KINDS, default_root
 from sdaug_utils.study import ROOT, Study, open_study
 
@@ -251,7 +253,7 @@ def _units_by_key(orders: str, stage: int) -> dict[str, Unit]:
     asked = []
     opened: dict[params.Domain, Study] = {}
     for name, values in given["notebooks"].items():
-        domain = params.domain_of(name)
+        domain = experiments()[name].domain
         if domain not in opened:
             opened[domain] = open_study(given["profile"], domain=domain, download=False)
         asked.append((name, opened[domain], params.check_notebook(name, values)))
@@ -401,13 +403,12 @@ def make_here(units: Sequence[Unit]) -> None:
             progress.update(unit.kind, work.left[unit.key])
 
 
-def make(study: Study, p: params.Experiment) -> None:
+def make(study: Study, p: Experiment) -> None:
     """Print what a notebook lacks and about how long it takes, then make it.
 
     Less than ``IN_PROCESS`` seconds of work are done in this process, more by worker processes.
     """
-    [name] = [name for name, model in params.EXPERIMENTS.items() if model is type(p)]
-    asked = [(name, study, p)]
+    asked = [(p.notebook, study, p)]
     work = plan.Work(plan.units(plan.wanted(asked)))
     print(_summary_line(study, work))
     if work.seconds() > IN_PROCESS:

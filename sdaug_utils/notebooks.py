@@ -20,14 +20,11 @@ from typing import Any
 
 from sdaug_utils import params, store
 from sdaug_utils.errors import InputError
+from sdaug_utils.registry import experiments
 from sdaug_utils.study import ROOT, Study, figures_folder, open_study, output, results_folder
 
 NOTEBOOKS, MODULE = ROOT / "notebooks", Path(__file__).parent
 SOURCES = {".py", ".yaml", ".json", ".csv"}  # the files of the module that its digest covers
-BEYOND = (
-    "10",
-    "11",
-)  # experiments that the thesis does not have: they run only if --only names them
 FINE = ("ok", "up to date")
 NEEDS_IMAGES = "needs-images"  # tag of cells that need images, which shipped runs do not have
 AHEAD = (  # what takes seconds to import
@@ -73,7 +70,7 @@ class Job:
                 "settings": [*given, self.study.name],
                 "module": _module_digest(),
                 "libraries": {name: version(name) for name in compute.TOOLS},
-                "data": [data.name, data.class_names, cells.data_digest(self.study)],
+                "data": [data.name, data.class_names, cells.data_digest(data)],
                 "models": [foundation.revision(*model) for model in plan.models(settings)],
             }
         )
@@ -120,17 +117,23 @@ def chosen(only: list[str] | None) -> list[Path]:
             raise InputError(f"--only: no notebook begins with '{prefix}': choose from {known}")
     if only:
         return [path for path in every if path.stem.startswith(tuple(only))]
-    return [path for path in every if path.stem[:2] not in BEYOND]
+    return [path for path in every if experiments()[path.stem].in_thesis]
 
 
 def runnable_on(dataset: Path, paths: list[Path]) -> list[Path]:
     """Those notebooks that can run on a folder of one's own images; print which are left out."""
-    left_out = {"09": "another domain"}
-    if not (dataset / "trimaps").is_dir():
-        left_out["08"] = "no folder 'trimaps'"
-    for number, reason in sorted(left_out.items()):
-        print(f"left out: {number} ({reason})")
-    return [path for path in paths if path.stem[:2] not in left_out]
+    kept = []
+    for path in paths:
+        experiment, reason = experiments()[path.stem], ""
+        if experiment.domain != "main":
+            reason = "another domain"
+        elif experiment.needs_trimaps and not (dataset / "trimaps").is_dir():
+            reason = "no folder 'trimaps'"
+        if reason:
+            print(f"left out: {path.stem[:2]} ({reason})")
+        else:
+            kept.append(path)
+    return kept
 
 
 def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = False) -> list[Job]:
@@ -142,7 +145,7 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
     Raises:
         InputError: what is wrong, in one line.
     """
-    from sdaug_utils import experiments, plan
+    from sdaug_utils import plan
 
     jobs: list[Job] = []
     opened: dict[str, Study] = {}
@@ -152,28 +155,28 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
         if profile != values.get("profile"):
             overrides = {"profile": profile, **overrides}
         checked = params.check_notebook(path.stem, values | overrides)
-        domain = params.domain_of(path.stem)
+        domain = experiments()[path.stem].domain
         if domain not in opened and offline:
             opened[domain], missing = plan.planned(profile, domain)
             absent += missing
         elif domain not in opened:
             opened[domain] = open_study(profile, domain=domain)
         if not opened[domain].stands_for:
-            changes = experiments.fitted(opened[domain], checked)
+            changes = checked.fitted(opened[domain])
             for key, value in changes.items():
                 print(f"{path.stem}: {key}: {_line(value)} in place of {_line(dict(checked)[key])}")
             overrides |= changes
             checked = params.check_notebook(path.stem, values | overrides)
         jobs.append(Job(path, output, overrides, opened[domain], checked))
     for job in jobs:
-        experiments.check(job.study, job.parameters)
+        job.parameters.check(job.study)
     if offline and absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
     elif not offline:
         for one in opened.values():
             _require_models(one.settings)
         for job in jobs:
-            experiments.require_techniques(job.study, job.parameters)
+            job.parameters.check_techniques(job.study)
     for folder in (output, figures_folder(profile), results_folder(profile)):
         store.require_writable(folder)
     return jobs

@@ -9,8 +9,8 @@ that its command line changed. Wherever a profile is named, such a file's path m
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -20,13 +20,14 @@ from pydantic import AfterValidator, BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from sdaug_utils.errors import InputError
-from sdaug_utils.registry import techniques
+from sdaug_utils.registry import experiments, techniques
 
 SECOND = "second-domain"
 PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
 
-def _technique(name: str, suits: Callable[[Any], bool] = lambda one: True) -> str:
+def known_technique(name: str, suits: Callable[[Any], bool] = lambda one: True) -> str:
+    """The name of a technique, checked: one that is registered and suits."""
     names = [known for known, one in techniques().items() if suits(one)]
     if name not in names:
         listed = ", ".join(map(repr, names))
@@ -34,17 +35,7 @@ def _technique(name: str, suits: Callable[[Any], bool] = lambda one: True) -> st
     return name
 
 
-Technique = Annotated[str, AfterValidator(_technique)]
-Personalisation = Annotated[
-    str,
-    AfterValidator(partial(_technique, suits=lambda one: one.learns and one.inputs == "first")),
-]
-Prompting = Annotated[  # images that follow nothing but a prompt
-    str,
-    AfterValidator(
-        partial(_technique, suits=lambda one: one.is_generative and one.inputs == "none")
-    ),
-]
+Technique = Annotated[str, AfterValidator(known_technique)]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment", "mixup", "cutmix"]
 Rule = Literal["chance", "confidence", "agreement", "nearness", "diversity", "distribution"]
@@ -53,7 +44,6 @@ Domain = Literal["main", "second"]
 Scheduler = Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]
 Percent = Annotated[float, Field(gt=0, le=100)]
 Count = Annotated[int, Field(ge=1)]
-Counts = Annotated[list[Count], Field(min_length=1)]
 
 
 class Parameters(BaseModel):
@@ -197,181 +187,6 @@ class Run(Parameters):
     from_results: bool = False  # shipped runs are read, nothing is made
 
 
-class Experiment(Parameters):
-    """What the ``parameters`` cell of every notebook sets."""
-
-    profile: str
-
-
-class Subjects(Experiment):
-    """What experiments 01 and 02 share: few images, models personalised on them, prompts."""
-
-    techniques: list[Personalisation] = Field(min_length=1)
-    prompts: dict[str, Attribute | None] = Field(min_length=1)  # and the attribute asked for
-    images_per_prompt: int = Field(ge=2)  # one has no diversity
-    num_subjects: int = Field(ge=2)  # one has no interval
-
-    @field_validator("prompts")
-    @classmethod
-    def _with_a_place_for_the_subject(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for prompt in value:
-            if "{}" not in prompt:
-                raise ValueError(f"'{prompt}' has no {{}} for the subject")
-        return value
-
-
-class NumberOfImages(Subjects):
-    """Experiment 01 (thesis, section 4.3.1)."""
-
-    numbers_of_images: Counts
-
-
-class DifferentSubjects(Subjects):
-    """Experiment 02 (thesis, section 4.3.2)."""
-
-    kinds: list[list[str]]  # classes of one kind; a class of none is a kind of its own
-    bare_name: str  # of all kinds: "animal"
-    bare_technique: Prompting  # which makes images of it
-
-    @field_validator("kinds")
-    @classmethod
-    def _with_every_class_once(cls, value: list[list[str]]) -> list[list[str]]:
-        names = [name for kind in value for name in kind]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"'{twice[0]}' is of two kinds")
-        return value
-
-
-class Runs(Experiment):
-    """What the experiments that train classifiers or segmenters share."""
-
-    protocol: Protocol
-    num_draws: int = Field(ge=2)  # one draw has no interval
-    num_seeds: int = Field(ge=1)
-
-
-class AtPercentages(Runs):
-    """What experiments 03 and 11 share: arms with as many synthetic images at each real %."""
-
-    real_percents: list[Percent] = Field(min_length=1)
-    augmentations: list[Augmentation] = Field(min_length=1)
-    techniques: list[Technique] = Field(min_length=1)
-    synthetic_per_class: int = Field(ge=1)
-
-    @field_validator("augmentations")
-    @classmethod
-    def _with_baseline(cls, names: list[str]) -> list[str]:
-        if "none" not in names:
-            raise ValueError("'none' must be among them: it is the baseline")
-        return names
-
-
-class TrainingPercentage(AtPercentages):
-    """Experiment 03 (thesis, section 4.3.3)."""
-
-    pixels_at_percents: list[Percent]  # where a second classifier is tried
-    protocols_at_percent: Percent
-    protocols_num_draws: int = Field(ge=2)  # of the published protocol, which takes long
-    curve_steps: Counts
-    view_numbers: Counts
-
-
-class GenerationPercentage(Runs):
-    """Experiment 04 (thesis, section 4.3.4)."""
-
-    techniques: list[Technique] = Field(min_length=1)
-    synthetic_per_class: dict[Percent, Counts] = Field(min_length=1)  # by real %
-    further_numbers: dict[Technique, Counts]  # of synthetic images, by technique
-
-
-class AllGenerated(Runs):
-    """Experiment 05 (thesis, section 4.3.5)."""
-
-    techniques: list[Technique] = Field(min_length=1)
-    synthetic_per_class: Counts
-    further_numbers: dict[Technique, Counts]  # of synthetic images, by technique
-    reference_percents: list[Percent] = Field(min_length=1)
-
-
-class WithControlNet(Runs):
-    """Experiment 06 (thesis, section 4.3.6)."""
-
-    synthetic_percents: dict[Percent, Counts] = Field(min_length=1)  # of the real images
-    beside: list[Technique]
-    rivals: list[Technique]
-    rivals_at_percent: Percent
-    outside_at_percent: Percent
-
-
-class Combinations(Runs):
-    """Experiment 07 (thesis, section 4.3.7)."""
-
-    augmentation: Augmentation
-    rows: list[tuple[Technique, Percent, Count]] = Field(min_length=1)  # synthetic % of the real
-
-
-class Segmentation(Runs):
-    """Experiment 08 (thesis, section 4.3.8)."""
-
-    update_numbers: Counts  # after which the setting with the most images is looked at
-    synthetic_percents: dict[Percent, Counts] = Field(min_length=1)  # of the real images
-
-
-class SecondDomain(GenerationPercentage):
-    """Experiment 09 (thesis, section 4.3.9)."""
-
-
-class Selection(Runs):
-    """Experiment 10: which of the generated images to keep (thesis, future work)."""
-
-    techniques: list[Technique] = Field(min_length=1)
-    rules: list[Rule] = Field(min_length=2)
-    real_percents: list[Percent] = Field(min_length=1)
-    chosen_from: int = Field(ge=2)  # images per class
-    kept_per_class: int = Field(ge=1)
-    further_kept: Counts  # of the first technique, at the smallest percentage
-
-    @field_validator("rules")
-    @classmethod
-    def _with_the_control(cls, names: list[str]) -> list[str]:
-        if "chance" not in names:
-            raise ValueError("'chance' must be among them: it is the control")
-        return names
-
-    @pydantic.model_validator(mode="after")
-    def _keeps_no_more_than_there_are(self) -> "Selection":
-        if max(self.kept_per_class, *self.further_kept) > self.chosen_from:
-            raise ValueError(f"chosen_from: {self.chosen_from}, of which no more can be kept")
-        return self
-
-
-class Rivals(AtPercentages):
-    """Experiment 11: what else one could do, techniques of the literature beside the thesis's."""
-
-    shifted_percents: list[Percent] = Field(min_length=1)  # where shifted test images are tried
-    shifted_augmentations: list[Augmentation]  # there alone, and on real images only
-
-
-EXPERIMENTS: dict[str, type[Experiment]] = {
-    "01-number-of-images": NumberOfImages,
-    "02-different-subjects": DifferentSubjects,
-    "03-training-percentage": TrainingPercentage,
-    "04-generation-percentage": GenerationPercentage,
-    "05-all-generated": AllGenerated,
-    "06-controlnet": WithControlNet,
-    "07-combinations": Combinations,
-    "08-segmentation": Segmentation,
-    "09-food-101": SecondDomain,
-    "10-selection": Selection,
-    "11-rivals": Rivals,
-}
-
-
-def domain_of(notebook: str) -> Domain:
-    """Which of a profile's two data sets a notebook is about."""
-    return "second" if EXPERIMENTS[notebook] is SecondDomain else "main"
-
-
 def override(key: str, text: str) -> tuple[list[str], Any]:
     """A parameter named as ``section.key.key``, with its value as YAML, from the command line.
 
@@ -381,9 +196,9 @@ def override(key: str, text: str) -> tuple[list[str], Any]:
         InputError: no such section, no key, or no YAML.
     """
     section, *path = key.split(".")
-    named = [name for name in EXPERIMENTS if section in (name, name[:2])]
+    named = [name for name in experiments() if section in (name, name[:2])]
     if not path or not (named or section == "common"):
-        known = ", ".join(["common", *(name[:2] for name in EXPERIMENTS)])
+        known = ", ".join(["common", *(name[:2] for name in experiments())])
         raise InputError(f"-p {key}: write SECTION.KEY; sections are {known}")
     try:
         value = yaml.safe_load(text)
@@ -414,8 +229,8 @@ def configure(
         _put(sections.setdefault(section, {}), keys, value)
     if protocol:
         name += f"-{protocol}"
-        for notebook, model in EXPERIMENTS.items():
-            if issubclass(model, Runs):
+        for notebook, experiment in experiments().items():
+            if "protocol" in experiment.model_fields:
                 sections.setdefault(notebook, {})["protocol"] = protocol
     if dataset:
         name += f"-{dataset.name}"
@@ -468,7 +283,7 @@ def read_profile(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     base = sections.pop("base", None) if isinstance(sections, dict) else None
-    valid = ["common", SECOND, *EXPERIMENTS, *(["run"] if _is_file(profile) else [])]
+    valid = ["common", SECOND, *experiments(), *(["run"] if _is_file(profile) else [])]
     if not isinstance(sections, dict) or not (base or "common" in sections):
         raise InputError(f"{path}: needs a section 'common' and may have others of {valid[1:]}")
     for name, section in sections.items():
@@ -495,6 +310,18 @@ def _settings_of(sections: dict[str, Any], domain: Domain, where: str) -> Settin
     if domain == "second":
         values = _merged(values, sections.get(SECOND, {}))
     return _checked(_settings(), values, where)
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with other values, whose keys are as in ``classifier.controlled.learning_rate``.
+
+    Raises:
+        InputError: unknown key, or an ill-typed value.
+    """
+    values = settings.model_dump()
+    for path, value in changes.items():
+        _put(values, path.split("."), value)
+    return _checked(type(settings), values, ", ".join(changes))
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -550,12 +377,12 @@ def parameters_cell(path: Path) -> dict[str, Any]:
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
-    """Check the values of a notebook's ``parameters`` cell against its model in ``EXPERIMENTS``.
+    """Check the values of a notebook's ``parameters`` cell against its experiment's.
 
     Raises:
         InputError: unknown, missing or ill-typed parameter.
     """
-    return _checked(EXPERIMENTS[notebook], values, f"notebooks/{notebook}.ipynb")
+    return _checked(experiments()[notebook], values, f"notebooks/{notebook}.ipynb")
 
 
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
@@ -572,7 +399,7 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
             injected = names
         elif "profile" in names:
             parameters, injected = names, set()
-    known = EXPERIMENTS[notebook].model_fields
+    known = experiments()[notebook].model_fields
     chosen = parameters | injected | (known.keys() & namespace.keys())
     return check_notebook(notebook, {name: namespace.get(name) for name in chosen})
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from sdaug_utils import experiments, params, rates
-from sdaug_utils.data import datasets, photos, shifts
+from sdaug_utils import params, rates
+from sdaug_utils.data import datasets, photos
+from sdaug_utils.data.images import Images
 from sdaug_utils.errors import InputError
-from sdaug_utils.evidence import subjects
-from sdaug_utils.experiments import Beside
+from sdaug_utils.experiments.base import Experiment
 from sdaug_utils.generation.foundation import revision
 from sdaug_utils.generation.pools import BLOCK, fill, learn_models, number_missing
 from sdaug_utils.generation.technique import Request, technique_requests
@@ -34,7 +34,7 @@ MOST_IMAGES, LONGEST = 500, 120  # of a unit: images, and the seconds that their
 PNG_BYTES = 1.8  # per pixel of a photograph
 FEATURE_BYTES = 1280 * 4
 GIB = 2**30
-Asked = Sequence[tuple[str, Study, params.Experiment]]  # notebooks' names, studies, parameters
+Asked = Sequence[tuple[str, Study, Experiment]]  # notebooks' names, studies, parameters
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +62,6 @@ class Wanted:
     images: dict[str, dict[int, str]] = field(default_factory=dict)  # by pool and index
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
     cells: dict[Cell, str] = field(default_factory=dict)
-    beside: dict[str, tuple[Beside, str]] = field(default_factory=dict)
     unshared: int = 0  # images, if no two settings shared any, as in the thesis
     by_notebook: dict[str, Wanted] = field(default_factory=dict)  # what each asks for
 
@@ -88,8 +87,6 @@ class Wanted:
         self.requests = {**other.requests, **self.requests}
         for cell, notebook in other.cells.items():
             self.cells.setdefault(cell, notebook)
-        for name, extra in other.beside.items():
-            self.beside.setdefault(name, extra)
         self.unshared += other.unshared
         self.by_notebook |= other.by_notebook
 
@@ -100,37 +97,23 @@ class Wanted:
             self.requests.setdefault(key, request)
             self.images[key] = dict.fromkeys(request.indices, notebook) | self.images.get(key, {})
 
-    def add(self, notebook: str, study: Study, p: params.Experiment) -> None:
+    def add(self, notebook: str, study: Study, p: Experiment) -> None:
         """Add what a notebook needs, given its parameters."""
-        if isinstance(p, params.Subjects):
-            self._add_subjects(notebook, study, p)
-            return
-        assert isinstance(p, params.Runs)
+        requests = p.requests(study)
+        self.ask(requests, notebook)
+        self.unshared += sum(len(request.indices) for request in requests)
         # A dictionary keeps the order, which a set does not.
         pools, conditions = dict[tuple[Any, ...], None](), set()
-        for cell in experiments.every_cell(study, p):
+        for cell in p.runs(study):
             self.cells.setdefault(cell, notebook)
             if cell.technique:
                 conditions.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
-                percent = cells.pool_percent(study, cell)
-                pools[cell.technique, cell.draw, cell.num_made, percent] = None
+                own = cells.study_of(study, cell)
+                percent = cells.pool_percent(own, cell)
+                pools[own, cell.technique, cell.draw, cell.num_made, percent] = None
         for arguments in pools:
-            self.ask(technique_requests(study, *arguments), notebook)
-        for name, extra in experiments.beside(study, p).items():
-            self.beside.setdefault(name, (extra, notebook))
+            self.ask(technique_requests(*arguments), notebook)
         self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in conditions)
-
-    def _add_subjects(self, notebook: str, study: Study, p: params.Subjects) -> None:
-        if features.have_features(study, study.data.splits["train"].images()):
-            everyone = subjects.of_experiment(study, p)
-        else:
-            everyone = subjects.stand_ins(study, p)
-        asked = [subjects.subject_requests(study, name, everyone, p) for name in p.techniques]
-        if isinstance(p, params.DifferentSubjects):
-            asked.append(subjects.hypernym_requests(study, p))
-        for requests in asked:
-            self.ask(requests, notebook)
-            self.unshared += sum(len(request.indices) for request in requests)
 
 
 def wanted(asked: Asked) -> dict[Study, Wanted]:
@@ -151,8 +134,8 @@ def by_notebook(needed: dict[Study, Wanted]) -> dict[str, Wanted]:
 
 def first_units(asked: Asked) -> list[Unit]:
     """What has to be there before a plan: subjects are chosen by the features of real images."""
-    studies = dict.fromkeys(study for _, study, p in asked if isinstance(p, params.Subjects))
-    return [features_of_splits(study, "") for study in studies]
+    studies = dict.fromkeys(study for _, study, p in asked if p.needs_features)
+    return [features_of_data(study, "") for study in studies]
 
 
 def units(needed: dict[Study, Wanted]) -> list[Unit]:
@@ -237,6 +220,8 @@ class Planner:
         for key, request in self.wanted.requests.items():
             whole = replace(request, indices=sorted(self.wanted.images[key]))
             together = digest(request.model) if request.model else request.technique.name
+            if request.study is not self.study and not request.model:
+                together += digest(request.study.settings.model_dump(mode="json"))
             by_model.setdefault(together, []).append(whole)
         kept: dict[str, dict[str, list[Request]]] = {}  # models by the technique that learns them
         for key, requests in by_model.items():
@@ -358,18 +343,18 @@ class Planner:
         return self.wanted.images[self.pool_of(first)][first.indices[0]]
 
     def training(self) -> list[Unit]:
-        """Units for features, training runs, and what is measured beside the main tables."""
-        if not self.wanted.cells:
-            return []
-        split = features_of_splits(self.study, next(iter(self.wanted.cells.values())))
-        extra = [cell for beside, _ in self.wanted.beside.values() for cell in beside.cells]
+        """Units for features and training runs."""
+        data: dict[tuple[int, tuple[str, ...]], Unit] = {}  # features of data, by size and test set
         needs: dict[Cell, set[str]] = {}
-        for cell in dict.fromkeys([*self.wanted.cells, *extra]):
-            makers = (self.makers.get(key, set()) for key in pool_keys(self.study, cell))
-            needs[cell] = {split.key}.union(*makers)
+        for cell, notebook in self.wanted.cells.items():
+            own = cells.study_of(self.study, cell)
+            look = (own.settings.classifier.image_size, cell.test_sets)
+            if look not in data:
+                data[look] = features_of_data(own, notebook, cell.test_sets)
+            makers = (self.makers.get(key, set()) for key in cells.pool_keys(self.study, cell))
+            needs[cell] = {data[look].key}.union(*makers)
         shared = self._features(needs)
-        runs = self._runs(needs)
-        return [split, *shared, *dict.fromkeys(runs.values()), *self._beside(needs, runs)]
+        return [*data.values(), *shared, *dict.fromkeys(self._runs(needs).values())]
 
     def _features(self, needs: dict[Cell, set[str]]) -> list[Unit]:
         """Units for features that cells share; each is added to the ``needs`` of its cells."""
@@ -401,6 +386,7 @@ class Planner:
         made: dict[Cell, Unit] = {}
         for notebook, own in by_notebook.items():
             for some in cells.stacks(own):
+                partners = {made[cell.partner].key for cell in some if cell.partner}
                 unit = Unit(
                     name=f"{len(some)} runs from {some[0].arm}, {some[0].real_percent:g} % real, "
                     f"draw {some[0].draw}",
@@ -410,55 +396,29 @@ class Planner:
                     left=partial(_runs_left, self.study, some),
                     make=partial(_run, self.study, some),
                     seconds=sum(rates.run_seconds(self.study, cell, self.seconds) for cell in some),
-                    needs=frozenset().union(*(needs[cell] for cell in some)),
+                    needs=frozenset(partners).union(*(needs[cell] for cell in some)),
                     notebook=notebook,
                 )
                 made |= dict.fromkeys(some, unit)
         return made
 
-    def _beside(self, needs: dict[Cell, set[str]], runs: dict[Cell, Unit]) -> list[Unit]:
-        """Units for what experiments measure beside their main tables.
 
-        Each stores an artefact without results, which records that the unit is done.
-        """
-        made = []
-        for name, (beside, notebook) in self.wanted.beside.items():
-            spec = {
-                "name": name,
-                "cells": [digest(cells.spec(self.study, cell)) for cell in beside.cells],
-                "numbers": beside.numbers,
-                "settings": self.settings.classifier.model_dump(mode="json"),
-                "shifts": shifts.CODE_VERSION,
-            }
-            each = (rates.run_seconds(self.study, cell, self.seconds) for cell in beside.cells)
-            own = {runs[cell].key for cell in beside.cells if cell in runs}
-            made.append(
-                Unit(
-                    name=f"runs beside the main table: {name}",
-                    key=f"beside-{digest(spec)}",
-                    kind="beside",
-                    items=len(beside.cells),
-                    left=partial(_beside_left, self.study, spec, len(beside.cells)),
-                    make=partial(_run_beside, self.study, spec, beside),
-                    seconds=beside.times * sum(each),
-                    needs=frozenset(own).union(*(needs[cell] for cell in beside.cells)),
-                    notebook=notebook,
-                )
-            )
-        return made
-
-
-def features_of_splits(study: Study, notebook: str) -> Unit:
-    """Features of the data set itself."""
-    sizes = {name: len(split) for name, split in study.data.splits.items()}
-    number, seconds = sum(sizes.values()), rates.rates(study.settings)[1]["feature"]
+def features_of_data(study: Study, notebook: str, test_sets: Sequence[str] = ()) -> Unit:
+    """Features of the data set itself, or of its test images alone, each shifted in some ways."""
+    splits = study.data.splits
+    images = [cells.test_images(study, name) for name in test_sets]
+    images = images or [split.images() for split in splits.values()]
+    number, seconds = sum(map(len, images)), rates.rates(study.settings)[1]["feature"]
+    sizes = {name: len(split) for name, split in splits.items()}
+    known: list[Any] = [study.data.name, study.data.class_names, sizes]
+    known += [study.settings.classifier.image_size, *test_sets]
     return Unit(
-        name=f"features of {study.data.name}",
-        key=f"features-{digest({'of': [study.data.name, study.data.class_names, sizes]})}",
+        name=" ".join([f"features of {study.data.name}", *test_sets]),
+        key=f"features-{digest({'of': known})}",
         kind="features",
         items=number,
-        left=partial(_split_features_left, study),
-        make=partial(_prepare_splits, study),
+        left=partial(_data_features_left, study, images),
+        make=partial(_prepare_data, study, images),
         seconds=number * seconds,
         num_bytes=number * FEATURE_BYTES,
         notebook=notebook,
@@ -490,19 +450,17 @@ def _features_left(study: Study, some: Sequence[Cell], number: int) -> int:
 
 
 def _prepare(study: Study, some: Sequence[Cell]) -> None:
-    trainer = cells.trainer_of(study)
     for cell in sorted(some, key=lambda cell: -cell.num_made):  # the largest pools first
-        trainer.prepare(cell)
+        cells.trainer_of(cells.study_of(study, cell)).prepare(cell)
 
 
-def _split_features_left(study: Study) -> int:
-    splits = study.data.splits.values()
-    return sum(len(s) for s in splits if not features.have_features(study, s.images()))
+def _data_features_left(study: Study, images: Sequence[Images]) -> int:
+    return sum(len(some) for some in images if not features.have_features(study, some))
 
 
-def _prepare_splits(study: Study) -> None:
-    for name in study.data.splits:
-        cells.trainer_of(study).features_of(name)
+def _prepare_data(study: Study, images: Sequence[Images]) -> None:
+    for some in images:
+        features.fill(study, some)
 
 
 def _runs_left(study: Study, some: Sequence[Cell]) -> int:
@@ -510,26 +468,7 @@ def _runs_left(study: Study, some: Sequence[Cell]) -> int:
 
 
 def _run(study: Study, some: Sequence[Cell]) -> None:
-    cells.make(study, some, trainer=cells.trainer_of(study))
-
-
-def _beside_left(study: Study, spec: dict[str, Any], number: int) -> int:
-    return 0 if study.store.is_whole(study.store.folder("beside", spec)) else number
-
-
-def _run_beside(study: Study, spec: dict[str, Any], beside: Beside) -> None:
-    def run(_: Path) -> None:
-        beside.run()
-
-    study.store.get("beside", spec, run)
-
-
-def pool_keys(study: Study, cell: Cell) -> list[str]:
-    """Keys of the pools that a cell's synthetic images are of."""
-    if not cell.technique:
-        return []
-    percent = cells.pool_percent(study, cell)
-    return cells.pool_digests(study, cell.technique, cell.draw, percent)
+    cells.make(study, some)
 
 
 def _with_features_in_common(study: Study, every: Iterable[Cell]) -> list[list[Cell]]:
@@ -541,12 +480,14 @@ def _with_features_in_common(study: Study, every: Iterable[Cell]) -> list[list[C
     for cell in every:
         if cell.task != "classification" or cell.protocol != "controlled" or cell.seed:
             continue
+        size = cells.study_of(study, cell).settings.classifier.image_size
         percent = cell.real_percent if cell.augmentation != "none" else 0
         if cell.technique:
-            own = (cell.draw, cells.pool_percent(study, cell), cell.controls_from_outside, percent)
-            groups.setdefault((cell.technique, cell.augmentation, *own), []).append(cell)
+            own = (cell.draw, *cells.pool_keys(study, cell), cell.controls_from_outside, percent)
+            key = (cell.technique, cell.augmentation, size, *own)
+            groups.setdefault(key, []).append(cell)
         elif cell.augmentation != "none":
-            groups.setdefault((cell.augmentation,), []).append(cell)
+            groups.setdefault((cell.augmentation, size), []).append(cell)
     return list(groups.values())
 
 

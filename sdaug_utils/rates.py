@@ -68,7 +68,7 @@ def is_at_scale(settings: Settings) -> bool:
 
 def run_seconds(study: Study, cell: Cell, rates: Mapping[str, float]) -> float:
     """Seconds that a cell's run takes, features not included."""
-    settings, classes = study.settings, len(study.data.class_names)
+    settings, classes = cells.study_of(study, cell).settings, len(study.data.class_names)
     real = len(study.data.splits["train"]) * cell.real_percent / 100
     images = real + classes * cell.synthetic_per_class
     if cell.task == "segmentation":
@@ -79,7 +79,10 @@ def run_seconds(study: Study, cell: Cell, rates: Mapping[str, float]) -> float:
         return seen * rates["image, training of a segmenter"]
     if cell.protocol != "published":
         controlled = settings.classifier.controlled
-        seen = controlled.max_train_steps * controlled.batch_size
+        updates = controlled.max_train_steps
+        if cell.updates_as:
+            updates = settings.classifier.published.max_updates(int(images))
+        seen = updates * controlled.batch_size
         return seen * rates["image, training of a head"]
     published = settings.classifier.published
     tested = published.max_epochs * len(study.data.splits["validation"])
@@ -95,12 +98,14 @@ def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], 
 
     ``views``, those of each image that are there already, grow by them.
     """
-    settings, classes = study.settings.classifier.controlled, len(study.data.class_names)
+    classes = len(study.data.class_names)
     before = sum(views.values())
     for cell in every:
         if cell.protocol != "controlled" or cell.task != "classification":
             continue
-        pool = (cell.technique, cell.draw, cells.pool_percent(study, cell))
+        own = cells.study_of(study, cell)
+        settings, percent = own.settings.classifier, cells.pool_percent(own, cell)
+        pool = (*cells.pool_keys(study, cell)[:1], percent, settings.image_size)
         if cell.augmentation in ("none", "mixup"):  # which mixes features
             here = classes * cell.num_made
             views[pool] = max(views.get(pool, 0), here)  # all the images of one view
@@ -109,8 +114,9 @@ def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], 
         rows = cells.real_rows(study, cell).tolist()
         number = len(rows) + classes * cell.synthetic_per_class
         for image in (*rows, *((*pool, *one) for one in made)):
-            key = (cell.augmentation, image)
-            wanted_views = settings.num_views(number, synthetic=isinstance(image, tuple))
+            key = (cell.augmentation, settings.image_size, image)
+            is_synthetic = isinstance(image, tuple)
+            wanted_views = settings.controlled.num_views(number, synthetic=is_synthetic)
             views[key] = max(views.get(key, 0), wanted_views)
     return sum(views.values()) - before
 

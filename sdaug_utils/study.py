@@ -1,9 +1,9 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,20 @@ class Study:
         """The thesis's data set whose published results are compared; "" for one's own images."""
         own = self.settings.data[self.domain].name == "imagefolder"
         return "" if own else STANDS_FOR[self.domain]
+
+    def changed(self, changes: Mapping[str, Any]) -> "Study":
+        """The same data and store with other settings, as in ``{"sampling.prompt": "a {}"}``.
+
+        Raises:
+            InputError: unknown key, or an ill-typed value.
+        """
+        return _changed(self, tuple(sorted(changes.items()))) if changes else self
+
+
+@lru_cache(maxsize=256)
+def _changed(study: Study, changes: tuple[tuple[str, Any], ...]) -> Study:
+    """The same object for the same changes, since much is cached by study."""
+    return replace(study, settings=params.changed(study.settings, dict(changes)))
 
 
 def open_study(

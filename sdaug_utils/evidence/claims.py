@@ -5,7 +5,7 @@ The claims are data (``tables/claims.yaml``), as are the thesis's own results
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ import pandas as pd
 import yaml
 
 from sdaug_utils.evidence import metrics
-from sdaug_utils.training.cells import SETTING, scores
+from sdaug_utils.training.cells import SETTING, chosen, scores
 
 TABLES = Path(__file__).parent / "tables"
 OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget", "shift")
 NOTHING = metrics.Estimate(  # of what has no runs
     np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan)
 )
+BASELINE = {"arm": "baseline", "synthetic_per_class": 0}
+PUBLISHED_KEYS = ["task", "arm", "real_percent", "synthetic_per_class"]
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
 
 
@@ -51,7 +53,7 @@ def published_results(dataset: str) -> pd.DataFrame:
 
 
 def read_claims(experiment: str) -> list[dict[str, Any]]:
-    """The claims that an experiment decides: those whose id begins as its name does, or as told.
+    """The claims that a notebook decides, by its name or number, or the one claim of an id.
 
     A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``;
     those that decide it are ``primary``, the others are shown beside.
@@ -60,15 +62,21 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
     claims = []
     for claim in data["claims"]:
         number = claim["id"].split("-")[0]
-        of_notebook = number.isdigit() and experiment.startswith(number)
-        if of_notebook or claim["id"].startswith(experiment):
-            section = claim.get("source") or f"4.3.{int(number) if number.isdigit() else 3}"
+        of_notebook = number.isdigit() and experiment.startswith(f"{number}-")
+        if of_notebook or experiment in (claim["id"], number):
+            section = claim.get("source") or f"4.3.{int(number)}"
             same = {key: claim[key] for key in ("expect", "margin") if key in claim}
             parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
             parts += [{**same, **part, "primary": False} for part in claim.get("beside", [])]
             every = [one for part in parts for one in _expanded(part, data["names"])]
             claims.append({**claim, "section": section, "comparisons": every})
     return claims
+
+
+def notebook_of(claim: str) -> str:
+    """The number of the notebook that decides a claim, by the claim's id."""
+    number = claim.split("-")[0]
+    return yaml.safe_load((TABLES / "claims.yaml").read_text())["decided_in"].get(number, number)
 
 
 def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -301,44 +309,60 @@ def _bound(expect: Expectation, margin: float) -> str:
     return f"{expect} {'±' * (expect == 'within')}{100 * margin:g} {unit}"
 
 
-def _gain(prefix: str, first: np.ndarray, second: np.ndarray | None) -> dict[str, float]:
-    """A paired difference in absolute points, with its 95 % interval, as columns of a table."""
-    change = NOTHING if second is None else metrics.paired_difference(first, second)
-    ends = {"points": change.mean, "points_low": change.low, "points_high": change.high}
-    return {prefix + name: 100 * value for name, value in ends.items()}
+def gains(
+    results: pd.DataFrame,
+    by: Sequence[str] = ("arm", "real_percent", "synthetic_per_class"),
+    against: Mapping[str, Any] = BASELINE,
+    dataset: str = "",
+) -> pd.DataFrame:
+    """The score of each setting, and its gain over another: a row for each, in their order.
 
+    Args:
+        results: runs, one per draw and seed of each setting.
+        by: columns that tell settings from each other.
+        against: what a setting is compared with: the same, but for these columns' values.
+        dataset: of the thesis, whose single runs stand beside; by default none does.
 
-def _published_gain(prefix: str, value: float, baseline: float) -> dict[str, float]:
-    points, relative = 100 * (value - baseline), 100 * (value / baseline - 1)
-    return {f"{prefix}points": points, f"{prefix}relative": relative}
-
-
-def compare_protocols(results: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """An arm's gain over the baseline in each of two ways of training, and their difference.
-
-    ``results`` holds runs of the published protocol and their frozen twins (protocol
-    ``controlled``), at one real percentage. Accuracies are in 0 to 1, gains and their 95 %
-    intervals in absolute points; the last row is the difference: what is particular to the thesis's
-    way of training adds to the gain.
+    Returns:
+        The columns ``by``; ``published``, ``published_gain_points``, ``published_gain_relative``;
+        ``score``, ``score_low``, ``score_high`` (accuracy, or weighted Jaccard index, in 0 to 1,
+        with its 95 % interval); ``gain_points``, ``gain_points_low``, ``gain_points_high``
+        (absolute points), ``gain_relative`` (per cent), all empty where there is nothing to
+        compare with; ``num_draws``, ``num_seeds``, ``num_test_images``.
     """
-    names = {"published": "published", "controlled": "frozen, normalised"}
-    rows, gains = [], []
-    for protocol in ("published", "controlled"):
-        runs = results[results["protocol"] == protocol]
-        first, second = (scores(runs, arm=x).mean(axis=1, keepdims=True) for x in (arm, "baseline"))
-        gains.append(first - second)
-        updates = runs.groupby("arm")["num_updates"].mean()
+    theirs, rows = _published_values(dataset), []
+
+    def published(runs: pd.DataFrame) -> float:
+        return (
+            theirs.get(tuple(runs.iloc[0].reindex(PUBLISHED_KEYS)), np.nan) if len(runs) else np.nan
+        )
+
+    for values, group in results.groupby([*by], sort=False):
+        setting = dict(zip(by, values, strict=True))
+        other = chosen(results, **(setting | dict(against)))
+        value, reference = published(group), published(other)
+        score, change, relative = metrics.estimate(scores(group)), NOTHING, np.nan
+        if len(other):
+            change = metrics.paired_difference(scores(group), scores(other))
+            relative = 100 * change.mean / scores(other).mean()
         rows.append(
             {
-                "protocol": names[protocol],
-                "baseline_updates": updates["baseline"],
-                "baseline_accuracy": second.mean(),
-                "updates": updates[arm],
-                "accuracy": first.mean(),
-                **_gain("gain_", first, second),
+                **setting,
+                "published": value,
+                "published_gain_points": 100 * (value - reference),
+                "published_gain_relative": 100 * (value / reference - 1),
+                "score": score.mean,
+                "score_low": score.low,
+                "score_high": score.high,
+                "gain_points": 100 * change.mean,
+                "gain_points_low": 100 * change.low,
+                "gain_points_high": 100 * change.high,
+                "gain_relative": relative,
+                "num_draws": score.num_draws,
+                "num_seeds": score.num_runs // score.num_draws,
+                "num_test_images": score.num_images,
             }
         )
-    rows.append({"protocol": "published − frozen", **_gain("gain_", *gains)})
     return pd.DataFrame(rows)
 
 
@@ -360,61 +384,11 @@ def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
     return runs.assign(scores=arrays)
 
 
-def budget_gains(runs: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """An arm's gain at each ``budget``, in absolute points with its 95 % interval over draws."""
-    rows = []
-    for budget in ("own", "many", "few"):
-        pair = (scores(runs, arm=name, budget=budget) for name in (arm, "baseline"))
-        rows.append({"budgets": budget, **_gain("", *pair)})
-    return pd.DataFrame(rows)
-
-
-def summary(results: pd.DataFrame, dataset: str = "") -> pd.DataFrame:
-    """Published beside reproduced: one row per setting.
-
-    Scores (accuracy, or the weighted Jaccard index) in 0 to 1 with their 95 % intervals; gains over
-    the baseline at the same real percentage in absolute points, then relative in per cent; without
-    real images there is no baseline, hence no gain. Published values are single runs on the
-    thesis's ``dataset``, if one is named.
-    """
-    theirs, rows = _published_values(dataset), []
-    keys = ["task", "arm", "real_percent", "synthetic_per_class"]
-    setting: Any
-    for setting, group in results.groupby(keys, sort=False):
-        task, arm, percent, count = setting
-        published, published_base = theirs.get(setting, np.nan), np.nan
-        values, baseline = scores(group), None
-        if percent > 0:
-            published_base = theirs.get((task, "baseline", percent, 0), np.nan)
-            baseline = scores(results, arm="baseline", real_percent=percent)
-        score, gain = metrics.estimate(values), _gain("gain_", values, baseline)
-        rows.append(
-            {
-                "arm": arm,
-                "real_percent": percent,
-                "synthetic_per_class": count,
-                "published": published,
-                **_published_gain("published_gain_", published, published_base),
-                "score": score.mean,
-                "score_low": score.low,
-                "score_high": score.high,
-                **gain,
-                "gain_relative": np.nan
-                if baseline is None
-                else gain["gain_points"] / baseline.mean(),
-                "num_draws": score.num_draws,
-                "num_seeds": score.num_runs // score.num_draws,
-                "num_test_images": score.num_images,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def what_helps(gains: pd.DataFrame, num_classes: int, name: Callable[[str], str]) -> str:
     """One sentence on which arms beat the baseline at one real percentage.
 
     Args:
-        gains: rows of :func:`summary`, the baseline's among them.
+        gains: rows of :func:`gains`, the baseline's among them.
         name: how an arm is called.
     """
     baseline = gains[gains["arm"] == "baseline"].iloc[0]
@@ -436,45 +410,16 @@ def what_helps(gains: pd.DataFrame, num_classes: int, name: Callable[[str], str]
     )
 
 
-def by_shift(results: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, gain and calibration on each kind of test images: a row per setting and ``shift``.
-
-    Accuracies and calibration errors are in 0 to 1; gains over the baseline at the same real
-    percentage, on the same images, with their 95 % intervals, in absolute points.
-    """
-    rows = []
-    for (arm, percent, shift), group in results.groupby(
-        ["arm", "real_percent", "shift"], sort=False
-    ):
-        own = scores(group)
-        baseline = scores(results, arm="baseline", real_percent=percent, shift=shift)
-        errors = [
-            metrics.calibration_error(confidences.astype(float), is_right)
-            for confidences, is_right in zip(group["confidences"], group["scores"], strict=True)
-        ]
-        rows.append(
-            {
-                "arm": arm,
-                "real_percent": percent,
-                "shift": shift,
-                "accuracy": own.mean(),
-                **_gain("gain_", own, baseline),
-                "calibration_error": float(np.mean(errors)),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def _published_values(dataset: str) -> pd.Series:
-    """The thesis's values by task, technique, real % and synthetic images per class."""
-    keys = ["task", "technique", "real_percent", "synthetic_per_class"]
-    return published_results(dataset).drop_duplicates(keys).set_index(keys)["value"]
+    """The thesis's values by ``PUBLISHED_KEYS``."""
+    table = published_results(dataset).rename(columns={"technique": "arm"})
+    return table.drop_duplicates(PUBLISHED_KEYS).set_index(PUBLISHED_KEYS)["value"]
 
 
 def published_settings(
     arms: Collection[str], dataset: str, task: str = "classification"
 ) -> pd.DataFrame:
-    """The thesis's values of some arms on one of its data sets, columns as in :func:`summary`."""
+    """The thesis's values of some arms on one of its data sets, columns as in :func:`gains`."""
     table = published_results(dataset)
     chosen = table[(table["task"] == task) & table["technique"].isin(arms)]
     names = {"technique": "arm", "value": "score"}
@@ -502,36 +447,4 @@ def deviations(results: pd.DataFrame) -> pd.DataFrame:
         found = pd.DataFrame([metrics.run_deviations(gain) for gain in arms])
         mean = 100 * np.sqrt((found**2).mean())
         rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(arms)})
-    return pd.DataFrame(rows)
-
-
-def combinations(results: pd.DataFrame, augmentation: str, dataset: str) -> pd.DataFrame:
-    """Each setting with an augmentation beside the same without, paired (thesis, table 4.4).
-
-    Columns: ``technique``, ``real_percent``, ``synthetic_per_class``, the published variation in
-    points and in per cent, the accuracy without and with, their difference in points with its
-    95 % interval, and in per cent.
-    """
-    theirs, rows = _published_values(dataset), []
-    keys = ["technique", "real_percent", "synthetic_per_class"]
-    chosen = results[results["augmentation"] == augmentation]
-    for (technique, percent, count), group in chosen.groupby(keys, sort=False):
-        setting = {"real_percent": percent, "synthetic_per_class": count}
-        before, after = (
-            theirs.get(("classification", name, percent, count), np.nan)
-            for name in (technique, f"{technique}+{augmentation}")
-        )
-        with_it, without = scores(group), scores(results, arm=technique, **setting)
-        change = _gain("", with_it, without)
-        rows.append(
-            {
-                "technique": technique,
-                **setting,
-                **_published_gain("published_", after, before),
-                "without": without.mean(),
-                "with": with_it.mean(),
-                **change,
-                "relative": change["points"] / without.mean(),
-            }
-        )
     return pd.DataFrame(rows)

@@ -18,9 +18,9 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sdaug_utils.evidence.claims import TABLES
+from sdaug_utils.evidence.claims import TABLES, notebook_of
 from sdaug_utils.params import load_settings
-from sdaug_utils.registry import techniques
+from sdaug_utils.registry import techniques, unit_of
 from sdaug_utils.store import write_atomically
 from sdaug_utils.study import WRITTEN, figures_folder
 
@@ -64,8 +64,9 @@ def arm_style(arm: str) -> tuple[str, str, str]:
 
 
 def label_of(arm: str) -> str:
-    """How figures and tables name an arm."""
-    return arm_style(arm)[0]
+    """How figures and tables name an arm; what is neither known nor a technique is a variant."""
+    first = arm.split("+")[0]
+    return arm_style(arm)[0] if first in NOT_TECHNIQUES or first in techniques() else arm
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
@@ -281,16 +282,6 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
-def combinations(table: pd.DataFrame) -> pd.DataFrame:
-    """Table 4.4: the change that an augmentation brings, published and reproduced."""
-    return as_text(table, "combinations")
-
-
-def protocols(table: pd.DataFrame) -> pd.DataFrame:
-    """An arm's gain under both protocols."""
-    return as_text(table, "protocols")
-
-
 def lacking(judged: pd.DataFrame) -> list[str]:
     """What would decide each open comparison: a difference, or a number of draws; else nothing.
 
@@ -300,7 +291,7 @@ def lacking(judged: pd.DataFrame) -> list[str]:
     """
     found = []
     for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
-        unit = "subjects" if row["id"].startswith(("01", "02")) else "draws"
+        unit = unit_of(notebook_of(row["id"]))
         number = row["draws_needed"]
         more = "more test images" if np.isinf(number) else f"{number:.0f} {unit}"
         open_one = not np.isnan(row["detectable"])

@@ -24,7 +24,7 @@ from sdaug_utils.evidence.claims import TABLES, deviations, holm
 from sdaug_utils.evidence.figures import lacking, save_table
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
-from sdaug_utils.registry import techniques
+from sdaug_utils.registry import experiments, techniques
 from sdaug_utils.store import makers
 from sdaug_utils.study import figures_folder, results_folder
 from sdaug_utils.training.features import BACKBONES
@@ -100,21 +100,28 @@ def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
 def write_claims(profile: str) -> None:
     """``claims.csv``: the notebooks' verdicts in one table, and as Holm's rule leaves them.
 
-    The literature's claims, of notebooks 10 on, are a table and a family of their own.
+    The literature's claims, of experiments beyond the thesis, are a table and a family of their
+    own.
     """
-    for name, pattern in (("claims", "verdicts-0*.csv"), ("claims-beyond", "verdicts-1*.csv")):
-        if files := sorted(figures_folder(profile).glob(pattern)):
+    for name, in_thesis in (("claims", True), ("claims-beyond", False)):
+        files = [figures_folder(profile) / f"verdicts-{x}.csv" for x in _numbers(in_thesis)]
+        if files := [file for file in files if file.exists()]:
             every = pd.concat(map(pd.read_csv, files), ignore_index=True)
             save_table(profile, name, holm(every))
 
 
+def _numbers(in_thesis: bool) -> list[str]:
+    """The numbers of the thesis's notebooks, or of all others."""
+    return [name[:2] for name, one in experiments().items() if one.in_thesis == in_thesis]
+
+
 def write_deviations(profile: str) -> None:
     """``deviations.csv``: what makes gains vary, for each of the thesis's experiments."""
-    files = sorted(results_folder(profile).glob("0[0-9].parquet"))
+    files = [results_folder(profile) / f"{number}.parquet" for number in _numbers(True)]
     tables = [
         deviations(runs).assign(experiment=path.stem)
         for path in files
-        if "real_percent" in (runs := pd.read_parquet(path))
+        if path.exists() and "real_percent" in (runs := pd.read_parquet(path))
     ]
     if tables:
         save_table(profile, "deviations", pd.concat(tables, ignore_index=True))

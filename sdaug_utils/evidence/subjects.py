@@ -6,14 +6,13 @@ Experiments 01 and 02 judge images; the thesis judged by eye.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sdaug_utils import params
 from sdaug_utils.data.images import Images, shuffled
 from sdaug_utils.evidence.metrics import (
     diversity,
@@ -98,20 +97,18 @@ def _subject(name: str, parts: Sequence[tuple[int, int]], of_class: list[np.ndar
     return Subject(name, tuple(dict.fromkeys(label for label, _ in parts)), tuple(rows))
 
 
-def images(
-    study: Study, technique: str, subjects: Sequence[Subject], p: params.Subjects
-) -> list[list[Pool]]:
-    """Images of each subject by each prompt: a list of pools per subject, in the prompts' order."""
-    return _by_subject(fill(study, subject_requests(study, technique, subjects, p)), p)
-
-
-def _by_subject(pools: list[Pool], p: params.Subjects) -> list[list[Pool]]:
-    """Pools that come subject by subject, a list of them for each."""
-    return [pools[i : i + len(p.prompts)] for i in range(0, len(pools), len(p.prompts))]
+def pools_of(study: Study, requests: Sequence[Request], num_prompts: int) -> list[list[Pool]]:
+    """The images asked for: a list of pools for each subject, one for each prompt."""
+    pools = fill(study, requests)
+    return [pools[i : i + num_prompts] for i in range(0, len(pools), num_prompts)]
 
 
 def subject_requests(
-    study: Study, technique: str, subjects: Sequence[Subject], p: params.Subjects
+    study: Study,
+    technique: str,
+    subjects: Sequence[Subject],
+    prompts: Iterable[str],
+    images_per_prompt: int,
 ) -> list[Request]:
     """A pool for each subject and prompt, subject by subject."""
     train = study.data.splits["train"]
@@ -121,28 +118,30 @@ def subject_requests(
             techniques()[technique],
             subject.name,
             prompt,
-            range(p.images_per_prompt),
+            range(images_per_prompt),
             inputs=train.images(subject.rows),
         )
-        for subject, prompt in itertools.product(subjects, p.prompts)
+        for subject, prompt in itertools.product(subjects, prompts)
     ]
 
 
-def hypernym_requests(study: Study, p: params.DifferentSubjects) -> list[Request]:
+def hypernym_requests(
+    study: Study,
+    technique: str,
+    name: str,
+    num_subjects: int,
+    prompts: Iterable[str],
+    images_per_prompt: int,
+) -> list[Request]:
     """What each subject's images are compared to: the same prompts with a kind's bare name.
 
     Nothing is personalised. A pool for each subject and prompt, subject by subject.
     """
-    plain, indices = techniques()[p.bare_technique], range(p.images_per_prompt)
+    plain, indices = techniques()[technique], range(images_per_prompt)
     return [
-        request(study, plain, p.bare_name, prompt, indices, draw=number)
-        for number, prompt in itertools.product(range(p.num_subjects), p.prompts)
+        request(study, plain, name, prompt, indices, draw=number)
+        for number, prompt in itertools.product(range(num_subjects), prompts)
     ]
-
-
-def hypernym_images(study: Study, p: params.DifferentSubjects) -> list[list[Pool]]:
-    """Images of :func:`hypernym_requests`: a list of pools per subject, in the prompts' order."""
-    return _by_subject(fill(study, hypernym_requests(study, p)), p)
 
 
 def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
@@ -150,19 +149,10 @@ def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
     return [replace(subject, rows=subject.rows[:number]) for subject in subjects]
 
 
-def of_experiment(study: Study, p: params.Subjects) -> list[Subject]:
-    """The subjects of experiment 01 (each with its nested inputs) or 02 (each with its sets)."""
-    if isinstance(p, params.NumberOfImages):
-        whole = nearest_subjects(study, p.num_subjects, max(p.numbers_of_images))
-        return [part for number in p.numbers_of_images for part in with_first(whole, number)]
-    return [part for sets in input_sets(study, p.num_subjects) for part in sets]
-
-
-def stand_ins(study: Study, p: params.Subjects) -> list[Subject]:
-    """As many subjects as :func:`of_experiment` would give, chosen without a look at an image."""
-    sizes = p.numbers_of_images if isinstance(p, params.NumberOfImages) else [3, 5, 7, 5]
-    rows = np.flatnonzero(study.data.splits["train"].labels < p.num_subjects)
-    chosen = enumerate(itertools.product(range(p.num_subjects), sizes))
+def stand_ins(study: Study, num_subjects: int, sizes: Sequence[int]) -> list[Subject]:
+    """As many subjects as an experiment has, with so many inputs each, of the first classes."""
+    rows = np.flatnonzero(study.data.splits["train"].labels < num_subjects)
+    chosen = enumerate(itertools.product(range(num_subjects), sizes))
     return [
         Subject(f"subject {i}", (label,), tuple(int(row) for row in rows[i : i + size]))
         for i, (label, size) in chosen

@@ -28,6 +28,7 @@ NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
 class Request:
     """A pool as it is asked for: what determines it, and what it is made from."""
 
+    study: Study  # with the settings that its images are made by
     spec: dict[str, Any]
     indices: Sequence[int]
     technique: Any  # an instance of Technique
@@ -234,7 +235,7 @@ def request(
         **({"personalisation": digest(model)} if model else {}),
         **technique.determined_by(study, rows),
     )
-    return Request(spec, indices, technique, model, inputs, rows)
+    return Request(study, spec, indices, technique, model, inputs, rows)
 
 
 def technique_requests(

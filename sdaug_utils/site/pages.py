@@ -21,8 +21,9 @@ from markupsafe import Markup
 from sdaug_utils import params
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.errors import InputError
-from sdaug_utils.evidence import report
+from sdaug_utils.evidence import claims, report
 from sdaug_utils.params import run_of
+from sdaug_utils.registry import experiments
 from sdaug_utils.site.gallery import write_gallery
 from sdaug_utils.store import Store
 from sdaug_utils.study import CONFIG, figures_folder, open_study
@@ -30,7 +31,6 @@ from sdaug_utils.summary import RECORD
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAIN_FIGURE = "fig-4-08-training-percentage.png"
-CHAPTERS = {"X": "03", "Y": "11"}  # where claims are judged that are named after no notebook
 Rows = list[list[Any]]
 
 
@@ -160,7 +160,7 @@ def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
     """The folders of the pools that a run's notebooks used, by the domain that they are about."""
     root, found = Store().root, dict[params.Domain, dict[Path, None]]()
     for notebook, facts in record["notebooks"].items():
-        of_domain = found.setdefault(params.domain_of(notebook), {})
+        of_domain = found.setdefault(experiments()[notebook].domain, {})
         of_domain |= dict.fromkeys(root / pool for pool in facts["pools"])
     return {
         domain: [folder for folder in folders if (folder / "spec.json").exists()]
@@ -178,7 +178,7 @@ def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
             continue
         for one in report.verdicts(pd.read_csv(table)):
             chapter = one["id"].split("-")[0]
-            page = pages.get(CHAPTERS.get(chapter, chapter), "")
+            page = pages.get(claims.notebook_of(one["id"]), "")
             rows.append(one | {"chapter": chapter, "page": page})
     return rows
 

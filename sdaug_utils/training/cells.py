@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from pydantic import Field
 from sdaug_utils.compute import device_of, one_thread
 from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import first_per_class, subset
-from sdaug_utils.data.images import Images
+from sdaug_utils.data.images import Dataset, Images
 from sdaug_utils.generation.pools import Pool, images_of, technique_pools
 from sdaug_utils.generation.technique import inputs_percent, technique_requests
 from sdaug_utils.lazy import torch
@@ -26,7 +25,10 @@ from sdaug_utils.store import digest, keep_digests
 from sdaug_utils.study import Study
 from sdaug_utils.training import classifier, features, mixing, segmenter, selection
 
-CODE_VERSION = 3
+CODE_VERSION = 4
+RECIPE = "classifier.controlled"  # a section of the settings
+Overrides = tuple[tuple[str, str | int | float], ...]  # paths in the settings, and values
+LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")  # both: last weights count
 STACK = 9  # heads that are trained side by side: more are not faster
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""
@@ -46,15 +48,20 @@ class Cell(Parameters):
     controls_from_outside: bool = False  # as in the thesis: a leak, shown as such in experiment 06
     rule: Rule | None = None  # by which the synthetic images are chosen ...
     chosen_from: int = 0  # ... from so many of each class
+    overrides: Overrides = ()  # settings that differ from the profile's, by path
+    updates_as: Protocol | None = None  # as many updates as the same run of this protocol had
+    test_sets: tuple[str, ...] = ()  # shifts of the test images; none: as they are, alone
+    variant: str = ""  # what figures call its overrides
 
     @property
     def arm(self) -> str:
-        """The name under which the thesis's figures and tables show it."""
+        """The name under which figures and tables show it."""
         parts = [
             self.technique,
             self.augmentation if self.augmentation != "none" else None,
             "outside" if self.controls_from_outside else None,
             self.rule,
+            self.variant,
         ]
         return "+".join(part for part in parts if part) or "baseline"
 
@@ -63,9 +70,32 @@ class Cell(Parameters):
         """Synthetic images of each class that there have to be."""
         return self.chosen_from if self.rule else self.synthetic_per_class
 
+    def changed(self, overrides: Mapping[str, Any]) -> Cell:
+        """The same run with further settings that differ from the profile's.
+
+        Their keys are paths in its section ``common``, as in ``segmenter.max_train_steps``.
+        """
+        merged = tuple(sorted({**dict(self.overrides), **overrides}.items()))
+        return self.model_copy(update={"overrides": merged})
+
+    @property
+    def partner(self) -> Cell | None:
+        """The run that decides its number of updates, if there is one."""
+        if self.updates_as is None:
+            return None
+        own = {"protocol": self.updates_as, "updates_as": None, "overrides": (), "test_sets": ()}
+        return self.model_copy(update=own)
+
     def fields(self) -> dict[str, Any]:
-        """All that it says; of a rule only if there is one."""
-        return self.model_dump(exclude=set() if self.rule else {"rule", "chosen_from"})
+        """What a row of results says of it; of a rule or a variant only if there is one."""
+        left_out = {"overrides", "updates_as", "test_sets"}
+        left_out |= set() if self.rule else {"rule", "chosen_from"}
+        return self.model_dump(exclude=left_out if self.variant else left_out | {"variant"})
+
+
+def study_of(study: Study, cell: Cell) -> Study:
+    """The study with the settings that a cell overrides."""
+    return study.changed(dict(cell.overrides))
 
 
 def pool_percent(study: Study, cell: Cell) -> float:
@@ -127,22 +157,41 @@ def run(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
     score of each test image: (n_test,) booleans, right or wrong, for a classifier (``predictions``
     are the classes), the weighted Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds
     that of each image, too).
+
+    A cell with ``test_sets`` has a row for each of them, named in the column ``shift``, with
+    ``predictions``, ``scores`` and ``confidences``, the probabilities of the classes predicted.
     """
     make(study, cells)
-    return pd.DataFrame([_row(study, cell) for cell in cells])
+    return pd.DataFrame([row for cell in cells for row in _rows(study, cell)])
+
+
+def accuracies(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
+    """Test accuracy by number of updates: one row per cell, which is trained if need be.
+
+    Columns: ``step``, ``test_accuracy``, ``arm``, ``real_percent``, ``draw``, ``seed``,
+    ``learning_rate``.
+    """
+    rates = [study_of(study, cell).settings.classifier.controlled.learning_rate for cell in cells]
+    names = {"num_updates": "step", "test_score": "test_accuracy"}
+    table = run(study, cells).rename(columns=names).assign(learning_rate=rates)
+    return table[[*names.values(), "arm", "real_percent", "draw", "seed", "learning_rate"]]
 
 
 def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells in parts that are trained in one go: heads side by side, everything else alone."""
-    heads: dict[str, list[Cell]] = {"controlled": [], "pixels": []}
+    """Cells in parts that are trained in one go: heads of one recipe, everything else alone.
+
+    A cell comes after its partner.
+    """
+    heads: dict[Any, list[Cell]] = {}
     parts: list[list[Cell]] = []
-    for cell in cells:
-        if cell.task == "classification" and cell.protocol in heads:
-            heads[cell.protocol].append(cell)
+    for cell in sorted(cells, key=lambda cell: cell.updates_as is not None):
+        if cell.task == "classification" and cell.protocol != "published" and not cell.updates_as:
+            recipe = (cell.protocol, cell.overrides, cell.test_sets)
+            heads.setdefault(recipe, []).append(cell)
         else:
             parts.append([cell])
-    for alike in heads.values():
-        parts += [alike[i : i + STACK] for i in range(0, len(alike), STACK)]
+    for same in heads.values():
+        parts += [same[i : i + STACK] for i in range(0, len(same), STACK)]
     return parts
 
 
@@ -151,37 +200,57 @@ def is_made(study: Study, cell: Cell) -> bool:
     return study.store.is_whole(folder(study, cell), to_read=True)
 
 
-def make(study: Study, cells: Sequence[Cell], trainer: Trainer | None = None) -> None:
-    """Train what is not in the store yet.
-
-    A ``trainer`` that has been at work before need not read again what it knows.
-    """
+def make(study: Study, cells: Sequence[Cell]) -> None:
+    """Train what is not in the store yet, and the partners that decide numbers of updates."""
     missing = [cell for cell in cells if not is_made(study, cell)]
-    trainer = trainer or Trainer(study)
+    if partners := [cell.partner for cell in missing if cell.partner]:
+        make(study, partners)
     # The largest pools first: a model that is not kept makes all its images at once.
     for cell in sorted(missing, key=lambda cell: -cell.num_made):
-        trainer.prepare(cell)
+        trainer_of(study_of(study, cell)).prepare(cell)
     for some in stacks(missing):
+        own = study_of(study, some[0])
+        if partner := some[0].partner:
+            updates = _result(study, partner)["num_updates"]
+            own = own.changed(dict.fromkeys(LENGTH, updates))  # its last weights are tested
 
-        def write(positions: list[int], folders: list[Path], some: list[Cell] = some) -> None:
-            trainer.train([some[position] for position in positions], folders)
+        def write(
+            positions: list[int], folders: list[Path], some: list[Cell] = some, own: Study = own
+        ) -> None:
+            trainer_of(own).train([some[position] for position in positions], folders)
 
         with one_thread(study.settings):
             study.store.get_all("cells", [spec(study, cell) for cell in some], write)
 
 
-def _row(study: Study, cell: Cell) -> dict[str, Any]:
-    own = folder(study, cell)
-    result = json.loads((own / "result.json").read_text())
-    if cell.task == "classification":
-        predictions = np.load(own / "predictions.npy")
-        result |= {
-            "predictions": predictions,
-            "scores": predictions == study.data.splits["test"].labels,
-        }
-    else:
-        result |= {name: np.load(own / f"{name}.npy") for name in ("scores", "mean_iou")}
-    return {**cell.fields(), "arm": cell.arm, **result}
+def _result(study: Study, cell: Cell) -> dict[str, Any]:
+    return json.loads((folder(study, cell) / "result.json").read_text())
+
+
+def validation_curve(study: Study, cell: Cell) -> pd.DataFrame:
+    """What a trained cell's weights scored on validation images, by ``step``.
+
+    ``score`` is the accuracy of a classifier, the loss of a segmenter.
+    """
+    return pd.DataFrame(_result(study, cell)["validation_curve"], columns=["step", "score"])
+
+
+def _rows(study: Study, cell: Cell) -> list[dict[str, Any]]:
+    own, result = folder(study, cell), _result(study, cell)
+    fields, labels = {**cell.fields(), "arm": cell.arm}, study.data.splits["test"].labels
+    del result["validation_curve"]
+    if cell.task == "segmentation":
+        arrays = {name: np.load(own / f"{name}.npy") for name in ("scores", "mean_iou")}
+        return [{**fields, **result, **arrays}]
+    predictions = np.load(own / "predictions.npy")
+    if not cell.test_sets:
+        return [{**fields, **result, "predictions": predictions, "scores": predictions == labels}]
+    confidences = np.load(own / "confidences.npy")
+    return [
+        {**fields, "shift": name, "confidences": sure, "predictions": found}
+        | {"scores": found == labels}
+        for name, sure, found in zip(cell.test_sets, confidences, predictions, strict=True)
+    ]
 
 
 def examples(study: Study, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
@@ -194,32 +263,36 @@ def examples(study: Study, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     return kept["rows"], kept["labels"]
 
 
-def scores(results: pd.DataFrame, **chosen: Any) -> np.ndarray:
-    """The test images' scores in one setting: (draws, seeds, test images).
+def chosen(results: pd.DataFrame, **setting: Any) -> pd.DataFrame:
+    """The runs of a setting, named by columns: ``arm="baseline", real_percent=5``."""
+    for column, value in setting.items():
+        results = results[results[column] == value]
+    return results
 
-    ``chosen`` names the setting by columns of ``results``: ``arm="baseline", real_percent=5``.
+
+def scores(results: pd.DataFrame, **setting: Any) -> np.ndarray:
+    """The test images' scores in one setting, named as in :func:`chosen`: (draws, seeds, images).
 
     Raises:
         KeyError: there is no such run.
         ValueError: more than one setting, or not one run per draw and seed.
     """
-    rows = results
-    for column, value in chosen.items():
-        rows = rows[rows[column] == value]
+    rows = chosen(results, **setting)
     if rows.empty:
-        raise KeyError(f"no run of {chosen}")
+        raise KeyError(f"no run of {setting}")
     ordered = rows.sort_values(["draw", "seed"])
     num_draws, num_seeds = ordered["draw"].nunique(), ordered["seed"].nunique()
     runs = ordered[["draw", "seed"]].drop_duplicates()
     mixed = any(len(set(ordered[column])) > 1 for column in SETTING if column in ordered)
     if mixed or not len(ordered) == num_draws * num_seeds == len(runs):
-        raise ValueError(f"runs of {chosen} are not of one setting, one per draw and seed")
+        raise ValueError(f"runs of {setting} are not of one setting, one per draw and seed")
     return np.stack(ordered["scores"].to_list()).reshape(num_draws, num_seeds, -1)
 
 
 def spec(study: Study, cell: Cell) -> dict[str, Any]:
     """Everything that determines a cell's result."""
-    settings = study.settings.classifier
+    own = study_of(study, cell)
+    settings = own.settings.classifier
     trained = settings.published if cell.protocol == "published" else settings.controlled
     backbone, recipe = str(settings.backbone), trained.model_dump()
     versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
@@ -228,33 +301,44 @@ def spec(study: Study, cell: Cell) -> dict[str, Any]:
         if cell.protocol == "controlled":
             versions.append(settings.image_size)
     else:
-        backbone = study.settings.segmenter.backbone
-        recipe = study.settings.segmenter.model_dump(exclude={"keep_features"})
+        backbone = own.settings.segmenter.backbone
+        recipe = own.settings.segmenter.model_dump(exclude={"keep_features"})
         versions.append(segmenter.CODE_VERSION)
+    more: dict[str, Any] = {}
+    if share(own, cell) < 1:
+        more["share"] = share(own, cell)
+    if cell.partner:
+        more["updates of"] = digest(spec(study, cell.partner))
+    if cell.test_sets:
+        more["test sets"] = [shifts.CODE_VERSION, *cell.test_sets]
     return {
         "version": versions,
         "cell": cell.fields(),
-        "data": data_digest(study, cell.task == "segmentation"),
+        "data": data_digest(study.data, cell.task == "segmentation"),
         "rows": real_rows(study, cell).tolist(),
         "backbone": features.BACKBONES[backbone],
         "settings": recipe,
-        **({"share": share(study, cell)} if share(study, cell) < 1 else {}),
-        "pools": pool_digests(study, cell.technique, cell.draw, pool_percent(study, cell))
-        if cell.technique
-        else [],
+        "pools": pool_keys(study, cell),
+        **more,
     }
+
+
+def pool_keys(study: Study, cell: Cell) -> list[str]:
+    """Keys of the pools that a cell's synthetic images are of."""
+    if not cell.technique:
+        return []
+    own = study_of(study, cell)
+    return pool_digests(own, cell.technique, cell.draw, pool_percent(own, cell))
 
 
 def real_rows(study: Study, cell: Cell) -> np.ndarray:
     """Rows of the train split that a cell trains on."""
-    return _subset(study, cell.real_percent, cell.draw)
+    return _subset(study.data, cell.real_percent, cell.draw)
 
 
 @lru_cache(maxsize=256)
-def _subset(study: Study, percent: float, draw: int) -> np.ndarray:
-    return (
-        subset(study.data.splits["train"].labels, percent, draw) if percent else np.array([], int)
-    )
+def _subset(data: Dataset, percent: float, draw: int) -> np.ndarray:
+    return subset(data.splits["train"].labels, percent, draw) if percent else np.array([], int)
 
 
 def training_seed(cell: Cell) -> int:
@@ -267,17 +351,17 @@ def folder(study: Study, cell: Cell) -> Path:
     return study.store.folder("cells", spec(study, cell))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def pool_digests(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
     requests = technique_requests(study, technique, draw, 1, percent)
     return [digest(request.spec) for request in requests]
 
 
 @lru_cache(maxsize=8)
-def data_digest(study: Study, with_trimaps: bool = False) -> str:
+def data_digest(data: Dataset, with_trimaps: bool = False) -> str:
     """A hash of all images and labels of the three splits, and of the trimaps if need be."""
     content = {}
-    for name, split in study.data.splits.items():
+    for name, split in data.splits.items():
         content[name] = [split.images().digests(), split.labels.tolist()]
         if with_trimaps:
             content[name].append([split.trimap_digest(i) for i in range(len(split))])
@@ -285,9 +369,15 @@ def data_digest(study: Study, with_trimaps: bool = False) -> str:
     return digest(content)
 
 
-@lru_cache(maxsize=2)
+def test_images(study: Study, name: str) -> Images:
+    """The test images, shifted in the way that has this name; ``none`` is as they are."""
+    test = study.data.splits["test"]
+    return test.images() if name == "none" else shifts.shifted(test, name)
+
+
+@lru_cache(maxsize=4)
 def trainer_of(study: Study) -> Trainer:
-    """What trains a study's cells, task after task, in this process."""
+    """What trains cells in this process: the same object for the same settings."""
     return Trainer(study)
 
 
@@ -301,6 +391,7 @@ class Trainer:
         self.features_of = cache(self._features_of)  # of images as they are
         self.kept_of = cache(self._kept)  # rows of pools' images
         self.pixels_of = cache(lambda name: features.pixel_vectors(self.splits[name].images()))
+        self.shifted = cache(self._shifted)  # features of test images
         self.maps = cache(lambda: segmenter.FeatureMaps(study))
 
     def cell_pools(self, cell: Cell) -> list[Pool]:
@@ -345,6 +436,16 @@ class Trainer:
         images = self.splits[part].images() if isinstance(part, str) else images_of(part)
         return features.image_features(self.study, images)
 
+    def _shifted(self, name: str) -> torch.Tensor:
+        images = test_images(self.study, name)
+        return features.image_features(self.study, images)[:, 0]
+
+    def tested(self, cell: Cell) -> torch.Tensor:
+        """What a cell's head is tested on, one test set after the other: (n, features)."""
+        if cell.protocol == "pixels":
+            return self.pixels_of("test")[:, 0]
+        return torch.cat([self.shifted(name) for name in cell.test_sets or ("none",)])
+
     def prepare(self, cell: Cell) -> None:
         """Load or make what a cell needs, so that cells can then be trained."""
         self.cell_pools(cell)
@@ -354,7 +455,7 @@ class Trainer:
             features.load_backbone(self.study.settings.classifier.backbone)
         elif cell.protocol == "controlled":
             self.features_of("validation")
-            self.features_of("test")
+            self.tested(cell)
             if cell.augmentation == "none" or cell.augmentation in mixing.ALPHAS:
                 self.features(cell)
             else:
@@ -461,8 +562,12 @@ class Trainer:
             shown = first_per_class(labels, 1)
             np.savez_compressed(folder / "examples.npz", rows=shown, labels=outcome.labels[shown])
         else:
-            np.save(folder / "predictions.npy", outcome.predictions.astype(np.int32))
-            scores = outcome.predictions == labels
+            shape = (len(cell.test_sets), len(labels)) if cell.test_sets else (len(labels),)
+            predictions = outcome.predictions.astype(np.int32).reshape(shape)
+            np.save(folder / "predictions.npy", predictions)
+            if cell.test_sets:
+                np.save(folder / "confidences.npy", outcome.confidences.reshape(shape))
+            scores = predictions == labels
         result = {
             "num_real": len(real_rows(self.study, cell)),
             "num_synthetic": self.num_classes * cell.synthetic_per_class,
@@ -470,6 +575,7 @@ class Trainer:
             "selected_step": outcome.selected_step,
             "validation_score": outcome.validation_score,
             "test_score": float(scores.mean()),
+            "validation_curve": outcome.curve,
         }
         (folder / "result.json").write_text(json.dumps(result, indent=2))
 
@@ -489,18 +595,13 @@ class Trainer:
             sets.append(classifier.TrainingSet(vectors, targets, training_seed(cell), counts))
         return sets
 
-    def controlled(
-        self, some: Sequence[Cell], test: torch.Tensor | None = None
-    ) -> list[classifier.Outcome]:
-        """Classifiers under the controlled protocol, on kept features or all of them on pixels.
-
-        ``test``: features (n, d) of other test images than the study's.
-        """
+    def controlled(self, some: Sequence[Cell]) -> list[classifier.Outcome]:
+        """Classifiers under the controlled protocol, on kept features or all of them on pixels."""
         held_out = self.pixels_of if some[0].protocol == "pixels" else self.features_of
         return classifier.train_controlled(
             self.head_sets(some),
             (held_out("validation")[:, 0], self.splits["validation"].labels),
-            held_out("test")[:, 0] if test is None else test,
+            self.tested(some[0]),
             self.study.settings.classifier.controlled,
             self.num_classes,
         )
@@ -530,157 +631,3 @@ class Trainer:
         return segmenter.train(
             self.maps(), images, trimaps, self.splits, protocol, training_seed(cell), which.tolist()
         )
-
-
-def with_twins(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
-    """Runs of the published protocol, and of each a frozen, normalised twin, all else equal.
-
-    A twin sees the same images at the same size, at the same rate and for as many updates, and its
-    last weights are tested; its protocol is ``controlled``. Rows are as those of :func:`run`.
-    """
-    published, like = run(study, cells), study.settings.classifier.published
-    rows = [published]
-    for cell, updates in zip(cells, published["num_updates"], strict=True):
-        steps = dict.fromkeys(("max_train_steps", "validation_steps"), int(updates))
-        same = {"learning_rate": like.learning_rate, "batch_size": like.batch_size}
-        twin = _changed(study, {**same, **steps}, image_size=like.image_size)
-        frozen = cell.model_copy(update={"protocol": "controlled"})
-        rows.append(run(twin, [frozen]))
-    return pd.concat(rows, ignore_index=True)
-
-
-def with_views(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> pd.DataFrame:
-    """Cells with other numbers of views of each image, up to their own.
-
-    Rows are as those of :func:`run`, with a column ``num_views``.
-    """
-    settings, rows = study.settings.classifier.controlled, []
-    own = {cell: settings.num_views(len(real_rows(study, cell))) for cell in cells}
-    for number in numbers:
-        of_all = dict.fromkeys(("min_views", "min_synthetic_views"), number)
-        limited = _changed(study, {**of_all, "num_augmented": 1})
-        if fewer := [cell for cell in cells if number <= own[cell]]:
-            rows.append(run(limited, fewer).assign(num_views=number))
-    return pd.concat(rows, ignore_index=True)
-
-
-def with_updates(study: Study, cells: Sequence[Cell], numbers: Iterable[int]) -> pd.DataFrame:
-    """Segmenters trained for other numbers of updates.
-
-    Rows are as those of :func:`run`, with the number as ``step``.
-    """
-    rows, settings = [], study.settings.segmenter
-    for number in numbers:
-        own = settings.model_copy(update={"max_train_steps": number})
-        changed = study.settings.model_copy(update={"segmenter": own})
-        made = run(replace(study, settings=changed), cells)
-        rows.append(made.assign(step=number))
-    return pd.concat(rows, ignore_index=True)
-
-
-def with_shifts(study: Study, cells: Sequence[Cell]) -> pd.DataFrame:
-    """Classifiers of the controlled protocol on test images as they are and on shifted ones.
-
-    Rows are as those of :func:`run`, one for each cell and shift: its name, or ``none``, is in the
-    column ``shift``; ``confidences`` are the probabilities of the classes predicted.
-    """
-    test = study.data.splits["test"]
-    names = ("none", *shifts.SHIFTS)
-    specs = [{**spec(study, cell), "shifts": [shifts.CODE_VERSION, *names]} for cell in cells]
-    trainer = Trainer(study)
-    is_made = [study.store.is_whole(study.store.folder("shifts", one)) for one in specs]
-    for cell, made in zip(cells, is_made, strict=True):
-        if not made:
-            trainer.prepare(cell)
-
-    @cache
-    def tested() -> torch.Tensor:
-        every = [features.image_features(study, shifts.shifted(test, name)) for name in names[1:]]
-        return torch.cat([trainer.features_of("test"), *every])[:, 0]
-
-    if not all(is_made):
-        tested()
-
-    def train(start: int) -> list[Path]:
-        some = slice(start, start + STACK)
-
-        def make(positions: list[int], folders: list[Path]) -> None:
-            outcomes = trainer.controlled([cells[some][i] for i in positions], tested())
-            for outcome, folder in zip(outcomes, folders, strict=True):
-                shape = (len(names), len(test))
-                assert outcome.confidences is not None
-                np.save(folder / "predictions.npy", outcome.predictions.reshape(shape))
-                np.save(folder / "confidences.npy", outcome.confidences.reshape(shape))
-
-        return study.store.get_all("shifts", specs[some], make)
-
-    with one_thread(study.settings):
-        parts = [train(start) for start in range(0, len(cells), STACK)]
-    rows = []
-    for cell, folder in zip(cells, [folder for part in parts for folder in part], strict=True):
-        predictions, sure = (np.load(folder / f"{x}.npy") for x in ("predictions", "confidences"))
-        for name, classes, confidences in zip(names, predictions, sure, strict=True):
-            own = {**cell.fields(), "arm": cell.arm, "shift": name, "confidences": confidences}
-            rows.append({**own, "predictions": classes, "scores": classes == test.labels})
-    return pd.DataFrame(rows)
-
-
-def _changed(study: Study, controlled: dict[str, Any], **changes: Any) -> Study:
-    """The same study with other settings of the controlled protocol, or of its classifier."""
-    settings = study.settings.classifier
-    own = settings.controlled.model_copy(update=controlled)
-    new = settings.model_copy(update={**changes, "controlled": own})
-    return replace(study, settings=study.settings.model_copy(update={"classifier": new}))
-
-
-def accuracy_curves(
-    study: Study, cells: Sequence[Cell], learning_rate: float, steps: Sequence[int]
-) -> pd.DataFrame:
-    """Test accuracy of cells' arms after given numbers of updates, at one learning rate.
-
-    The network is the controlled one; nothing is selected. Columns: ``step``, ``test_accuracy``,
-    ``arm``, ``real_percent``, ``draw``, ``seed``, ``learning_rate``.
-    """
-    trainer, every = Trainer(study), int(np.gcd.reduce(steps))
-    changes = {"learning_rate": learning_rate, "max_train_steps": max(steps)}
-    settings = study.settings.classifier.controlled.model_copy(update=changes)
-    more = {"settings": settings.model_dump(), "steps": list(steps)}
-    specs = [spec(study, cell) | more for cell in cells]
-    test_labels = torch.from_numpy(study.data.splits["test"].labels)
-    for cell, determined_by in zip(cells, specs, strict=True):
-        if not study.store.is_whole(study.store.folder("curves", determined_by)):
-            trainer.prepare(cell)
-
-    def train(start: int) -> list[Path]:
-        some = slice(start, start + STACK)
-
-        def make(positions: list[int], folders: list[Path]) -> None:
-            rows: list[list[tuple[int, float]]] = [[] for _ in positions]
-            test = trainer.features_of("test")[:, 0]
-
-            def evaluate(step: int, heads: Sequence[torch.nn.Linear]) -> None:
-                if step in steps:
-                    for row, head in zip(rows, heads, strict=True):
-                        row.append((step, classifier.accuracy(head, test, test_labels)))
-
-            sets = trainer.head_sets([cells[some][position] for position in positions])
-            classifier.train_heads(sets, settings, trainer.num_classes, every, evaluate)
-            for row, folder in zip(rows, folders, strict=True):
-                table = pd.DataFrame(row, columns=["step", "test_accuracy"])
-                table.to_csv(folder / "curve.csv", index=False)
-
-        return study.store.get_all("curves", specs[some], make)
-
-    with one_thread(study.settings):
-        parts = [train(start) for start in range(0, len(cells), STACK)]
-    folders = [folder for part in parts for folder in part]
-    return pd.concat(
-        pd.read_csv(folder / "curve.csv").assign(
-            arm=cell.arm,
-            real_percent=cell.real_percent,
-            draw=cell.draw,
-            seed=cell.seed,
-            learning_rate=learning_rate,
-        )
-        for cell, folder in zip(cells, folders, strict=True)
-    )

@@ -34,6 +34,7 @@ class Outcome:
     num_updates: int
     selected_step: int  # the update after which those weights were taken
     confidences: np.ndarray | None = None  # (n_test,) probability that a class is given, in 0 to 1
+    curve: Sequence[tuple[int, float]] = ()  # validation accuracy by number of updates
 
 
 def new_head(num_features: int, num_classes: int, seed: int) -> torch.nn.Linear:
@@ -174,11 +175,13 @@ def train_controlled(
 ) -> list[Outcome]:
     """Equal updates for every arm; the weights best on validation make the predictions."""
     best: list[Outcome | None] = [None] * len(sets)
+    curves: list[list[tuple[int, float]]] = [[] for _ in sets]
     validation_labels = torch.from_numpy(validation[1])
 
     def evaluate(step: int, heads: Sequence[torch.nn.Linear]) -> None:
         for number, (head, so_far) in enumerate(zip(heads, best, strict=True)):
             score = accuracy(head, validation[0], validation_labels)
+            curves[number].append((step, score))
             if so_far is None or score > so_far.validation_score:
                 logits = head(test_features)
                 predictions, sure = logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
@@ -186,7 +189,11 @@ def train_controlled(
 
     every = min(settings.validation_steps, settings.max_train_steps)
     updates = train_heads(sets, settings, num_classes, every, evaluate)
-    return [replace(outcome, num_updates=updates) for outcome in best if outcome]
+    return [
+        replace(outcome, num_updates=updates, curve=curve)
+        for outcome, curve in zip(best, curves, strict=True)
+        if outcome
+    ]
 
 
 def train_published(
@@ -232,7 +239,7 @@ def train_published(
 
     as_they_are = resized(images) if augmentation == "none" else images
     validation_images = resized(validation[0])
-    best, best_epoch, updates = -1.0, 0, 0
+    best, best_epoch, updates, curve = -1.0, 0, 0, list[tuple[int, float]]()
     for epoch in range(settings.max_epochs):
         backbone.train()
         passes = range(epoch * settings.passes_per_epoch, (epoch + 1) * settings.passes_per_epoch)
@@ -246,11 +253,12 @@ def train_published(
             optimizer.step()
             updates += 1
         score = float((predict(validation_images) == validation[1]).mean())
+        curve.append((updates, score))
         if score > best:
             best, best_epoch = score, epoch
         elif epoch - best_epoch >= settings.patience:
             break
-    return Outcome(predict(test_images), score, updates, updates)
+    return Outcome(predict(test_images), score, updates, updates, curve=curve)
 
 
 def _in_batches(

@@ -45,6 +45,7 @@ class Segmented:
     validation_score: float
     num_updates: int
     selected_step: int
+    curve: Sequence[tuple[int, float]]  # validation loss by number of updates
 
 
 class FeatureMaps:
@@ -153,7 +154,7 @@ def train(
     falls = protocol == "controlled"
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, last) if falls else None
     best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
-    step = 0
+    step, curve = 0, list[tuple[int, float]]()
     for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
         head.train()
         logits = _upsampled(head, features(rows.tolist()), side)
@@ -166,6 +167,7 @@ def train(
             decay.step()
         if step % every == 0 or step == last:
             score = _loss(head, *held_out["validation"])
+            curve.append((step, score))
             if score < best_loss:
                 best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
             elif patience and step - best_step >= patience * epoch:
@@ -179,7 +181,7 @@ def train(
     )
     selected = best_step if protocol == "controlled" else step
     labels = (predicted["test"] + 1).astype(np.uint8)
-    return Segmented(test[0], test[1], labels, float(validation[0].mean()), step, selected)
+    return Segmented(test[0], test[1], labels, float(validation[0].mean()), step, selected, curve)
 
 
 def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:

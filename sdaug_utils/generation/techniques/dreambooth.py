@@ -81,7 +81,7 @@ class DreamBooth(Personalised):
     def class_images(self, study: Study, pipeline: Pipeline, spec: Spec) -> Sequence[np.ndarray]:
         """The images of that pool, 8-bit RGB, made if they are not there."""
         sampling, number = study.settings.sampling, study.settings.dreambooth.num_class_images
-        asked = Request(dict(spec), range(number), self, {}, (), None)
+        asked = Request(study, dict(spec), range(number), self, {}, (), None)
         arguments = [self.arguments(study, asked)]
         batch = Batch(sampling.batch_size, "sampling.batch_size")
 

@@ -1,0 +1,1 @@
+"""The experiments, a file each: what a notebook sets, asks for and checks."""

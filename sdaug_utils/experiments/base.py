@@ -1,0 +1,355 @@
+"""What an experiment is: the parameters of one notebook, and the images and runs that it needs.
+
+An experiment is a subclass in a file of this folder and is registered. The plan, the runner, the
+figures, the report and the site ask the registry; none of them names an experiment.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import AfterValidator, Field, field_validator
+
+from sdaug_utils.data.datasets import subset, subset_size
+from sdaug_utils.errors import InputError
+from sdaug_utils.evidence.subjects import Subject, subject_requests
+from sdaug_utils.generation.technique import Request
+from sdaug_utils.params import (
+    Attribute,
+    Augmentation,
+    Count,
+    Domain,
+    Parameters,
+    Percent,
+    Protocol,
+    Technique,
+    known_technique,
+)
+from sdaug_utils.registry import techniques
+from sdaug_utils.study import Study
+from sdaug_utils.training import cells
+from sdaug_utils.training.cells import Cell, repeated
+from sdaug_utils.training.features import have_features
+from sdaug_utils.training.mixing import ALPHAS
+
+FEWEST_INPUTS = 3
+Arm = dict[str, Any]  # fields of a run, but for protocol, draw and seed
+Numbers = Annotated[list[Count], Field(min_length=1)]
+Counts = list[tuple[float, list[int]]]  # (real %, numbers of synthetic images per class)
+
+
+Personalisation = Annotated[
+    str,
+    AfterValidator(
+        partial(known_technique, suits=lambda one: one.learns and one.inputs == "first")
+    ),
+]
+
+
+class Experiment(Parameters):
+    """What the ``parameters`` cell of a notebook sets, and what follows from it."""
+
+    notebook: ClassVar[str]  # the name of its file, without suffix; it begins with a number
+    domain: ClassVar[Domain] = "main"  # which of a profile's two data sets it is about
+    unit: ClassVar[str] = "draws"  # what is repeated, hence what intervals are over
+    in_thesis: ClassVar[bool] = True  # others run only if they are asked for
+    needs_trimaps: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False  # of the real images, before it can be planned
+
+    profile: str
+
+    def requests(self, study: Study) -> list[Request]:
+        """The images that it needs beside those that its runs train on."""
+        return []
+
+    def runs(self, study: Study) -> list[Cell]:
+        """All its training runs."""
+        return []
+
+    def technique_names(self, study: Study) -> Iterable[str]:
+        """The techniques that it needs."""
+        return ()
+
+    def fitted(self, study: Study) -> dict[str, Any]:
+        """The parameters that must change for the data to allow them, and their new values."""
+        return {}
+
+    def check(self, study: Study) -> None:
+        """Check the parameters against the data; no work starts.
+
+        Raises:
+            InputError: the data do not allow them.
+        """
+
+    def check_techniques(self, study: Study) -> None:
+        """Check that all is set, and goes with the models, which the techniques need.
+
+        Raises:
+            InputError: something is only planned with, or does not go with the foundation model.
+        """
+        for name in self.technique_names(study):
+            if lacking := techniques()[name].lacking(study.settings):
+                raise InputError(f"{lacking}, or do without '{name}'")
+            techniques()[name].check(study.settings)
+
+
+class Subjects(Experiment):
+    """Few images of each subject, models personalised on them, prompts."""
+
+    unit = "subjects"
+    needs_features = True
+
+    techniques: list[Personalisation] = Field(min_length=1)
+    prompts: dict[str, Attribute | None] = Field(min_length=1)  # and the attribute asked for
+    images_per_prompt: int = Field(ge=2)  # one has no diversity
+    num_subjects: int = Field(ge=2)  # one has no interval
+
+    @field_validator("prompts")
+    @classmethod
+    def _with_a_place_for_the_subject(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for prompt in value:
+            if "{}" not in prompt:
+                raise ValueError(f"'{prompt}' has no {{}} for the subject")
+        return value
+
+    def subjects(self, study: Study) -> list[Subject]:
+        """The subjects, each with the images that a model learns from."""
+        raise NotImplementedError
+
+    def planned_subjects(self, study: Study) -> list[Subject]:
+        """As many subjects with as many images, chosen without a look at an image."""
+        raise NotImplementedError
+
+    def requests(self, study: Study) -> list[Request]:
+        """A pool for each technique, subject and prompt."""
+        can_choose = have_features(study, study.data.splits["train"].images())
+        chosen = self.subjects(study) if can_choose else self.planned_subjects(study)
+        return [
+            one
+            for technique in self.techniques
+            for one in subject_requests(
+                study, technique, chosen, self.prompts, self.images_per_prompt
+            )
+        ]
+
+    def technique_names(self, study: Study) -> list[str]:
+        """Those that personalise."""
+        return self.techniques
+
+    def fitted(self, study: Study) -> dict[str, Any]:
+        """No more subjects than classes."""
+        fewer = min(self.num_subjects, len(study.data.class_names))
+        return {} if fewer == self.num_subjects else {"num_subjects": fewer}
+
+    def check(self, study: Study) -> None:
+        """Check that each subject can be of another class."""
+        if self.num_subjects > len(study.data.class_names):
+            raise InputError(
+                f"num_subjects: {self.num_subjects}, but there are {len(study.data.class_names)} "
+                "classes, and each subject is of another: choose at most that many"
+            )
+
+
+class Runs(Experiment):
+    """Classifiers or segmenters, trained once for each draw and seed of each arm."""
+
+    percents: ClassVar[tuple[str, ...]] = ()  # parameters that hold real percentages; a grid first
+    percent_of_them: ClassVar[tuple[str, ...]] = ()  # parameters that are one of the first's
+
+    protocol: Protocol
+    num_draws: int = Field(ge=2)  # one draw has no interval
+    num_seeds: int = Field(ge=1)
+
+    def arms(self, study: Study) -> list[Arm]:
+        """The settings of the main table."""
+        raise NotImplementedError
+
+    def grid(self, study: Study) -> list[Cell]:
+        """The runs of the main table: each arm, for every draw and seed."""
+        return repeated(self.arms(study), self.protocol, self.num_draws, self.num_seeds)
+
+    def runs(self, study: Study) -> list[Cell]:
+        """All its runs: by default those of the main table."""
+        return self.grid(study)
+
+    def technique_names(self, study: Study) -> Iterable[str]:
+        """Those of its runs."""
+        return numbers_made(self.runs(study))
+
+    def fitted(self, study: Study) -> dict[str, Any]:
+        """Real percentages that leave too few images of a class are left out."""
+        values, new = dict(self), dict[str, Any]()
+        allowed = PercentsAllowed(study, numbers_made(self.runs(study)))
+        for key in self.percents:
+            new[key] = allowed.among(values[key])
+        for key in self.percent_of_them:
+            known = new[self.percents[0]]
+            new[key] = values[key] if values[key] in known else min(known)
+        return {key: value for key, value in new.items() if value != values[key]}
+
+    def check(self, study: Study) -> None:
+        """Check that each class has the images that each run needs, of the right kind."""
+        for key in self.percent_of_them:
+            require_among(key, getattr(self, key), getattr(self, self.percents[0]))
+        runs = self.runs(study)
+        percents = [run.real_percent for run in runs if run.real_percent]
+        check_percents(study, percents, {run.technique for run in runs if run.technique})
+        require_whole_labels(study, runs)
+        for name, most in numbers_made(runs).items():
+            techniques()[name].require(study, most)
+
+
+class AtPercentages(Runs):
+    """Arms with as many synthetic images at each real percentage."""
+
+    percents: ClassVar[tuple[str, ...]] = ("real_percents",)
+
+    real_percents: list[Percent] = Field(min_length=1)
+    augmentations: list[Augmentation] = Field(min_length=1)
+    techniques: list[Technique] = Field(min_length=1)
+    synthetic_per_class: int = Field(ge=1)
+
+    @field_validator("augmentations")
+    @classmethod
+    def _with_baseline(cls, names: list[str]) -> list[str]:
+        if "none" not in names:
+            raise ValueError("'none' must be among them: it is the baseline")
+        return names
+
+    def arms(self, study: Study) -> list[Arm]:
+        """Real images with each augmentation, and with each technique's images."""
+        counts = [(percent, [self.synthetic_per_class]) for percent in self.real_percents]
+        return baselines(self.real_percents, self.augmentations) + synthetic(
+            self.techniques, counts
+        )
+
+
+class ByAmount(Runs):
+    """Numbers of synthetic images at some real percentages."""
+
+    percents = ("synthetic_per_class",)
+
+    techniques: list[Technique] = Field(min_length=1)
+    synthetic_per_class: dict[Percent, Numbers] = Field(min_length=1)  # by real %
+    further_numbers: dict[Technique, Numbers]  # of synthetic images, by technique
+
+    def arms(self, study: Study) -> list[Arm]:
+        """The baselines, each technique's numbers of images, and some techniques' further ones."""
+        counts = list(self.synthetic_per_class.items())
+        arms = baselines(self.synthetic_per_class) + synthetic(self.techniques, counts)
+        for technique, numbers in self.further_numbers.items():
+            arms += synthetic([technique], [(real, numbers) for real, _ in counts])
+        return arms
+
+
+def baselines(real_percents: Iterable[float], names: Iterable[str] = ("none",)) -> list[Arm]:
+    """Real images only, with each of some augmentations."""
+    return [
+        {"augmentation": name, "real_percent": percent}
+        for name in names
+        for percent in real_percents
+    ]
+
+
+def synthetic(techniques: Iterable[str], counts: Counts) -> list[Arm]:
+    """Each technique with each number of synthetic images."""
+    return [
+        {"technique": technique, "real_percent": percent, "synthetic_per_class": count}
+        for technique in techniques
+        for percent, numbers in counts
+        for count in numbers
+    ]
+
+
+def counts_of(study: Study, synthetic_percents: dict[float, list[int]]) -> Counts:
+    """(Real %, numbers per class) from per cent of the real images; at least one image."""
+    real_images = len(study.data.splits["train"]) / len(study.data.class_names)
+    return [
+        (real, [max(1, round(real_images * real / 100 * percent / 100)) for percent in percents])
+        for real, percents in synthetic_percents.items()
+    ]
+
+
+def numbers_made(runs: Iterable[Cell]) -> dict[str, int]:
+    """The most images of a class that runs need of each technique."""
+    most: dict[str, int] = {}
+    for run in runs:
+        if run.technique:
+            most[run.technique] = max(run.num_made, most.get(run.technique, 0))
+    return most
+
+
+class PercentsAllowed:
+    """Which real percentages leave enough images of each class."""
+
+    def __init__(self, study: Study, names: Iterable[str]) -> None:
+        """``names`` are those of the techniques that learn from these images."""
+        self.study, self.names = study, set(names)
+
+    def __contains__(self, percent: object) -> bool:
+        assert isinstance(percent, float | int)
+        try:
+            check_percents(self.study, [percent], self.names)
+        except InputError:
+            return False
+        return True
+
+    def among(self, values: Any) -> Any:
+        """Those of a list that are allowed, or a dictionary's; 100 % if none is."""
+        if isinstance(values, dict):
+            kept = {percent: rest for percent, rest in values.items() if percent in self}
+            return kept or {100.0: next(iter(values.values()))}
+        return [percent for percent in values if percent in self] or [100.0]
+
+
+def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
+    """Check that a percentage is one of some.
+
+    Raises:
+        InputError: it is not.
+    """
+    if percent not in percents:
+        known = ", ".join(f"{one:g}" for one in percents)
+        raise InputError(f"{key}: {percent:g} is not among {known}")
+
+
+def require_whole_labels(study: Study, runs: Iterable[Cell]) -> None:
+    """Check that labels are mixed only where a classifier learns by the controlled protocol.
+
+    Raises:
+        InputError: they are mixed elsewhere.
+    """
+    for run in runs:
+        is_mixed = cells.share(study, run) < 1 or run.augmentation in ALPHAS
+        if is_mixed and (run.task, run.protocol) != ("classification", "controlled"):
+            raise InputError(
+                f"{run.arm}: its labels are mixed, which is for classifiers of the controlled "
+                "protocol alone"
+            )
+
+
+def check_percents(study: Study, percents: list[float], names: Iterable[str]) -> None:
+    """Check that every real subset has an image of each class and all that models learn from.
+
+    A personalised model learns from fewer images of a class whose subset is smaller, but from three
+    at least, if it is not asked to learn from fewer, and if there are as many (thesis: three to
+    five).
+
+    Raises:
+        InputError: a class would be empty, or a personalised model would learn from too few images.
+    """
+    labels, fewest = study.data.splits["train"].labels, min(percents)
+    subset(labels, fewest)  # refuses to leave a class empty
+    whole = int(np.bincount(labels).min())
+    smallest = subset_size(whole, fewest)
+    for name in names:
+        technique = techniques()[name]
+        if technique.learns:
+            key, wanted = technique.num_inputs(study.settings)
+            wanted = min(wanted, whole)
+            if smallest < min(wanted, FEWEST_INPUTS):
+                raise InputError(
+                    f"{key}: {wanted}, but the smallest real subset ({fewest:g} %) has "
+                    f"{smallest} of a class: choose at most that many"
+                )

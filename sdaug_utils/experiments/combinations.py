@@ -1,0 +1,42 @@
+"""Experiment 07: classical augmentation on top of synthetic images (thesis, section 4.3.7)."""
+
+from typing import Any
+
+from pydantic import Field
+
+from sdaug_utils.experiments.base import (
+    Arm,
+    PercentsAllowed,
+    Runs,
+    counts_of,
+    numbers_made,
+    synthetic,
+)
+from sdaug_utils.params import Augmentation, Count, Percent, Technique
+from sdaug_utils.registry import register_experiment
+from sdaug_utils.study import Study
+
+
+@register_experiment
+class Combinations(Runs):
+    """Each row with and without the augmentation."""
+
+    notebook = "07-combinations"
+
+    augmentation: Augmentation
+    rows: list[tuple[Technique, Percent, Count]] = Field(min_length=1)  # synthetic % of the real
+
+    def arms(self, study: Study) -> list[Arm]:
+        """Two for each row."""
+        arms = []
+        for technique, real, percent in self.rows:
+            [row] = synthetic([technique], counts_of(study, {real: [percent]}))
+            arms += [{**row, "augmentation": name} for name in ("none", self.augmentation)]
+        return arms
+
+    def fitted(self, study: Study) -> dict[str, Any]:
+        """Rows whose real percentage leaves too few images of a class are left out."""
+        allowed = PercentsAllowed(study, numbers_made(self.runs(study)))
+        technique, _, percent = self.rows[0]
+        kept = [row for row in self.rows if row[1] in allowed] or [(technique, 100.0, percent)]
+        return {} if kept == self.rows else {"rows": [list(row) for row in kept]}

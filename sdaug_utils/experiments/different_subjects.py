@@ -1,0 +1,77 @@
+"""Experiment 02: inputs that are less and less alike (thesis, section 4.3.2)."""
+
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, field_validator
+
+from sdaug_utils.errors import InputError
+from sdaug_utils.evidence.subjects import Subject, hypernym_requests, input_sets, stand_ins
+from sdaug_utils.experiments.base import Subjects
+from sdaug_utils.generation.technique import Request
+from sdaug_utils.params import known_technique
+from sdaug_utils.registry import register_experiment
+from sdaug_utils.study import Study
+
+SIZES = [3, 5, 7, 5]  # of the four sets of inputs
+
+
+Prompting = Annotated[  # images that follow nothing but a prompt
+    str,
+    AfterValidator(
+        partial(known_technique, suits=lambda one: one.is_generative and one.inputs == "none")
+    ),
+]
+
+
+@register_experiment
+class DifferentSubjects(Subjects):
+    """Each subject is learnt from four sets of inputs, of one class and of several."""
+
+    notebook = "02-different-subjects"
+
+    kinds: list[list[str]]  # classes of one kind; a class of none is a kind of its own
+    bare_name: str  # of all kinds: "animal"
+    bare_technique: Prompting  # which makes images of it
+
+    @field_validator("kinds")
+    @classmethod
+    def _with_every_class_once(cls, value: list[list[str]]) -> list[list[str]]:
+        names = [name for kind in value for name in kind]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"'{twice[0]}' is of two kinds")
+        return value
+
+    def subjects(self, study: Study) -> list[Subject]:
+        """Four sets of inputs for each of the first classes."""
+        return [part for sets in input_sets(study, self.num_subjects) for part in sets]
+
+    def planned_subjects(self, study: Study) -> list[Subject]:
+        """As many, chosen without a look at an image."""
+        return stand_ins(study, self.num_subjects, SIZES)
+
+    def requests(self, study: Study) -> list[Request]:
+        """Images of the subjects, and of a kind's bare name."""
+        return super().requests(study) + self.bare_requests(study)
+
+    def bare_requests(self, study: Study) -> list[Request]:
+        """Images of a kind's bare name by the same prompts: nothing is personalised."""
+        names = (self.bare_technique, self.bare_name)
+        return hypernym_requests(
+            study, *names, self.num_subjects, self.prompts, self.images_per_prompt
+        )
+
+    def fitted(self, study: Study) -> dict[str, Any]:
+        """Kinds without the classes that the data have not got."""
+        known = set(study.data.class_names)
+        kinds = [[name for name in kind if name in known] or kind for kind in self.kinds]
+        changes = {} if kinds == self.kinds else {"kinds": kinds}
+        return super().fitted(study) | changes
+
+    def check(self, study: Study) -> None:
+        """Check that each kind's classes are of the data: all of them, or none."""
+        super().check(study)
+        classes = set(study.data.class_names)
+        for kind in map(set, self.kinds):
+            if kind & classes and kind - classes:
+                raise InputError(f"kinds: '{min(kind - classes)}' is not a class of the data")

@@ -1,0 +1,49 @@
+"""Experiment 08: segmenters, with images that follow trimaps (thesis, section 4.3.8)."""
+
+from pydantic import Field
+
+from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, counts_of, synthetic
+from sdaug_utils.params import Percent
+from sdaug_utils.registry import register_experiment
+from sdaug_utils.study import Study
+from sdaug_utils.training.cells import Cell
+
+
+@register_experiment
+class Segmentation(Runs):
+    """Numbers of synthetic images, and whether training is long enough."""
+
+    notebook = "08-segmentation"
+    needs_trimaps = True
+    percents = ("synthetic_percents",)
+
+    # After which the setting with the most images is looked at:
+    update_numbers: Numbers
+    synthetic_percents: dict[Percent, Numbers] = Field(min_length=1)  # of the real images
+
+    def arms(self, study: Study) -> list[Arm]:
+        """The baselines, and each number of images that follow trimaps."""
+        counts = counts_of(study, self.synthetic_percents)
+        arms = baselines(self.synthetic_percents) + synthetic(["controlnet-segmentation"], counts)
+        return [{**arm, "task": "segmentation"} for arm in arms]
+
+    def runs(self, study: Study) -> list[Cell]:
+        """The main table, and other numbers of updates."""
+        return self.grid(study) + self.by_updates(study)
+
+    def by_updates(self, study: Study) -> list[Cell]:
+        """The setting with the most images and its baseline, in draw 0, by number of updates."""
+        grid = self.grid(study)
+        largest = max(grid, key=lambda run: run.real_percent + run.synthetic_per_class)
+        pair = [
+            run
+            for run in grid
+            if run.draw == 0
+            and run.real_percent == largest.real_percent
+            and run.synthetic_per_class in (0, largest.synthetic_per_class)
+        ]
+        return [
+            run.changed({"segmenter.max_train_steps": number})
+            for number in self.update_numbers
+            for run in pair
+        ]
