@@ -36,8 +36,9 @@ from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import Study, open_study
-from sdaug_utils.training import cells, classifier
+from sdaug_utils.training import classifier
 from sdaug_utils.training.features import image_features, load_backbone, normalise, to_pixels
+from sdaug_utils.training.trainer import STACK, results_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -110,7 +111,7 @@ def train_stack(study: Study) -> None:
     settings = study.settings.classifier.controlled
     steps = EPOCHS * -(-len(train) // settings.batch_size)
     settings = settings.model_copy(update={"max_train_steps": steps})
-    sets = [classifier.TrainingSet(features, labels, seed) for seed in range(cells.STACK)]
+    sets = [classifier.TrainingSet(features, labels, seed) for seed in range(STACK)]
     classifier.train_heads(sets, settings, len(study.data.class_names), steps, lambda *_: None)
 
 
@@ -211,7 +212,7 @@ def measured(study: Study, folder: str) -> dict[str, dict[str, Any]]:
         ),
         (
             f"epoch of a head, over {EPOCHS} of them, features included (nine heads share them)",
-            partial(ours, cells.STACK * EPOCHS, train_stack),
+            partial(ours, STACK * EPOCHS, train_stack),
             {
                 "training through the frozen backbone": partial(
                     seconds, 1, train_through_backbone, study, pixels
@@ -273,8 +274,8 @@ def scaling(study: Study, folder: str) -> dict[str, dict[int, float]]:
     trained, arms = afresh(study, folder), [{"real_percent": 100.0}]
 
     def runs(first: int, count: int) -> None:
-        grid = cells.repeated(arms, "controlled", 1, first + count)
-        cells.run(trained, grid[first:])
+        grid = runs.repeated(arms, "controlled", 1, first + count)
+        results_of(trained, grid[first:])
 
     make_images(afresh(study, folder), 20, 1)  # whoever is first reads the model's files
     runs(0, 1)

@@ -57,7 +57,7 @@ class Job:
         from sdaug_utils import compute, plan
         from sdaug_utils.evidence import prose
         from sdaug_utils.generation import foundation
-        from sdaug_utils.training import cells
+        from sdaug_utils.training.runs import data_digest
 
         settings, data = self.study.settings, self.study.data
         # Without the numbers in its text, which are results; to import nbformat takes seconds.
@@ -70,7 +70,7 @@ class Job:
                 "settings": [*given, self.study.name],
                 "module": _module_digest(),
                 "libraries": {name: version(name) for name in compute.TOOLS},
-                "data": [data.name, data.class_names, cells.data_digest(data)],
+                "data": [data.name, data.class_names, data_digest(data)],
                 "models": [foundation.revision(*model) for model in plan.models(settings)],
             }
         )

@@ -27,8 +27,8 @@ from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import KINDS, Store, digest
 from sdaug_utils.study import Study, open_study
-from sdaug_utils.training import cells, features
-from sdaug_utils.training.cells import Cell
+from sdaug_utils.training import features, runs, trainer
+from sdaug_utils.training.runs import Run
 
 MOST_IMAGES, LONGEST = 500, 120  # of a unit: images, and the seconds that their generation takes
 PNG_BYTES = 1.8  # per pixel of a photograph
@@ -61,7 +61,7 @@ class Wanted:
 
     images: dict[str, dict[int, str]] = field(default_factory=dict)  # by pool and index
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
-    cells: dict[Cell, str] = field(default_factory=dict)
+    runs: dict[Run, str] = field(default_factory=dict)
     unshared: int = 0  # images, if no two settings shared any, as in the thesis
     by_notebook: dict[str, Wanted] = field(default_factory=dict)  # what each asks for
 
@@ -69,7 +69,7 @@ class Wanted:
         """How many images, personalised models and training runs."""
         models = {digest(request.model) for request in self.requests.values() if request.model}
         images = sum(map(len, self.images.values()))
-        return {"images": images, "models": len(models), "runs": len(self.cells)}
+        return {"images": images, "models": len(models), "runs": len(self.runs)}
 
     def folders(self, study: Study) -> list[Path]:
         """The store's folders of all pools, models and runs, whether they exist yet or not."""
@@ -77,7 +77,7 @@ class Wanted:
         return [
             *(study.store.root / "pools" / key for key in self.images),
             *(study.store.folder(*model) for model in shelves),
-            *(cells.folder(study, cell) for cell in self.cells),
+            *(runs.folder_of(study, run) for run in self.runs),
         ]
 
     def merge(self, other: Wanted) -> None:
@@ -85,8 +85,8 @@ class Wanted:
         for key, indices in other.images.items():
             self.images[key] = indices | self.images.get(key, {})
         self.requests = {**other.requests, **self.requests}
-        for cell, notebook in other.cells.items():
-            self.cells.setdefault(cell, notebook)
+        for run, notebook in other.runs.items():
+            self.runs.setdefault(run, notebook)
         self.unshared += other.unshared
         self.by_notebook |= other.by_notebook
 
@@ -104,13 +104,13 @@ class Wanted:
         self.unshared += sum(len(request.indices) for request in requests)
         # A dictionary keeps the order, which a set does not.
         pools, conditions = dict[tuple[Any, ...], None](), set()
-        for cell in p.runs(study):
-            self.cells.setdefault(cell, notebook)
-            if cell.technique:
-                conditions.add((cell.arm, cell.draw, cell.synthetic_per_class, cell.real_percent))
-                own = cells.study_of(study, cell)
-                percent = cells.pool_percent(own, cell)
-                pools[own, cell.technique, cell.draw, cell.num_made, percent] = None
+        for run in p.runs(study):
+            self.runs.setdefault(run, notebook)
+            if run.technique:
+                conditions.add((run.arm, run.draw, run.synthetic_per_class, run.real_percent))
+                own = runs.study_of(study, run)
+                percent = runs.pool_percent(own, run)
+                pools[own, run.technique, run.draw, run.num_made, percent] = None
         for arguments in pools:
             self.ask(technique_requests(*arguments), notebook)
         self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in conditions)
@@ -345,58 +345,58 @@ class Planner:
     def training(self) -> list[Unit]:
         """Units for features and training runs."""
         data: dict[tuple[int, tuple[str, ...]], Unit] = {}  # features of data, by size and test set
-        needs: dict[Cell, set[str]] = {}
-        for cell, notebook in self.wanted.cells.items():
-            own = cells.study_of(self.study, cell)
-            look = (own.settings.classifier.image_size, cell.test_sets)
+        needs: dict[Run, set[str]] = {}
+        for run, notebook in self.wanted.runs.items():
+            own = runs.study_of(self.study, run)
+            look = (own.settings.classifier.image_size, run.test_sets)
             if look not in data:
-                data[look] = features_of_data(own, notebook, cell.test_sets)
-            makers = (self.makers.get(key, set()) for key in cells.pool_keys(self.study, cell))
-            needs[cell] = {data[look].key}.union(*makers)
+                data[look] = features_of_data(own, notebook, run.test_sets)
+            makers = (self.makers.get(key, set()) for key in runs.pool_keys(self.study, run))
+            needs[run] = {data[look].key}.union(*makers)
         shared = self._features(needs)
         return [*data.values(), *shared, *dict.fromkeys(self._runs(needs).values())]
 
-    def _features(self, needs: dict[Cell, set[str]]) -> list[Unit]:
-        """Units for features that cells share; each is added to the ``needs`` of its cells."""
+    def _features(self, needs: dict[Run, set[str]]) -> list[Unit]:
+        """Units for features that runs share; each is added to the ``needs`` of its runs."""
         made, views = [], dict[tuple[Any, ...], int]()
         for alike in _with_features_in_common(self.study, needs):
             number = rates.num_views(self.study, alike, views)
             unit = Unit(
                 name=f"features of {alike[0].arm}, draw {alike[0].draw}",
-                key=f"features-{digest({'features': [cell.model_dump() for cell in alike]})}",
+                key=f"features-{digest({'features': [run.model_dump() for run in alike]})}",
                 kind="features",
                 items=number,
                 left=partial(_features_left, self.study, alike, number),
                 make=partial(_prepare, self.study, alike),
                 seconds=number * self.seconds["feature"],
                 num_bytes=number * FEATURE_BYTES,
-                needs=frozenset().union(*(needs[cell] for cell in alike)),
-                notebook=self.wanted.cells.get(alike[0], ""),
+                needs=frozenset().union(*(needs[run] for run in alike)),
+                notebook=self.wanted.runs.get(alike[0], ""),
             )
             made.append(unit)
-            for cell in alike:
-                needs[cell] = needs[cell] | {unit.key}
+            for run in alike:
+                needs[run] = needs[run] | {unit.key}
         return made
 
-    def _runs(self, needs: dict[Cell, set[str]]) -> dict[Cell, Unit]:
-        """The unit that trains each cell."""
-        by_notebook: dict[str, list[Cell]] = {}
-        for cell, notebook in self.wanted.cells.items():
-            by_notebook.setdefault(notebook, []).append(cell)
-        made: dict[Cell, Unit] = {}
+    def _runs(self, needs: dict[Run, set[str]]) -> dict[Run, Unit]:
+        """The unit that trains each run."""
+        by_notebook: dict[str, list[Run]] = {}
+        for run, notebook in self.wanted.runs.items():
+            by_notebook.setdefault(notebook, []).append(run)
+        made: dict[Run, Unit] = {}
         for notebook, own in by_notebook.items():
-            for some in cells.stacks(own):
-                partners = {made[cell.partner].key for cell in some if cell.partner}
+            for some in trainer.stacks(own):
+                partners = {made[run.partner].key for run in some if run.partner}
                 unit = Unit(
                     name=f"{len(some)} runs from {some[0].arm}, {some[0].real_percent:g} % real, "
                     f"draw {some[0].draw}",
-                    key=f"runs-{digest({'runs': [cell.model_dump() for cell in some]})}",
+                    key=f"runs-{digest({'runs': [run.model_dump() for run in some]})}",
                     kind="runs",
                     items=len(some),
                     left=partial(_runs_left, self.study, some),
                     make=partial(_run, self.study, some),
-                    seconds=sum(rates.run_seconds(self.study, cell, self.seconds) for cell in some),
-                    needs=frozenset(partners).union(*(needs[cell] for cell in some)),
+                    seconds=sum(rates.run_seconds(self.study, run, self.seconds) for run in some),
+                    needs=frozenset(partners).union(*(needs[run] for run in some)),
                     notebook=notebook,
                 )
                 made |= dict.fromkeys(some, unit)
@@ -406,7 +406,7 @@ class Planner:
 def features_of_data(study: Study, notebook: str, test_sets: Sequence[str] = ()) -> Unit:
     """Features of the data set itself, or of its test images alone, each shifted in some ways."""
     splits = study.data.splits
-    images = [cells.test_images(study, name) for name in test_sets]
+    images = [runs.images_tested_on(study, name) for name in test_sets]
     images = images or [split.images() for split in splits.values()]
     number, seconds = sum(map(len, images)), rates.rates(study.settings)[1]["feature"]
     sizes = {name: len(split) for name, split in splits.items()}
@@ -445,13 +445,13 @@ def _learn(study: Study, pools: Sequence[Sequence[Request]]) -> None:
     learn_models(study, _requests_lacking_models(study, pools))
 
 
-def _features_left(study: Study, some: Sequence[Cell], number: int) -> int:
-    return 0 if all(cells.is_made(study, cell) for cell in some) else number
+def _features_left(study: Study, some: Sequence[Run], number: int) -> int:
+    return 0 if all(runs.is_made(study, run) for run in some) else number
 
 
-def _prepare(study: Study, some: Sequence[Cell]) -> None:
-    for cell in sorted(some, key=lambda cell: -cell.num_made):  # the largest pools first
-        cells.trainer_of(cells.study_of(study, cell)).prepare(cell)
+def _prepare(study: Study, some: Sequence[Run]) -> None:
+    for run in sorted(some, key=lambda run: -run.num_made):  # the largest pools first
+        trainer.trainer_of(runs.study_of(study, run)).prepare(run)
 
 
 def _data_features_left(study: Study, images: Sequence[Images]) -> int:
@@ -463,31 +463,31 @@ def _prepare_data(study: Study, images: Sequence[Images]) -> None:
         features.fill(study, some)
 
 
-def _runs_left(study: Study, some: Sequence[Cell]) -> int:
-    return sum(not cells.is_made(study, cell) for cell in some)
+def _runs_left(study: Study, some: Sequence[Run]) -> int:
+    return sum(not runs.is_made(study, run) for run in some)
 
 
-def _run(study: Study, some: Sequence[Cell]) -> None:
-    cells.make(study, some)
+def _run(study: Study, some: Sequence[Run]) -> None:
+    trainer.make(study, some)
 
 
-def _with_features_in_common(study: Study, every: Iterable[Cell]) -> list[list[Cell]]:
-    """Heads' cells in groups: one for a technique and draw, or for an augmentation of real images.
+def _with_features_in_common(study: Study, every: Iterable[Run]) -> list[list[Run]]:
+    """Heads' runs in groups: one for a technique and draw, or for an augmentation of real images.
 
-    Cells that differ in their seed alone have one set of features.
+    Runs that differ in their seed alone have one set of features.
     """
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in every:
-        if cell.task != "classification" or cell.protocol != "controlled" or cell.seed:
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in every:
+        if run.task != "classification" or run.protocol != "controlled" or run.seed:
             continue
-        size = cells.study_of(study, cell).settings.classifier.image_size
-        percent = cell.real_percent if cell.augmentation != "none" else 0
-        if cell.technique:
-            own = (cell.draw, *cells.pool_keys(study, cell), cell.controls_from_outside, percent)
-            key = (cell.technique, cell.augmentation, size, *own)
-            groups.setdefault(key, []).append(cell)
-        elif cell.augmentation != "none":
-            groups.setdefault((cell.augmentation, size), []).append(cell)
+        size = runs.study_of(study, run).settings.classifier.image_size
+        percent = run.real_percent if run.augmentation != "none" else 0
+        if run.technique:
+            own = (run.draw, *runs.pool_keys(study, run), run.controls_from_outside, percent)
+            key = (run.technique, run.augmentation, size, *own)
+            groups.setdefault(key, []).append(run)
+        elif run.augmentation != "none":
+            groups.setdefault((run.augmentation, size), []).append(run)
     return list(groups.values())
 
 

@@ -13,8 +13,8 @@ from sdaug_utils.evidence.claims import TABLES
 from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training import cells
-from sdaug_utils.training.cells import Cell
+from sdaug_utils.training import runs
+from sdaug_utils.training.runs import Run
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
 COMPILATION = "compilation of a network"  # as rates have it
@@ -66,21 +66,21 @@ def is_at_scale(settings: Settings) -> bool:
     return settings.sampling.resolution >= 256
 
 
-def run_seconds(study: Study, cell: Cell, rates: Mapping[str, float]) -> float:
-    """Seconds that a cell's run takes, features not included."""
-    settings, classes = cells.study_of(study, cell).settings, len(study.data.class_names)
-    real = len(study.data.splits["train"]) * cell.real_percent / 100
-    images = real + classes * cell.synthetic_per_class
-    if cell.task == "segmentation":
+def run_seconds(study: Study, run: Run, rates: Mapping[str, float]) -> float:
+    """Seconds that a run's run takes, features not included."""
+    settings, classes = runs.study_of(study, run).settings, len(study.data.class_names)
+    real = len(study.data.splits["train"]) * run.real_percent / 100
+    images = real + classes * run.synthetic_per_class
+    if run.task == "segmentation":
         segmenter = settings.segmenter
         seen = segmenter.max_train_steps * segmenter.batch_size
-        if cell.protocol == "published":
+        if run.protocol == "published":
             seen = int(segmenter.max_epochs * images)
         return seen * rates["image, training of a segmenter"]
-    if cell.protocol != "published":
+    if run.protocol != "published":
         controlled = settings.classifier.controlled
         updates = controlled.max_train_steps
-        if cell.updates_as:
+        if run.updates_as:
             updates = settings.classifier.published.max_updates(int(images))
         seen = updates * controlled.batch_size
         return seen * rates["image, training of a head"]
@@ -93,28 +93,28 @@ def run_seconds(study: Study, cell: Cell, rates: Mapping[str, float]) -> float:
     return smaller * (whole + tested * rates["feature"])
 
 
-def num_views(study: Study, every: Iterable[Cell], views: dict[tuple[Any, ...], int]) -> int:
-    """How many features cells' heads need beside those of real images as they are.
+def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], int]) -> int:
+    """How many features runs' heads need beside those of real images as they are.
 
     ``views``, those of each image that are there already, grow by them.
     """
     classes = len(study.data.class_names)
     before = sum(views.values())
-    for cell in every:
-        if cell.protocol != "controlled" or cell.task != "classification":
+    for run in every:
+        if run.protocol != "controlled" or run.task != "classification":
             continue
-        own = cells.study_of(study, cell)
-        settings, percent = own.settings.classifier, cells.pool_percent(own, cell)
-        pool = (*cells.pool_keys(study, cell)[:1], percent, settings.image_size)
-        if cell.augmentation in ("none", "mixup"):  # which mixes features
-            here = classes * cell.num_made
+        own = runs.study_of(study, run)
+        settings, percent = own.settings.classifier, runs.pool_percent(own, run)
+        pool = (*runs.pool_keys(study, run)[:1], percent, settings.image_size)
+        if run.augmentation in ("none", "mixup"):  # which mixes features
+            here = classes * run.num_made
             views[pool] = max(views.get(pool, 0), here)  # all the images of one view
             continue
-        made = itertools.product(range(classes), range(cell.synthetic_per_class))
-        rows = cells.real_rows(study, cell).tolist()
-        number = len(rows) + classes * cell.synthetic_per_class
+        made = itertools.product(range(classes), range(run.synthetic_per_class))
+        rows = runs.real_rows(study, run).tolist()
+        number = len(rows) + classes * run.synthetic_per_class
         for image in (*rows, *((*pool, *one) for one in made)):
-            key = (cell.augmentation, settings.image_size, image)
+            key = (run.augmentation, settings.image_size, image)
             is_synthetic = isinstance(image, tuple)
             wanted_views = settings.controlled.num_views(number, synthetic=is_synthetic)
             views[key] = max(views.get(key, 0), wanted_views)

@@ -169,7 +169,7 @@ def dead_kernel(runner: Runner) -> str:
     deadline = time.monotonic() + 60
     while not killed and time.monotonic() < deadline:
         time.sleep(0.5)
-        killed = [pid for pid in runner.processes() if runs_cells(pid)][:1]
+        killed = [pid for pid in runner.processes() if trains_runs(pid)][:1]
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     text = "".join(seen) + run.communicate(timeout=600)[0]
@@ -179,7 +179,7 @@ def dead_kernel(runner: Runner) -> str:
     return "" if killed and run.returncode == 1 and is_told and goes_on else text[-800:]
 
 
-def runs_cells(pid: int) -> bool:
+def trains_runs(pid: int) -> bool:
     """Whether a process is a kernel."""
     try:
         return b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -4,13 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sdaug_utils import experiments, notebooks, params, plan, rates
+from sdaug_utils import notebooks, params, plan, rates
 from sdaug_utils.data import shifts
 from sdaug_utils.evidence import claims, figures, likeness, metrics
 from sdaug_utils.notebooks import NOTEBOOKS
-from sdaug_utils.training import cells, selection
-from sdaug_utils.training.cells import Cell, Trainer, run, with_shifts
+from sdaug_utils.training import runs, selection
+from sdaug_utils.training.runs import Run
 from sdaug_utils.training.selection import RULES, Candidates
+from sdaug_utils.training.trainer import Trainer, results_of
+
+SETS = ("none", *shifts.SHIFTS)
 
 
 def candidates(features, probabilities=None, label=0, real=None):
@@ -76,23 +79,23 @@ def test_distribution_matches_mean_and_spread():
 def chosen(**more):
     arm = {"technique": "stable-diffusion-prompt", "synthetic_per_class": 2, "chosen_from": 6}
     common = {"protocol": "controlled", "real_percent": 50, "draw": 0, "seed": 0}
-    return Cell(**common, **arm, **more)
+    return Run(**common, **arm, **more)
 
 
 def test_a_cell_trains_on_what_its_rule_keeps(world):
     confident, any_of_them = chosen(rule="confidence"), chosen(rule="chance")
     assert confident.arm == "stable-diffusion-prompt+confidence"
     trainer = Trainer(world)
-    pools = [pool.images() for pool in trainer.cell_pools(confident)]
+    pools = [pool.images() for pool in trainer.pools_of(confident)]
     assert [len(pool) for pool in pools] == [6, 6]
     kept = trainer.kept(confident)
     images, labels = trainer.training_set(confident)
-    first = len(cells.real_rows(world, confident))
+    first = len(runs.real_rows(world, confident))
     every = [image for pool in pools for image in pool]
     assert all(np.array_equal(images[first + i], every[row]) for i, row in enumerate(kept))
     assert labels[first:].tolist() == [row // 6 for row in kept] == [0, 0, 1, 1]
     assert sum(map(len, trainer.features(confident))) == len(images)
-    results = run(world, [confident, any_of_them])
+    results = results_of(world, [confident, any_of_them])
     assert set(results["rule"]) == {"confidence", "chance"}
     assert set(results["num_synthetic"]) == {4}
 
@@ -111,11 +114,11 @@ def test_only_the_cell_s_own_real_images_judge(world):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(selection.RULES, "confidence", noted)
-        for cell in (few, many):
-            Trainer(world).kept(cell)
+        for run in (few, many):
+            Trainer(world).kept(run)
     train = world.data.splits["train"]
-    for cell, of_class in ((few, judged[:2]), (many, judged[2:])):
-        rows = cells.real_rows(world, cell)
+    for run, of_class in ((few, judged[:2]), (many, judged[2:])):
+        rows = runs.real_rows(world, run)
         features = Trainer(world).features_of("train")[rows, 0].numpy()
         for label, real in enumerate(of_class):
             assert np.array_equal(real, features[train.labels[rows] == label])
@@ -123,8 +126,8 @@ def test_only_the_cell_s_own_real_images_judge(world):
 
 def test_runs_without_a_rule_are_what_they_were(world):
     plain = chosen().model_copy(update={"chosen_from": 0})
-    assert "rule" not in cells.spec(world, plain)["cell"]
-    assert "chosen_from" not in run(world, [plain])
+    assert "rule" not in runs.spec(world, plain)["run"]
+    assert "chosen_from" not in results_of(world, [plain])
 
 
 def test_more_cannot_be_kept_than_there_are():
@@ -163,15 +166,16 @@ def test_shifts_change_an_image_each_in_its_way(world):
 
 def test_classifiers_see_shifted_images_and_those_as_they_are(world):
     grid = [chosen().model_copy(update={"seed": seed, "chosen_from": 0}) for seed in (0, 1)]
-    plain = run(world, grid)
-    rows = with_shifts(world, grid)
+    plain = results_of(world, grid)
+    shifted = [run.model_copy(update={"test_sets": SETS}) for run in grid]
+    rows = results_of(world, shifted)
     assert len(rows) == 2 * (1 + len(shifts.SHIFTS))
     same = rows[rows["shift"] == "none"]
     for seed in (0, 1):
         first, second = (x[x["seed"] == seed]["predictions"].iloc[0] for x in (plain, same))
         assert np.array_equal(first, second)
     assert all((c >= 0.5).all() and (c <= 1).all() for c in rows["confidences"])  # two classes
-    again = with_shifts(world, grid)
+    again = results_of(world, shifted)
     pd.testing.assert_frame_equal(rows, again)
 
 
@@ -181,8 +185,8 @@ def test_gains_on_shifted_images_are_over_the_baseline_on_the_same(world):
         for draw in (0, 1)
         for arm in ({}, {"technique": None, "synthetic_per_class": 0})
     ]
-    rows = with_shifts(world, grid)
-    table = claims.by_shift(rows)
+    rows = results_of(world, [run.model_copy(update={"test_sets": SETS}) for run in grid])
+    table = claims.gains(rows, ["arm", "real_percent", "shift"], {"arm": "baseline"})
     assert len(table) == 2 * (1 + len(shifts.SHIFTS))
     assert (table[table["arm"] == "baseline"]["gain_points"] == 0).all()
     [noisy] = table[(table["arm"] != "baseline") & (table["shift"] == "noise")].to_dict("records")
@@ -262,8 +266,8 @@ def test_the_plan_knows_what_is_chosen_from(world):
     [what] = plan.wanted([("10-selection", world, p)]).values()
     # two classes, four images of each; prompts and textual inversion, whose words differ by draw
     assert {len(indices) for indices in what.images.values()} == {4}
-    assert sum(cell.rule is not None for cell in what.cells) == 3 * 2 * 3
-    experiments.check(world, p)
+    assert sum(run.rule is not None for run in what.runs) == 3 * 2 * 3
+    p.check(world)
 
 
 def test_rules_have_names_in_figures():

@@ -3,12 +3,12 @@ import pandas as pd
 import pytest
 
 from sdaug_utils.evidence import claims, figures, metrics
-from sdaug_utils.training import cells
+from sdaug_utils.training import runs
 
 PETS = "oxford-iiit-pet"
 NAME = "03-training-percentage"
 COLUMNS = {
-    *(*cells.SETTING, *claims.OF_SUBJECTS),
+    *(*runs.SETTING, *claims.OF_SUBJECTS),
     *("augmentation", "technique", "rule", "weight", "reduce"),
 }
 ARMS = (
@@ -20,6 +20,7 @@ ARMS = (
     "textual-inversion",
     "stable-diffusion-prompt",
 )
+PROMPTS = "stable-diffusion-prompt"
 
 
 def planted_results(accuracies, protocol="controlled", num_draws=3, num_seeds=2):
@@ -307,15 +308,19 @@ def test_combinations_are_paired_and_stand_beside_table_4_4():
     results = pd.concat(
         [without.assign(augmentation="none"), with_it.assign(augmentation="randaugment")]
     )
-    [row] = claims.combinations(results, "randaugment", PETS).to_dict("records")
-    assert row["published_relative"] == pytest.approx(-1.83, abs=0.01)
-    assert row["points"] == pytest.approx(-2, abs=0.5)
-    assert row["points_low"] < row["points"] < row["points_high"]
+    by = ["technique", "real_percent", "synthetic_per_class", "augmentation"]
+    plain, row = claims.gains(results, by, {"augmentation": "none"}, PETS).to_dict("records")
+    assert plain["gain_points"] == 0
+    assert row["published_gain_relative"] == pytest.approx(-1.83, abs=0.01)
+    assert row["gain_points"] == pytest.approx(-2, abs=0.5)
+    assert row["gain_points_low"] < row["gain_points"] < row["gain_points_high"]
 
 
 def test_summary_puts_published_beside_reproduced():
     accuracies = as_in_the_thesis()
-    table = claims.summary(planted_results(accuracies), PETS).set_index(["arm", "real_percent"])
+    table = claims.gains(planted_results(accuracies), dataset=PETS).set_index(
+        ["arm", "real_percent"]
+    )
     row = table.loc[("textual-inversion", 5)]
     assert row["published_gain_points"] == pytest.approx(11.92, abs=0.01)
     assert row["published_gain_relative"] == pytest.approx(19.11, abs=0.01)
@@ -333,15 +338,15 @@ def test_gains_of_two_protocols_are_compared():
         planted_results({("baseline", 5): 0.6, ("dreambooth", 5): 0.6 + gain}, protocol)
         for protocol, gain in gains.items()
     )
-    table = claims.compare_protocols(results, "dreambooth").set_index("protocol")
-    assert table.loc["published", "gain_points"] == pytest.approx(20, abs=1)
-    last = table.loc["published − frozen"]
-    assert last["gain_points_low"] < 15 < last["gain_points_high"]
-    assert last["gain_points"] == pytest.approx(15, abs=1)
+    table = claims.gains(results, ["protocol", "arm"], {"arm": "baseline"})
+    found = table.set_index(["arm", "protocol"])["gain_points"]["dreambooth"]
+    assert found.to_dict() == {name: pytest.approx(100 * x, abs=1) for name, x in gains.items()}
+    [change] = claims.judge(results.replace("dreambooth", PROMPTS), "X-b").to_dict("records")
+    assert change["low"] < 0.15 < change["high"]
 
 
 def test_gains_of_two_budgets_are_compared_draw_by_draw():
-    prompts = "stable-diffusion-prompt"
+    prompts = PROMPTS
     accuracy = {("baseline", 10): 0.5, ("baseline", 90): 0.6, (prompts, 10): 0.6}
     accuracy[prompts, 90] = 0.65  # it learns for longer
     curve = pd.DataFrame(
@@ -352,8 +357,9 @@ def test_gains_of_two_budgets_are_compared_draw_by_draw():
         ]
     )
     runs = claims.at_budgets(curve, 10, 90)
-    gains = claims.budget_gains(runs, prompts).set_index("budgets")["points"]
-    assert gains.round(6).to_dict() == {"own": 15.0, "many": 5.0, "few": 10.0}
+    gains = claims.gains(runs, ["arm", "budget"], {"arm": "baseline"})
+    gains = gains.set_index(["arm", "budget"])["gain_points"]
+    assert gains[prompts].round(6).to_dict() == {"own": 15.0, "many": 5.0, "few": 10.0}
     first, beside = claims.judge(runs, "X-a").to_dict("records")
     assert first["difference"] == pytest.approx(0.1)
     assert beside["difference"] == pytest.approx(0.05)

@@ -42,7 +42,7 @@ def test_every_kind_of_file(whole, tmp_path, capsys, damage):
     before, damaged = contents(whole), 0
     models = [kind for kind in ("dreambooth", "textual-inversion") if (whole / kind).exists()]
     assert models
-    for kind in (*models, "features", "cells", "pools"):
+    for kind in (*models, "features", "runs", "pools"):
         folders = sorted(path for path in (store.root / kind).iterdir() if path.is_dir())
         names = sorted({file.name for file in folders[0].rglob("*") if file.is_file()})
         for number, name in enumerate(names[:8]):
@@ -53,7 +53,7 @@ def test_every_kind_of_file(whole, tmp_path, capsys, damage):
             damaged += 1
     for folder in sorted((store.root / "pools").iterdir())[3:]:
         (folder / "00001.png").unlink(missing_ok=True)  # wants its model again
-    for folder in sorted((store.root / "cells").iterdir())[6:]:
+    for folder in sorted((store.root / "runs").iterdir())[6:]:
         shutil.rmtree(folder)  # wants its features again
     make_everything(store, verify=True)
     said = capsys.readouterr()

@@ -9,25 +9,26 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from sdaug_utils import experiments
 from sdaug_utils.data import augment
 from sdaug_utils.data.datasets import subset
 from sdaug_utils.data.images import digests
 from sdaug_utils.evidence import claims, metrics, subjects
+from sdaug_utils.experiments import base
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.foundation import load_pipeline
 from sdaug_utils.generation.personalisation import NoisyLatents
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training import cells, classifier, features, segmenter
+from sdaug_utils.training import classifier, features, runs, segmenter
+from sdaug_utils.training.trainer import Trainer
 from tests import mutants
 
 PROMPTS = "stable-diffusion-prompt"
 
 
-def cell(**chosen):
-    [made] = cells.repeated([{"real_percent": 50, **chosen}], "controlled", 1, 1)
+def run(**chosen):
+    [made] = runs.repeated([{"real_percent": 50, **chosen}], "controlled", 1, 1)
     return made
 
 
@@ -45,7 +46,7 @@ def test_pixels_are_normalised_as_the_backbone_learnt_them():
 
 
 def test_a_cell_learns_from_several_views_that_differ(world):
-    [views] = cells.Trainer(world).features(cell(augmentation="custom"))
+    [views] = Trainer(world).features(run(augmentation="custom"))
     number = world.settings.classifier.controlled.min_views
     assert number > 1
     assert views.shape[1] >= number
@@ -58,10 +59,10 @@ def test_autoaugment_is_the_policy_for_imagenet():
 
 
 def test_every_run_of_an_arm_has_a_seed_of_its_own_and_arms_share_them():
-    arms = experiments.baselines([100, 50]) + experiments.synthetic([PROMPTS], [(100, [5])])
-    grid = cells.repeated(arms, "controlled", 3, 3)
+    arms = base.baselines([100, 50]) + base.synthetic([PROMPTS], [(100, [5])])
+    grid = runs.repeated(arms, "controlled", 3, 3)
     of_arms = pd.DataFrame(
-        [(c.arm, c.real_percent, cells.training_seed(c)) for c in grid], columns=["a", "p", "seed"]
+        [(c.arm, c.real_percent, runs.training_seed(c)) for c in grid], columns=["a", "p", "seed"]
     )
     sets = {tuple(group) for _, group in of_arms.groupby(["a", "p"])["seed"]}
     assert len(sets) == 1
@@ -69,16 +70,16 @@ def test_every_run_of_an_arm_has_a_seed_of_its_own_and_arms_share_them():
 
 
 def test_a_cell_sees_its_draws_subset_of_training_images_under_their_labels(world):
-    chosen = cell(technique=PROMPTS, synthetic_per_class=3, real_percent=10).model_copy(
+    chosen = run(technique=PROMPTS, synthetic_per_class=3, real_percent=10).model_copy(
         update={"draw": 1}
     )
-    trainer, train = cells.Trainer(world), world.data.splits["train"]
+    trainer, train = Trainer(world), world.data.splits["train"]
     rows = subset(train.labels, 10, 1)
     assert set(rows) != set(subset(train.labels, 10, 0))
     images, labels = trainer.training_set(chosen)
     assert digests(images)[: len(rows)] == digests(train.images(rows))
     assert labels[: len(rows)].tolist() == train.labels[rows].tolist()
-    asked = [image for pool in trainer.cell_pools(chosen) for image in digests(pool.images())]
+    asked = [image for pool in trainer.pools_of(chosen) for image in digests(pool.images())]
     assert digests(images)[len(rows) :] == asked
     assert labels[len(rows) :].tolist() == [0, 0, 0, 1, 1, 1]
     real = features.image_features(world, train.images(rows))
@@ -91,8 +92,8 @@ def test_weights_are_chosen_on_validation_images(world, monkeypatch):
     monkeypatch.setattr(
         classifier, "train_controlled", lambda *given: seen.append(given) or trained(*given)
     )
-    trainer = cells.Trainer(world)
-    trainer.controlled([cell()])
+    trainer = Trainer(world)
+    trainer.controlled([run()])
     _, (validation, labels), test, *_ = seen[0]
     split = world.data.splits["validation"]
     assert torch.equal(validation, features.image_features(world, split.images())[:, 0])
@@ -101,9 +102,9 @@ def test_weights_are_chosen_on_validation_images(world, monkeypatch):
 
 
 def test_a_key_knows_the_pools_and_a_model_its_steps(world):
-    chosen = cell(technique=PROMPTS, synthetic_per_class=1)
+    chosen = run(technique=PROMPTS, synthetic_per_class=1)
     other = changed(world, "sampling", num_inference_steps=3)
-    assert cells.spec(world, chosen) != cells.spec(other, chosen)
+    assert runs.spec(world, chosen) != runs.spec(other, chosen)
     for name in ("dreambooth", "textual-inversion"):
         longer = changed(world, name.replace("-", "_"), max_train_steps=7)
         models = [techniques()[name].model(x.settings, [], 0) for x in (world, longer)]
@@ -177,12 +178,12 @@ def test_a_segmenters_patience_ends_what_no_longer_improves(world, losses):
 def test_a_synthetic_image_has_the_trimap_that_it_follows(world, monkeypatch):
     seen = []
     monkeypatch.setattr(segmenter, "train", lambda *given: seen.append(given))
-    chosen = cell(task="segmentation", technique="controlnet-segmentation", synthetic_per_class=3)
-    trainer, train = cells.Trainer(world), world.data.splits["train"]
+    chosen = run(task="segmentation", technique="controlnet-segmentation", synthetic_per_class=3)
+    trainer, train = Trainer(world), world.data.splits["train"]
     trainer._segmentation(chosen)
     _, images, trimaps, *_, which = seen[0]
     rows = [*subset(train.labels, 50, 0)]
-    rows += [row for pool in trainer.cell_pools(chosen) for row in pool.followed]
+    rows += [row for pool in trainer.pools_of(chosen) for row in pool.followed]
     assert len(images) == len(which) == len(rows)
     assert len(trimaps) == len(set(rows))
     for place, row in zip(which, rows, strict=True):

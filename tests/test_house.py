@@ -19,7 +19,7 @@ FLOW = [
     "generation.techniques",
     *(
         f"training.{room}"
-        for room in ("features", "classifier", "segmenter", "mixing", "selection", "cells")
+        for room in ("features", "classifier", "segmenter", "mixing", "selection", "runs")
     ),
     *(
         f"evidence.{room}"

@@ -252,9 +252,9 @@ def test_a_killed_driver_takes_its_workers_along_and_two_at_once_end_alike(whole
     both = [command(store, tmp_path) for _ in range(2)]
     texts = [run.communicate(timeout=300)[0] for run in both]
     assert [run.returncode for run in both] == [0, 0], texts
-    made = {k: v for k, v in contents(store).items() if k.split("/")[0] in ("pools", "cells")}
+    made = {k: v for k, v in contents(store).items() if k.split("/")[0] in ("pools", "runs")}
     assert made.items() <= whole.items()
-    assert any(name.startswith("cells/") for name in made)
+    assert any(name.startswith("runs/") for name in made)
 
 
 def in_session(pid):

@@ -4,6 +4,7 @@ import pytest
 
 from sdaug_utils import params
 from sdaug_utils.errors import InputError
+from sdaug_utils.registry import experiments
 from sdaug_utils.study import configure
 
 NOTEBOOKS = params.PARAMS_FOLDER.parent / "notebooks"
@@ -24,7 +25,7 @@ def profile_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("profile", ["smoke", "miniature", "thesis", "thesis-fast"])
-@pytest.mark.parametrize("notebook", list(params.EXPERIMENTS))
+@pytest.mark.parametrize("notebook", list(experiments()))
 def test_every_profile_fits_every_notebook(profile, notebook):
     params.load_settings(profile)
     values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
@@ -93,7 +94,7 @@ def test_the_fast_profile_differs_from_the_thesis_in_what_its_treatment_says():
             "controlnet": thesis.controlnet.model_copy(update=drawn),
         }
     )
-    for notebook in params.EXPERIMENTS:
+    for notebook in experiments():
         values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
         slow, own = (
             params.check_notebook(notebook, values | params.overrides(name, notebook)).model_dump()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sdaug_utils import experiments, notebooks, params, plan, summary
+from sdaug_utils import notebooks, params, plan, summary
 from sdaug_utils.generation.technique import technique_requests
-from sdaug_utils.registry import techniques
+from sdaug_utils.registry import experiments, techniques
 from sdaug_utils.store import digest
 from sdaug_utils.study import ROOT, configure, open_study
-from sdaug_utils.training import cells
+from sdaug_utils.training import runs
 
 ASKED = ("02-different-subjects", "09-food-101")
 
@@ -27,7 +27,7 @@ def parameters(notebook, profile="smoke"):
 def asked(store=None, names=ASKED, profile="smoke"):
     """Some notebooks, with their studies."""
     opened = {d: open_study(profile, store, domain=d) for d in ("main", "second")}
-    return [(name, opened[params.domain_of(name)], parameters(name)) for name in names]
+    return [(name, opened[experiments()[name].domain], parameters(name)) for name in names]
 
 
 def units_of(some):
@@ -74,15 +74,15 @@ def test_the_list_is_what_the_notebooks_need_each_thing_once(store):
         assert one.needs <= before
         assert one.key not in before
         before.add(one.key)
-    images, models, runs = set(), set(), set()
+    images, models, keys = set(), set(), set()
     for _, study, p in some:
-        for cell in experiments.every_cell(study, p):
-            runs.add(digest(cells.spec(study, cell)))
-            if not cell.technique:
+        for run in p.runs(study):
+            keys.add(digest(runs.spec(study, run)))
+            if not run.technique:
                 continue
-            percent = cells.pool_percent(study, cell)
+            percent = runs.pool_percent(study, run)
             for request in technique_requests(
-                study, cell.technique, cell.draw, cell.num_made, percent
+                study, run.technique, run.draw, run.num_made, percent
             ):
                 images |= {(digest(request.spec), index) for index in request.indices}
                 if request.model:
@@ -90,7 +90,7 @@ def test_the_list_is_what_the_notebooks_need_each_thing_once(store):
     counts = plan.Work(listed).counts()
     assert counts["images"] == (len(images), len(images))
     assert counts["models"] == (len(models), len(models))
-    assert counts["runs"] == (len(runs), len(runs))
+    assert counts["runs"] == (len(keys), len(keys))
     by_notebook = [plan.Work(listed).of(name).counts() for name in names]
     for kind, total in counts.items():
         parts = [part.get(kind, (0, 0)) for part in by_notebook]

@@ -48,7 +48,7 @@ class FakeSampler:
 
 def grow(store, count, sampler=None, batch_size=3, max_attempts=5):
     batch = Batch(batch_size, "sampling.batch_size")
-    asked = techniques.Request(SPEC, range(count), None, {}, (), None)
+    asked = techniques.Request(None, SPEC, range(count), None, {}, (), None)
     [pool] = pools.grow(store, [asked], lambda: sampler, batch, max_attempts)
     return pool
 
@@ -105,7 +105,7 @@ def test_a_killed_writer_leaves_nothing_behind_and_a_pool_says_what_made_it(stor
 
 def test_pools_share_passes_and_are_the_same_as_alone(store, tmp_path):
     specs = [{**SPEC, "prompt": prompt} for prompt in ("a bag", "a large bag", "a dark bag")]
-    asked = [techniques.Request(spec, range(3), None, {}, (), None) for spec in specs]
+    asked = [techniques.Request(None, spec, range(3), None, {}, (), None) for spec in specs]
     passes = []
 
     class Counting(FakeSampler):
@@ -189,7 +189,7 @@ def test_a_pool_is_grown_by_several_at_once(store, tmp_path):
             return super().__call__(items, seeds)
 
     def block(start):
-        asked = techniques.Request(SPEC, range(start, start + 60), None, {}, (), None)
+        asked = techniques.Request(None, SPEC, range(start, start + 60), None, {}, (), None)
         pools.grow(store, [asked], Noting, Batch(7, "sampling.batch_size"), 5)
 
     with ThreadPoolExecutor(6) as executor:
@@ -257,7 +257,7 @@ def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
         values = (name, "boot", "a boot", index, 1, 40, pools.digest_of(b"0" * 40))
         rows[index] = dict(zip(pools.COLUMNS, map(str, values), strict=True))
     pools._write_rows(rows, folder)
-    asked = techniques.Request(spec, range(10_000), None, {}, (), None)
+    asked = techniques.Request(None, spec, range(10_000), None, {}, (), None)
     began = time.perf_counter()
     [pool] = pools.grow(store, [asked], FakeSampler, Batch(7, "sampling.batch_size"), 5)
     assert len(pool.images().digests()) == 10_000

@@ -7,16 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sdaug_utils import experiments, params
+from sdaug_utils import params
 from sdaug_utils.data import corpus, datasets
 from sdaug_utils.errors import InputError
+from sdaug_utils.experiments import base
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.training import classifier, mixing
-from sdaug_utils.training.cells import Cell, Trainer, run, share, spec
+from sdaug_utils.training.runs import Run, label_weight, spec
+from sdaug_utils.training.trainer import Trainer, results_of
 
 
 def changed(study, **sections):
@@ -31,8 +33,8 @@ def stacked(some):
     return np.stack(list(pools.images_of(some))).astype(float)
 
 
-def cell(**more):
-    return Cell(**{"protocol": "controlled", "real_percent": 50, "draw": 0, "seed": 0, **more})
+def run(**more):
+    return Run(**{"protocol": "controlled", "real_percent": 50, "draw": 0, "seed": 0, **more})
 
 
 def test_da_fusion_uses_the_words_of_textual_inversion(world):
@@ -94,13 +96,13 @@ def test_diff_mix_turns_images_of_other_classes_and_mixes_their_labels(world):
     for label, pool in enumerate(made):
         assert set(pool.followed) <= set(allowed)
         assert (train.labels[list(pool.followed)] != label).all()
-    mixed = cell(technique="diff-mix", synthetic_per_class=3)
+    mixed = run(technique="diff-mix", synthetic_per_class=3)
     targets = Trainer(world).targets(mixed)
     assert torch.allclose(targets.sum(dim=1), torch.ones(len(targets)))
     own = 0.7**0.5
     assert targets[-1].tolist() == pytest.approx([1 - own, own])  # a bag that was trousers
     assert set(targets[: len(allowed)].flatten().tolist()) == {0.0, 1.0}
-    assert run(world, [mixed])["num_synthetic"].tolist() == [6]
+    assert results_of(world, [mixed])["num_synthetic"].tolist() == [6]
     other = changed(world, diff_mix={"gamma": 1.0})
     assert spec(other, mixed) != spec(world, mixed)
 
@@ -113,15 +115,13 @@ def test_other_classes_take_turns_in_the_order_of_the_draw():
 
 def test_mixed_labels_are_refused_where_they_cannot_be(world):
     for own, arm in (
-        (cell(technique="diff-mix", synthetic_per_class=1, protocol="published"), "diff-mix"),
-        (cell(augmentation="mixup", protocol="published"), "mixup"),
-        (cell(augmentation="cutmix", task="segmentation"), "cutmix"),
+        (run(technique="diff-mix", synthetic_per_class=1, protocol="published"), "diff-mix"),
+        (run(augmentation="mixup", protocol="published"), "mixup"),
+        (run(augmentation="cutmix", task="segmentation"), "cutmix"),
     ):
         with pytest.raises(InputError, match=f"{arm}: its labels are mixed"):
-            experiments.require_whole_labels(world, [own])
-    experiments.require_whole_labels(
-        world, [cell(technique="diff-mix"), cell(augmentation="mixup")]
-    )
+            base.require_whole_labels(world, [own])
+    base.require_whole_labels(world, [run(technique="diff-mix"), run(augmentation="mixup")])
 
 
 def test_datadream_learns_a_class_from_all_that_the_subset_has_of_it(world):
@@ -236,14 +236,14 @@ def test_cutmix_pastes_as_much_as_its_label_says():
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_a_classifier_learns_from_mixed_images(world, name):
-    mixed = cell(augmentation=name)
+    mixed = run(augmentation=name)
     trainer = Trainer(world)
     [features], targets = trainer.features(mixed), trainer.targets(mixed)
     assert features.shape[:2] == targets.shape[:2]
     assert features.shape[1] == world.settings.classifier.controlled.num_views(len(features))
     assert torch.allclose(targets.sum(dim=2), torch.ones(targets.shape[:2]))
-    result = run(
-        world, [mixed, cell(augmentation=name, technique="diff-mix", synthetic_per_class=2)]
+    result = results_of(
+        world, [mixed, run(augmentation=name, technique="diff-mix", synthetic_per_class=2)]
     )
     assert result["arm"].tolist() == [name, f"diff-mix+{name}"]
     assert set(result["num_synthetic"]) == {0, 4}
@@ -296,15 +296,15 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
         pools.technique_pools(unnamed, "retrieval", 0, 1)
     values = params.parameters_cell(NOTEBOOKS / "11-rivals.ipynb")
     p = params.check_notebook("11-rivals", values | params.overrides("smoke", "11-rivals"))
-    experiments.check(unnamed, p)
+    p.check(unnamed)
     with pytest.raises(InputError, match="or do without 'retrieval'"):
-        experiments.require_techniques(unnamed, p)
-    assert "retrieval" not in experiments.fitted(unnamed, p)["techniques"]
-    experiments.require_techniques(world, p)
+        p.check_techniques(unnamed)
+    assert "retrieval" not in p.fitted(unnamed)["techniques"]
+    p.check_techniques(world)
 
 
 def test_labels_are_mixed_for_the_images_that_a_rule_keeps(world):
-    cell = Cell(
+    run = Run(
         protocol="controlled",
         real_percent=100,
         draw=0,
@@ -315,12 +315,12 @@ def test_labels_are_mixed_for_the_images_that_a_rule_keeps(world):
         chosen_from=4,
     )
     trainer, train = Trainer(world), world.data.splits["train"]
-    targets, number = trainer.targets(cell), len(train)
+    targets, number = trainer.targets(run), len(train)
     assert torch.equal(targets[:number].argmax(dim=1), torch.from_numpy(train.labels))
     assert torch.equal(targets[:number].amax(dim=1), torch.ones(number))
-    followed = np.array([row for pool in trainer.cell_pools(cell) for row in pool.followed])
-    others = train.labels[followed[trainer.kept(cell)]]
-    own = share(world, cell)
+    followed = np.array([row for pool in trainer.pools_of(run) for row in pool.followed])
+    others = train.labels[followed[trainer.kept(run)]]
+    own = label_weight(world, run)
     wanted = (1 - own) * torch.nn.functional.one_hot(torch.from_numpy(others), 2)
     wanted += own * torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1]), 2)
     assert torch.allclose(targets[number:], wanted.float())
@@ -331,7 +331,7 @@ def test_shifted_images_are_tried_where_there_is_a_baseline(world):
     values |= params.overrides("smoke", "11-rivals")
     elsewhere = params.check_notebook("11-rivals", values | {"shifted_percents": [25]})
     with pytest.raises(InputError, match="shifted_percents: 25 is not among"):
-        experiments.check(world, elsewhere)
-    changes = experiments.fitted(world, elsewhere)
+        elsewhere.check(world)
+    changes = elsewhere.fitted(world)
     fitting = params.check_notebook("11-rivals", values | changes)
     assert set(fitting.shifted_percents) <= set(fitting.real_percents)

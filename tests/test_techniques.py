@@ -12,13 +12,14 @@ from sdaug_utils import params, plan
 from sdaug_utils.data import datasets
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import claims, figures
-from sdaug_utils.experiments import baselines, synthetic
+from sdaug_utils.experiments.base import baselines, synthetic
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.technique import Technique, technique_requests
 from sdaug_utils.generation.techniques import real_guidance
-from sdaug_utils.registry import REGISTERED, register, techniques
+from sdaug_utils.registry import TECHNIQUES, register, techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training import cells
+from sdaug_utils.training import runs
+from sdaug_utils.training.trainer import results_of
 
 
 def with_strength(study, strength):
@@ -87,8 +88,8 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
     assert counts["runs"] == 2 * (1 + 2) * 2
     assert work.seconds() > 0
     arms = baselines([10]) + synthetic(["real-guidance"], [(10, [1, 3])])
-    results = cells.run(world, cells.repeated(arms, "controlled", 2, 1))
-    table = claims.summary(results, "oxford-iiit-pet")
+    results = results_of(world, runs.repeated(arms, "controlled", 2, 1))
+    table = claims.gains(results, dataset="oxford-iiit-pet")
     theirs = claims.published_settings(["real-guidance"], "oxford-iiit-pet")
     figure = figures.amounts(theirs, table, [10])
     [ours] = figure.axes  # the thesis has no values of it
@@ -100,7 +101,7 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
 def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):
     known = dict(techniques())
     with pytest.raises(ValidationError, match="Input should be 'controlnet-canny'"):
-        cells.Cell(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
+        runs.Run(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
 
     @register
     class Question(Technique):
@@ -112,10 +113,10 @@ def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):
     try:
         [first, _] = technique_requests(world, "question", 0, 1)
         assert "photo of a trouser?" in first.spec["prompt"]
-        cells.Cell(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
+        runs.Run(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
         assert figures.label_of("question") == "With a question"
     finally:
-        REGISTERED.pop("question")
+        TECHNIQUES.pop("question")
     assert techniques() == known
 
 

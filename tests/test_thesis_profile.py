@@ -20,12 +20,12 @@ from torchvision.models.segmentation import (
 )
 
 import run_all
-from sdaug_utils import experiments, notebooks, params, plan, rates, summary
+from sdaug_utils import notebooks, params, plan, rates, summary
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import claims, figures, report
-from sdaug_utils.experiments import check_percents
+from sdaug_utils.experiments.base import check_percents
 from sdaug_utils.generation import foundation, pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.generation.techniques import dreambooth_lora
@@ -33,7 +33,8 @@ from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
 from sdaug_utils.study import ROOT, Study, configure, figures_folder, open_study
-from sdaug_utils.training import cells, features, segmenter
+from sdaug_utils.training import features, runs, segmenter
+from sdaug_utils.training.trainer import results_of
 
 
 def changed(study, **sections):
@@ -347,12 +348,12 @@ def test_no_input_comes_from_outside_a_subset_that_is_smaller(world):
     data = images.Dataset("99", world.data.class_names, {**world.data.splits, "train": split})
     study = Study("smoke", settings, data, world.store)
     for percent in (5, 10):
-        cell = cells.Cell(
+        run = runs.Run(
             protocol="controlled", real_percent=percent, draw=1, seed=0, technique="dreambooth"
         )
-        assert cells.pool_percent(study, cell) == (5 if percent == 5 else 100)
+        assert runs.pool_percent(study, run) == (5 if percent == 5 else 100)
         inside = set(map(str, datasets.subset(labels, percent, 1)))
-        requests = technique_requests(study, "dreambooth", 1, 1, cells.pool_percent(study, cell))
+        requests = technique_requests(study, "dreambooth", 1, 1, runs.pool_percent(study, run))
         assert [len(request.inputs) for request in requests] == ([5, 4] if percent == 5 else [5, 5])
         assert all(set(images.digests(request.inputs)) <= inside for request in requests)
     check_percents(study, [5], {"dreambooth"})
@@ -406,15 +407,15 @@ def test_grids_shrink_to_what_the_data_allow(own_images, store):
     for path in notebooks.chosen(["01", "02", "03", "04", "05", "06", "07"]):
         values = params.parameters_cell(path) | params.overrides("smoke", path.stem)
         checked = params.check_notebook(path.stem, values)
-        new = experiments.fitted(study, checked)
+        new = checked.fitted(study)
         fitting = params.check_notebook(path.stem, values | new)
-        experiments.check(study, fitting)  # nothing is amiss any longer
-        assert not experiments.fitted(study, fitting)
+        fitting.check(study)  # nothing is amiss any longer
+        assert not fitting.fitted(study)
         changed[path.stem[:2]] = new
     kinds = {"kinds": [["mug", "cup"], ["dress", "coat"]]}  # a class of the profile's, and none
     values = params.parameters_cell(NOTEBOOKS / "02-different-subjects.ipynb") | kinds
     checked = params.check_notebook("02-different-subjects", values)
-    assert experiments.fitted(study, checked)["kinds"] == [["mug"], ["dress", "coat"]]
+    assert checked.fitted(study)["kinds"] == [["mug"], ["dress", "coat"]]
     assert changed["01"] == {"numbers_of_images": [1]}
     assert changed["03"]["real_percents"] == [100]
     assert changed["03"]["protocols_at_percent"] == 100
@@ -465,7 +466,7 @@ def test_the_thesis_backbones_train_a_classifier_and_a_segmenter(world):
         {"protocol": "controlled", "real_percent": 20},
         {"protocol": "controlled", "real_percent": 20, "task": "segmentation"},
     ]
-    results = cells.run(world, [cells.Cell(draw=0, seed=0, **arm) for arm in arms])
+    results = results_of(world, [runs.Run(draw=0, seed=0, **arm) for arm in arms])
     assert results["test_score"].between(0, 1).all()
     assert (results["num_updates"] > 0).all()
 

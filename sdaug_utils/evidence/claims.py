@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from sdaug_utils.evidence import metrics
-from sdaug_utils.training.cells import SETTING, chosen, scores
+from sdaug_utils.training.runs import SETTING, chosen, scores
 
 TABLES = Path(__file__).parent / "tables"
 OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget", "shift")

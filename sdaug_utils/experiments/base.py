@@ -28,10 +28,9 @@ from sdaug_utils.params import (
 )
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training import cells
-from sdaug_utils.training.cells import Cell, repeated
 from sdaug_utils.training.features import have_features
 from sdaug_utils.training.mixing import ALPHAS
+from sdaug_utils.training.runs import Run, label_weight, repeated
 
 FEWEST_INPUTS = 3
 Arm = dict[str, Any]  # fields of a run, but for protocol, draw and seed
@@ -48,7 +47,7 @@ Personalisation = Annotated[
 
 
 class Experiment(Parameters):
-    """What the ``parameters`` cell of a notebook sets, and what follows from it."""
+    """What the ``parameters`` run of a notebook sets, and what follows from it."""
 
     notebook: ClassVar[str]  # the name of its file, without suffix; it begins with a number
     domain: ClassVar[Domain] = "main"  # which of a profile's two data sets it is about
@@ -63,7 +62,7 @@ class Experiment(Parameters):
         """The images that it needs beside those that its runs train on."""
         return []
 
-    def runs(self, study: Study) -> list[Cell]:
+    def runs(self, study: Study) -> list[Run]:
         """All its training runs."""
         return []
 
@@ -165,11 +164,11 @@ class Runs(Experiment):
         """The settings of the main table."""
         raise NotImplementedError
 
-    def grid(self, study: Study) -> list[Cell]:
+    def grid(self, study: Study) -> list[Run]:
         """The runs of the main table: each arm, for every draw and seed."""
         return repeated(self.arms(study), self.protocol, self.num_draws, self.num_seeds)
 
-    def runs(self, study: Study) -> list[Cell]:
+    def runs(self, study: Study) -> list[Run]:
         """All its runs: by default those of the main table."""
         return self.grid(study)
 
@@ -271,7 +270,7 @@ def counts_of(study: Study, synthetic_percents: dict[float, list[int]]) -> Count
     ]
 
 
-def numbers_made(runs: Iterable[Cell]) -> dict[str, int]:
+def numbers_made(runs: Iterable[Run]) -> dict[str, int]:
     """The most images of a class that runs need of each technique."""
     most: dict[str, int] = {}
     for run in runs:
@@ -314,14 +313,14 @@ def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
         raise InputError(f"{key}: {percent:g} is not among {known}")
 
 
-def require_whole_labels(study: Study, runs: Iterable[Cell]) -> None:
+def require_whole_labels(study: Study, runs: Iterable[Run]) -> None:
     """Check that labels are mixed only where a classifier learns by the controlled protocol.
 
     Raises:
         InputError: they are mixed elsewhere.
     """
     for run in runs:
-        is_mixed = cells.share(study, run) < 1 or run.augmentation in ALPHAS
+        is_mixed = label_weight(study, run) < 1 or run.augmentation in ALPHAS
         if is_mixed and (run.task, run.protocol) != ("classification", "controlled"):
             raise InputError(
                 f"{run.arm}: its labels are mixed, which is for classifiers of the controlled "

@@ -10,7 +10,7 @@ from sdaug_utils.experiments.base import AtPercentages, baselines, numbers_made,
 from sdaug_utils.params import Augmentation, Percent
 from sdaug_utils.registry import register_experiment, techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training.cells import Cell, repeated
+from sdaug_utils.training.runs import Run, repeated
 
 
 @register_experiment
@@ -23,11 +23,11 @@ class Rivals(AtPercentages):
     shifted_percents: list[Percent] = Field(min_length=1)  # where shifted test images are tried
     shifted_augmentations: list[Augmentation]  # there alone, and on real images only
 
-    def runs(self, study: Study) -> list[Cell]:
+    def runs(self, study: Study) -> list[Run]:
         """The main table, and those that are tested on shifted images."""
         return self.grid(study) + self.on_shifted_images(study)
 
-    def on_shifted_images(self, study: Study) -> list[Cell]:
+    def on_shifted_images(self, study: Study) -> list[Run]:
         """One seed of the main table and of some augmentations, at some real percentages."""
         arms = baselines(self.shifted_percents, self.shifted_augmentations)
         both = self.grid(study) + repeated(arms, self.protocol, self.num_draws, 1)

@@ -6,7 +6,7 @@ from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, counts_o
 from sdaug_utils.params import Percent
 from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
-from sdaug_utils.training.cells import Cell
+from sdaug_utils.training.runs import Run
 
 
 @register_experiment
@@ -27,11 +27,11 @@ class Segmentation(Runs):
         arms = baselines(self.synthetic_percents) + synthetic(["controlnet-segmentation"], counts)
         return [{**arm, "task": "segmentation"} for arm in arms]
 
-    def runs(self, study: Study) -> list[Cell]:
+    def runs(self, study: Study) -> list[Run]:
         """The main table, and other numbers of updates."""
         return self.grid(study) + self.by_updates(study)
 
-    def by_updates(self, study: Study) -> list[Cell]:
+    def by_updates(self, study: Study) -> list[Run]:
         """The setting with the most images and its baseline, in draw 0, by number of updates."""
         grid = self.grid(study)
         largest = max(grid, key=lambda run: run.real_percent + run.synthetic_per_class)
@@ -42,8 +42,9 @@ class Segmentation(Runs):
             and run.real_percent == largest.real_percent
             and run.synthetic_per_class in (0, largest.synthetic_per_class)
         ]
+        own = study.settings.segmenter.max_train_steps
         return [
-            run.changed({"segmenter.max_train_steps": number})
+            run if number == own else run.changed({"segmenter.max_train_steps": number})
             for number in self.update_numbers
             for run in pair
         ]

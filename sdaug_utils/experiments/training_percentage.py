@@ -9,7 +9,7 @@ from sdaug_utils.experiments.base import AtPercentages, Numbers, baselines, synt
 from sdaug_utils.params import Percent, Protocol
 from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
-from sdaug_utils.training.cells import LENGTH, RECIPE, Cell, repeated
+from sdaug_utils.training.runs import LENGTH, RECIPE, Run, repeated
 
 
 @register_experiment
@@ -27,7 +27,7 @@ class TrainingPercentage(AtPercentages):
     curve_steps: Numbers
     view_numbers: Numbers
 
-    def runs(self, study: Study) -> list[Cell]:
+    def runs(self, study: Study) -> list[Run]:
         """The main table, and all that is compared with it."""
         return [
             *self.grid(study),
@@ -38,19 +38,19 @@ class TrainingPercentage(AtPercentages):
             *self.at_both_rates(study),
         ]
 
-    def on_pixels(self) -> list[Cell]:
+    def on_pixels(self) -> list[Run]:
         """Baseline and techniques for a classifier on pixels."""
         counts = [(percent, [self.synthetic_per_class]) for percent in self.pixels_at_percents]
         arms = baselines(self.pixels_at_percents) + synthetic(self.techniques, counts)
         return repeated(arms, "pixels", self.num_draws, 1)
 
-    def of_protocol(self, protocol: Protocol, num_draws: int) -> list[Cell]:
+    def of_protocol(self, protocol: Protocol, num_draws: int) -> list[Run]:
         """Baseline and plain prompts, at one real percentage."""
         counts = [(self.protocols_at_percent, [self.synthetic_per_class])]
         arms = baselines([self.protocols_at_percent]) + synthetic([self.compared], counts)
         return repeated(arms, protocol, num_draws, 1)
 
-    def by_protocol(self, study: Study) -> list[Cell]:
+    def by_protocol(self, study: Study) -> list[Run]:
         """The published protocol, and of each run a frozen, normalised twin, all else equal.
 
         A twin sees the same images at the same size, at the same rate and for as many updates, and
@@ -66,7 +66,7 @@ class TrainingPercentage(AtPercentages):
         frozen = {"protocol": "controlled", "updates_as": "published"}
         return published + [run.model_copy(update=frozen).changed(same) for run in published]
 
-    def by_length(self, study: Study) -> list[Cell]:
+    def by_length(self, study: Study) -> list[Run]:
         """A run of each arm after some updates, with the most and with the least real images."""
         last = study.settings.classifier.controlled.max_train_steps
         steps = [step for step in self.curve_steps if step < last] + [last]
@@ -77,7 +77,7 @@ class TrainingPercentage(AtPercentages):
             for step in steps
         ]
 
-    def by_views(self, study: Study) -> list[Cell]:
+    def by_views(self, study: Study) -> list[Run]:
         """Augmented arms there with other numbers of views of each image, up to their own."""
         augmented = [run for run in self._at_ends(study) if run.augmentation != "none"]
         return [
@@ -94,18 +94,17 @@ class TrainingPercentage(AtPercentages):
         ]
 
     @staticmethod
-    def num_views(run: Cell) -> int:
+    def num_views(run: Run) -> int:
         """The number of views of each image in one of those runs."""
         return int(dict(run.overrides)[f"{RECIPE}.min_views"])
 
-    def at_both_rates(self, study: Study) -> list[Cell]:
+    def at_both_rates(self, study: Study) -> list[Run]:
         """Baseline and plain prompts after some updates, at both protocols' rates."""
-        settings = study.settings.classifier
-        rates = (settings.published.learning_rate, settings.controlled.learning_rate)
+        theirs = {f"{RECIPE}.learning_rate": study.settings.classifier.published.learning_rate}
         steps = sorted({*self.curve_steps, *self.budgets(study)})
         return [
-            after(run.changed({f"{RECIPE}.learning_rate": rate}), step)
-            for rate in rates
+            after(run.changed(rate), step)
+            for rate in (theirs, {})
             for run in self.of_protocol("controlled", self.num_draws)
             for step in steps
         ]
@@ -117,16 +116,16 @@ class TrainingPercentage(AtPercentages):
         published = study.settings.classifier.published
         return published.max_updates(num_real), published.max_updates(num_real + num_synthetic)
 
-    def _at_ends(self, study: Study) -> list[Cell]:
+    def _at_ends(self, study: Study) -> list[Run]:
         ends = (max(self.real_percents), min(self.real_percents))
         return [run for run in self.grid(study) if run.real_percent in ends]
 
 
-def after(run: Cell, num_updates: int) -> Cell:
+def after(run: Run, num_updates: int) -> Run:
     """A run whose weights are tested after so many updates."""
     return run.changed(dict.fromkeys(LENGTH, num_updates))
 
 
-def _most_views(study: Study, run: Cell) -> int:
+def _most_views(study: Study, run: Run) -> int:
     num_real = len(subset(study.data.splits["train"].labels, run.real_percent, run.draw))
     return study.settings.classifier.controlled.num_views(num_real)

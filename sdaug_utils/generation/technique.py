@@ -107,7 +107,7 @@ class Technique:
         """
         return orders[label]
 
-    def share(self, settings: Settings) -> float:
+    def label_weight(self, settings: Settings) -> float:
         """How much of an image's label is its class, in 0 to 1; the rest is of what it follows."""
         return 1.0
 
@@ -249,7 +249,7 @@ def technique_requests(
 
     A pool that follows real images goes round all N of them in the draw's order. Of p % of them,
     for one class the first n, a cell takes the rounds over those only: images 0 to n - 1, N to
-    N + n - 1, and so on. So cells of other percentages share what they have in common.
+    N + n - 1, and so on. So runs of other percentages share what they have in common.
     """
     technique = techniques()[technique_name]
     # What else is asked of the same models and pools need not be worked out again.

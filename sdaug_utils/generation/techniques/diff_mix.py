@@ -41,6 +41,6 @@ class DiffMix(DAFusion):
         turns = [order[turn] for turn in range(longest) for order in others if turn < len(order)]
         return np.array(turns)
 
-    def share(self, settings: Settings) -> float:
+    def label_weight(self, settings: Settings) -> float:
         own = self.of(settings)
         return own.strength**own.gamma

@@ -1,0 +1,261 @@
+"""Runs: what one training run sees and is tested on, what determines it, what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from sdaug_utils.data import augment, shifts
+from sdaug_utils.data.datasets import subset
+from sdaug_utils.data.images import Dataset, Images
+from sdaug_utils.generation.technique import inputs_percent, technique_requests
+from sdaug_utils.params import Augmentation, Parameters, Protocol, Rule, Technique
+from sdaug_utils.registry import techniques
+from sdaug_utils.store import digest, keep_digests
+from sdaug_utils.study import Study
+from sdaug_utils.training import classifier, features, segmenter
+
+CODE_VERSION = 4
+RECIPE = "classifier.controlled"  # a section of the settings
+LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")  # both: last weights count
+Overrides = tuple[tuple[str, str | int | float], ...]  # paths in the settings, and values
+SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
+"""What tells one setting of an experiment from another; each has a run per draw and seed."""
+
+
+class Run(Parameters):
+    """What one training run sees: real subset, synthetic images, augmentation, seed."""
+
+    task: Literal["classification", "segmentation"] = "classification"
+    protocol: Protocol | Literal["pixels"]
+    real_percent: float = Field(ge=0, le=100)
+    draw: int
+    seed: int
+    augmentation: Augmentation = "none"
+    technique: Technique | None = None
+    synthetic_per_class: int = 0
+    controls_from_outside: bool = False  # as in the thesis: a leak, shown as such in experiment 06
+    rule: Rule | None = None  # by which the synthetic images are chosen ...
+    chosen_from: int = 0  # ... from so many of each class
+    overrides: Overrides = ()  # settings that differ from the profile's, by path
+    updates_as: Protocol | None = None  # as many updates as the same run of this protocol had
+    test_sets: tuple[str, ...] = ()  # shifts of the test images; none: as they are, alone
+    variant: str = ""  # what figures call its overrides
+
+    @property
+    def arm(self) -> str:
+        """The name under which figures and tables show it."""
+        parts = [
+            self.technique,
+            self.augmentation if self.augmentation != "none" else None,
+            "outside" if self.controls_from_outside else None,
+            self.rule,
+            self.variant,
+        ]
+        return "+".join(part for part in parts if part) or "baseline"
+
+    @property
+    def num_made(self) -> int:
+        """Synthetic images of each class that there have to be."""
+        return self.chosen_from if self.rule else self.synthetic_per_class
+
+    def changed(self, overrides: Mapping[str, Any]) -> Run:
+        """The same run with further settings that differ from the profile's.
+
+        Their keys are paths in its section ``common``, as in ``segmenter.max_train_steps``.
+        """
+        merged = tuple(sorted({**dict(self.overrides), **overrides}.items()))
+        return self.model_copy(update={"overrides": merged})
+
+    @property
+    def partner(self) -> Run | None:
+        """The run that decides its number of updates, if there is one."""
+        if self.updates_as is None:
+            return None
+        own = {"protocol": self.updates_as, "updates_as": None, "overrides": (), "test_sets": ()}
+        return self.model_copy(update=own)
+
+    def fields(self) -> dict[str, Any]:
+        """What a row of results says of it; of a rule or a variant only if there is one."""
+        left_out = {"overrides", "updates_as", "test_sets"}
+        left_out |= set() if self.rule else {"rule", "chosen_from"}
+        return self.model_dump(exclude=left_out if self.variant else left_out | {"variant"})
+
+
+def study_of(study: Study, run: Run) -> Study:
+    """The study with the settings that a run overrides."""
+    return study.changed(dict(run.overrides))
+
+
+def pool_percent(study: Study, run: Run) -> float:
+    """The real percentage that the images of a run's pools come from; 100 if any will do."""
+    if not run.technique or run.controls_from_outside:
+        return 100
+    return inputs_percent(study, techniques()[run.technique], run.real_percent)
+
+
+def label_weight(study: Study, run: Run) -> float:
+    """How much of a synthetic image's label is its class; the rest is of what it follows."""
+    return techniques()[run.technique].label_weight(study.settings) if run.technique else 1.0
+
+
+def repeated(
+    arms: Iterable[Mapping[str, Any]],
+    protocol: Protocol | Literal["pixels"],
+    num_draws: int,
+    num_seeds: int,
+) -> list[Run]:
+    """A run per draw and seed of each arm; an arm that comes twice counts once."""
+    runs = [
+        Run(protocol=protocol, draw=draw, seed=seed, **arm)
+        for draw in range(num_draws)
+        for arm in arms
+        for seed in range(num_seeds)
+    ]
+    return list(dict.fromkeys(runs))
+
+
+def spec(study: Study, run: Run) -> dict[str, Any]:
+    """Everything that determines a run's result."""
+    own = study_of(study, run)
+    settings = own.settings.classifier
+    trained = settings.published if run.protocol == "published" else settings.controlled
+    backbone, recipe = str(settings.backbone), trained.model_dump()
+    versions = [CODE_VERSION, features.CODE_VERSION, augment.CODE_VERSION]
+    if run.task == "classification":
+        versions.append(classifier.CODE_VERSION)
+        if run.protocol == "controlled":
+            versions.append(settings.image_size)
+    else:
+        backbone = own.settings.segmenter.backbone
+        recipe = own.settings.segmenter.model_dump(exclude={"keep_features"})
+        versions.append(segmenter.CODE_VERSION)
+    more: dict[str, Any] = {}
+    if label_weight(own, run) < 1:
+        more["share"] = label_weight(own, run)
+    if run.partner:
+        more["updates of"] = digest(spec(study, run.partner))
+    if run.test_sets:
+        more["test sets"] = [shifts.CODE_VERSION, *run.test_sets]
+    return {
+        "version": versions,
+        "run": run.fields(),
+        "data": data_digest(study.data, run.task == "segmentation"),
+        "rows": real_rows(study, run).tolist(),
+        "backbone": features.BACKBONES[backbone],
+        "settings": recipe,
+        "pools": pool_keys(study, run),
+        **more,
+    }
+
+
+def pool_keys(study: Study, run: Run) -> list[str]:
+    """Keys of the pools that a run's synthetic images are of."""
+    if not run.technique:
+        return []
+    own = study_of(study, run)
+    return pool_digests(own, run.technique, run.draw, pool_percent(own, run))
+
+
+def real_rows(study: Study, run: Run) -> np.ndarray:
+    """Rows of the train split that a run trains on."""
+    return _subset(study.data, run.real_percent, run.draw)
+
+
+@lru_cache(maxsize=256)
+def _subset(data: Dataset, percent: float, draw: int) -> np.ndarray:
+    return subset(data.splits["train"].labels, percent, draw) if percent else np.array([], int)
+
+
+def training_seed(run: Run) -> int:
+    """The same for all arms of a draw and seed, and another for every draw."""
+    return 1000 * run.draw + run.seed
+
+
+def folder_of(study: Study, run: Run) -> Path:
+    """Where the store has it, or will have it."""
+    return study.store.folder("runs", spec(study, run))
+
+
+def is_made(study: Study, run: Run) -> bool:
+    """Whether the store has it."""
+    return study.store.is_whole(folder_of(study, run), to_read=True)
+
+
+def read_result(study: Study, run: Run) -> dict[str, Any]:
+    return json.loads((folder_of(study, run) / "result.json").read_text())
+
+
+def validation_curve(study: Study, run: Run) -> pd.DataFrame:
+    """What a trained run's weights scored on validation images, by ``step``.
+
+    ``score`` is the accuracy of a classifier, the loss of a segmenter.
+    """
+    return pd.DataFrame(read_result(study, run)["validation_curve"], columns=["step", "score"])
+
+
+def examples(study: Study, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """What a trained segmenter makes of one test image per class.
+
+    Returns:
+        (n,) rows of the test split and (n, height, width) predicted trimaps, labels 1 to 3.
+    """
+    kept = np.load(folder_of(study, run) / "examples.npz")
+    return kept["rows"], kept["labels"]
+
+
+@lru_cache(maxsize=1024)
+def pool_digests(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
+    requests = technique_requests(study, technique, draw, 1, percent)
+    return [digest(request.spec) for request in requests]
+
+
+@lru_cache(maxsize=8)
+def data_digest(data: Dataset, with_trimaps: bool = False) -> str:
+    """A hash of all images and labels of the three splits, and of the trimaps if need be."""
+    content = {}
+    for name, split in data.splits.items():
+        content[name] = [split.images().digests(), split.labels.tolist()]
+        if with_trimaps:
+            content[name].append([split.trimap_digest(i) for i in range(len(split))])
+    keep_digests()
+    return digest(content)
+
+
+def images_tested_on(study: Study, name: str) -> Images:
+    """The test images, shifted in the way that has this name; ``none`` is as they are."""
+    test = study.data.splits["test"]
+    return test.images() if name == "none" else shifts.shifted(test, name)
+
+
+def chosen(results: pd.DataFrame, **setting: Any) -> pd.DataFrame:
+    """The runs of a setting, named by columns: ``arm="baseline", real_percent=5``."""
+    for column, value in setting.items():
+        results = results[results[column] == value]
+    return results
+
+
+def scores(results: pd.DataFrame, **setting: Any) -> np.ndarray:
+    """The test images' scores in one setting, named as in :func:`chosen`: (draws, seeds, images).
+
+    Raises:
+        KeyError: there is no such run.
+        ValueError: more than one setting, or not one run per draw and seed.
+    """
+    rows = chosen(results, **setting)
+    if rows.empty:
+        raise KeyError(f"no run of {setting}")
+    ordered = rows.sort_values(["draw", "seed"])
+    num_draws, num_seeds = ordered["draw"].nunique(), ordered["seed"].nunique()
+    runs = ordered[["draw", "seed"]].drop_duplicates()
+    mixed = any(len(set(ordered[column])) > 1 for column in SETTING if column in ordered)
+    if mixed or not len(ordered) == num_draws * num_seeds == len(runs):
+        raise ValueError(f"runs of {setting} are not of one setting, one per draw and seed")
+    return np.stack(ordered["scores"].to_list()).reshape(num_draws, num_seeds, -1)

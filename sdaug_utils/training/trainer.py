@@ -1,0 +1,404 @@
+"""Training: runs that the store has not got are trained, those that share features together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sdaug_utils.compute import device_of, one_thread
+from sdaug_utils.data.datasets import first_per_class
+from sdaug_utils.data.images import Images
+from sdaug_utils.generation.pools import Pool, images_of, technique_pools
+from sdaug_utils.lazy import torch
+from sdaug_utils.study import Study
+from sdaug_utils.training import classifier, features, mixing, segmenter, selection
+from sdaug_utils.training.runs import (
+    LENGTH,
+    Run,
+    folder_of,
+    images_tested_on,
+    is_made,
+    label_weight,
+    pool_percent,
+    read_result,
+    real_rows,
+    spec,
+    study_of,
+    training_seed,
+)
+
+STACK = 9  # heads that are trained side by side: more are not faster
+
+
+def results_of(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
+    """Train what is not in the store yet; one row per run.
+
+    Columns: the run's fields, ``arm``, ``num_real`` and ``num_synthetic`` (training images),
+    ``num_updates``, ``selected_step``, ``validation_score``, ``test_score``, and ``scores``, the
+    score of each test image: (n_test,) booleans, right or wrong, for a classifier (``predictions``
+    are the classes), the weighted Jaccard index in 0 to 1 for a segmenter (then ``mean_iou`` holds
+    that of each image, too).
+
+    A run with ``test_sets`` has a row for each of them, named in the column ``shift``, with
+    ``predictions``, ``scores`` and ``confidences``, the probabilities of the classes predicted.
+    """
+    make(study, runs)
+    return pd.DataFrame([row for run in runs for row in _rows(study, run)])
+
+
+def accuracies(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
+    """Test accuracy by number of updates: one row per run, which is trained if need be.
+
+    Columns: ``step``, ``test_accuracy``, ``arm``, ``real_percent``, ``draw``, ``seed``,
+    ``learning_rate``.
+    """
+    rates = [study_of(study, run).settings.classifier.controlled.learning_rate for run in runs]
+    names = {"num_updates": "step", "test_score": "test_accuracy"}
+    table = results_of(study, runs).rename(columns=names).assign(learning_rate=rates)
+    return table[[*names.values(), "arm", "real_percent", "draw", "seed", "learning_rate"]]
+
+
+def _rows(study: Study, run: Run) -> list[dict[str, Any]]:
+    own, result = folder_of(study, run), read_result(study, run)
+    fields, labels = {**run.fields(), "arm": run.arm}, study.data.splits["test"].labels
+    del result["validation_curve"]
+    if run.task == "segmentation":
+        arrays = {name: np.load(own / f"{name}.npy") for name in ("scores", "mean_iou")}
+        return [{**fields, **result, **arrays}]
+    predictions = np.load(own / "predictions.npy")
+    if not run.test_sets:
+        return [{**fields, **result, "predictions": predictions, "scores": predictions == labels}]
+    confidences = np.load(own / "confidences.npy")
+    return [
+        {**fields, "shift": name, "confidences": sure, "predictions": found}
+        | {"scores": found == labels}
+        for name, sure, found in zip(run.test_sets, confidences, predictions, strict=True)
+    ]
+
+
+def overview(study: Study, runs: Iterable[Run]) -> pd.DataFrame:
+    """A table of the runs about to run, a row per arm: what each needs and what is there."""
+    rows = [
+        {
+            "arm": run.arm,
+            "real %": run.real_percent,
+            "synthetic per class": run.synthetic_per_class,
+            "runs": 1,
+            "already in the store": is_made(study, run),
+        }
+        for run in runs
+    ]
+    listed = ("real %", "synthetic per class")
+    grouped = pd.DataFrame(rows).groupby("arm", sort=False)
+    return grouped.agg(
+        dict.fromkeys(listed, _listed) | dict.fromkeys(("runs", "already in the store"), "sum")
+    )
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
+
+
+def stacks(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs in parts that are trained in one go: heads of one recipe, everything else alone.
+
+    A run comes after its partner.
+    """
+    heads: dict[Any, list[Run]] = {}
+    parts: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: run.updates_as is not None):
+        if run.task == "classification" and run.protocol != "published" and not run.updates_as:
+            recipe = (run.protocol, run.overrides, run.test_sets)
+            heads.setdefault(recipe, []).append(run)
+        else:
+            parts.append([run])
+    for same in heads.values():
+        parts += [same[i : i + STACK] for i in range(0, len(same), STACK)]
+    return parts
+
+
+def make(study: Study, runs: Sequence[Run]) -> None:
+    """Train what is not in the store yet, and the partners that decide numbers of updates."""
+    missing = [run for run in runs if not is_made(study, run)]
+    if partners := [run.partner for run in missing if run.partner]:
+        make(study, partners)
+    # The largest pools first: a model that is not kept makes all its images at once.
+    for run in sorted(missing, key=lambda run: -run.num_made):
+        trainer_of(study_of(study, run)).prepare(run)
+    for some in stacks(missing):
+        own = study_of(study, some[0])
+        if partner := some[0].partner:
+            updates = read_result(study, partner)["num_updates"]
+            own = own.changed(dict.fromkeys(LENGTH, updates))  # its last weights are tested
+
+        def write(
+            positions: list[int], folders: list[Path], some: list[Run] = some, own: Study = own
+        ) -> None:
+            trainer_of(own).train([some[position] for position in positions], folders)
+
+        with one_thread(study.settings):
+            study.store.get_all("runs", [spec(study, run) for run in some], write)
+
+
+@lru_cache(maxsize=4)
+def trainer_of(study: Study) -> Trainer:
+    """What trains runs in this process: the same object for the same settings."""
+    return Trainer(study)
+
+
+class Trainer:
+    """Trains runs; the pools and features that they share are read once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.splits = study, study.data.splits
+        self.num_classes = len(study.data.class_names)
+        self.pools = cache(partial(technique_pools, study))
+        self.features_of = cache(self._features_of)  # of images as they are
+        self.kept_of = cache(self._kept)  # rows of pools' images
+        self.pixels_of = cache(lambda name: features.pixel_vectors(self.splits[name].images()))
+        self.shifted = cache(self._shifted)  # features of test images
+        self.maps = cache(lambda: segmenter.FeatureMaps(study))
+
+    def pools_of(self, run: Run) -> list[Pool]:
+        """The synthetic images of a run, a pool per class."""
+        if not run.technique:
+            return []
+        percent = pool_percent(self.study, run)
+        return self.pools(run.technique, run.draw, run.num_made, percent)
+
+    def kept(self, run: Run) -> np.ndarray:
+        """Which of the pools' images, one pool after the other, a run's rule keeps."""
+        return self.kept_of(run.model_copy(update={"seed": 0}))
+
+    def _kept(self, run: Run) -> np.ndarray:
+        assert run.rule
+        rows, pools = real_rows(self.study, run), self.pools_of(run)
+        labels = self.splits["train"].labels[rows]
+        real = self.features_of("train")[rows]
+        made = self.features_of(tuple(pools))[:, 0]
+        data = classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(run))
+        recipe = self.study.settings.classifier.controlled
+        with one_thread(self.study.settings):
+            judge = classifier.judge(data, recipe, self.num_classes)
+        with torch.no_grad():
+            probabilities = judge(made).softmax(dim=1).numpy()
+        kept = []
+        for label in range(self.num_classes):
+            first = label * run.chosen_from
+            own = slice(first, first + run.chosen_from)
+            candidates = selection.Candidates(
+                made[own].numpy(),
+                probabilities[own],
+                label,
+                real[labels == label, 0].numpy(),
+                np.random.default_rng((run.draw, label)),
+            )
+            kept.append(first + selection.RULES[run.rule](candidates, run.synthetic_per_class))
+        return np.concatenate(kept)
+
+    def _features_of(self, part: str | tuple[Pool, ...]) -> torch.Tensor:
+        """Features of a split, by its name, or of pools: (n, 1, features)."""
+        images = self.splits[part].images() if isinstance(part, str) else images_of(part)
+        return features.image_features(self.study, images)
+
+    def _shifted(self, name: str) -> torch.Tensor:
+        images = images_tested_on(self.study, name)
+        return features.image_features(self.study, images)[:, 0]
+
+    def tested(self, run: Run) -> torch.Tensor:
+        """What a run's head is tested on, one test set after the other: (n, features)."""
+        if run.protocol == "pixels":
+            return self.pixels_of("test")[:, 0]
+        return torch.cat([self.shifted(name) for name in run.test_sets or ("none",)])
+
+    def prepare(self, run: Run) -> None:
+        """Load or make what a run needs, so that runs can then be trained."""
+        self.pools_of(run)
+        if run.task == "segmentation":
+            self.maps().of(self.training_set(run)[0])
+        elif run.protocol == "published":
+            features.load_backbone(self.study.settings.classifier.backbone)
+        elif run.protocol == "controlled":
+            self.features_of("validation")
+            self.tested(run)
+            if run.augmentation == "none" or run.augmentation in mixing.ALPHAS:
+                self.features(run)
+            else:
+                for images, number in self._to_view(run):
+                    features.fill(self.study, images, run.augmentation, number)
+
+    def training_set(self, run: Run) -> tuple[Images, np.ndarray]:
+        """The images that a run trains on, real ones first, and their labels."""
+        rows, synthetic = real_rows(self.study, run), self._synthetic(run)
+        labels = np.repeat(np.arange(self.num_classes), run.synthetic_per_class)
+        images = self.splits["train"].images(rows) + synthetic
+        return images, np.concatenate([self.splits["train"].labels[rows], labels])
+
+    def _synthetic(self, run: Run) -> Images:
+        """The images of a run's pools, or those of them that its rule keeps."""
+        every = images_of(self.pools_of(run))
+        return every.taken(self.kept(run).tolist()) if run.rule else every
+
+    def targets(self, run: Run) -> torch.Tensor:
+        """Labels of a run's training images, or, if some are mixed, the shares of each class.
+
+        (n,), (n, classes) or, if each view has its own, (n, views, classes).
+        """
+        labels = torch.from_numpy(self.training_set(run)[1])
+        own = label_weight(self.study, run)
+        if own == 1.0 and run.augmentation not in mixing.ALPHAS:
+            return labels
+        whole = torch.nn.functional.one_hot(labels, self.num_classes).float()
+        if own < 1.0:
+            self._share(run, whole, own)
+        return self._partners(run).mixed(whole) if run.augmentation in mixing.ALPHAS else whole
+
+    def _share(self, run: Run, whole: torch.Tensor, own: float) -> None:
+        """Give a part of synthetic images' labels to the class of the image that they follow."""
+        rows = np.array([row for pool in self.pools_of(run) for row in pool.followed])
+        rows = rows[self.kept(run)] if run.rule else rows
+        other = torch.from_numpy(self.splits["train"].labels[rows])
+        first = len(whole) - len(rows)  # of the synthetic images
+        whole[first:] *= own
+        whole[first:] += (1 - own) * torch.nn.functional.one_hot(other, self.num_classes)
+
+    def _partners(self, run: Run) -> mixing.Partners:
+        """What each view of a run's training images is mixed with: the same for all its seeds."""
+        settings, number = self.study.settings.classifier, len(self.training_set(run)[0])
+        views, side = settings.controlled.num_views(number), settings.image_size
+        return mixing.partners(run.augmentation, number, views, run.draw, side)
+
+    def features(self, run: Run) -> list[torch.Tensor]:
+        """Features of a run's real training images, then of its synthetic ones, if it has any.
+
+        Each (n, views, features). Where images are mixed, they are all in one.
+        """
+        if run.protocol == "pixels":
+            return [features.pixel_vectors(self.training_set(run)[0])]
+        if run.augmentation == "cutmix":
+            chosen, side = self._partners(run), self.study.settings.classifier.image_size
+            images = mixing.cut_and_pasted(self.training_set(run)[0], chosen, side)
+            return [features.image_features(self.study, images).view(*chosen.rows.shape, -1)]
+        if run.augmentation == "mixup":
+            plain = self.features(run.model_copy(update={"augmentation": "none"}))
+            return [self._partners(run).mixed(torch.cat(plain)[:, 0])]
+        if run.augmentation != "none":
+            return [
+                features.image_features(self.study, images, run.augmentation, number)
+                for images, number in self._to_view(run)
+            ]
+        real = self.features_of("train")[real_rows(self.study, run)]
+        if not (pools := self.pools_of(run)):
+            return [real]
+        made = self.features_of(tuple(pools))
+        return [real, made[self.kept(run)] if run.rule else made]
+
+    def _to_view(self, run: Run) -> list[tuple[Images, int]]:
+        """Real and synthetic images that are augmented, and how many views each of them has."""
+        real = self.splits["train"].images(real_rows(self.study, run))
+        synthetic = self._synthetic(run)
+        settings, total = self.study.settings.classifier.controlled, len(real) + len(synthetic)
+        both = [
+            (real, settings.num_views(total)),
+            (synthetic, settings.num_views(total, synthetic=True)),
+        ]
+        return [(images, number) for images, number in both if len(images)]
+
+    def train(self, some: Sequence[Run], folders: Sequence[Path]) -> None:
+        """Train runs: one, or several of the controlled protocol.
+
+        A folder gets ``result.json`` and what there is per test image.
+        """
+        if some[0].task == "segmentation":
+            outcomes: list[Any] = [self._segmentation(some[0])]
+        elif some[0].protocol == "published":
+            outcomes = [self.published(some[0])]
+        else:
+            outcomes = self.controlled(some)
+        for run, folder, outcome in zip(some, folders, outcomes, strict=True):
+            self._save(run, folder, outcome)
+
+    def _save(self, run: Run, folder: Path, outcome: Any) -> None:
+        labels = self.splits["test"].labels
+        if run.task == "segmentation":
+            scores = outcome.weighted_jaccard
+            np.save(folder / "scores.npy", scores.astype(np.float32))
+            np.save(folder / "mean_iou.npy", outcome.mean_iou.astype(np.float32))
+            shown = first_per_class(labels, 1)
+            np.savez_compressed(folder / "examples.npz", rows=shown, labels=outcome.labels[shown])
+        else:
+            shape = (len(run.test_sets), len(labels)) if run.test_sets else (len(labels),)
+            predictions = outcome.predictions.astype(np.int32).reshape(shape)
+            np.save(folder / "predictions.npy", predictions)
+            if run.test_sets:
+                np.save(folder / "confidences.npy", outcome.confidences.reshape(shape))
+            scores = predictions == labels
+        result = {
+            "num_real": len(real_rows(self.study, run)),
+            "num_synthetic": self.num_classes * run.synthetic_per_class,
+            "num_updates": outcome.num_updates,
+            "selected_step": outcome.selected_step,
+            "validation_score": outcome.validation_score,
+            "test_score": float(scores.mean()),
+            "validation_curve": outcome.curve,
+        }
+        (folder / "result.json").write_text(json.dumps(result, indent=2))
+
+    def head_sets(self, some: Sequence[Run]) -> list[classifier.TrainingSet]:
+        """What the heads of runs learn from; those that differ in their seed alone share it."""
+
+        @cache
+        def seen(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            parts = self.features(run)
+            counts = [torch.full((len(part),), part.shape[1]) for part in parts]
+            vectors = torch.cat([part.flatten(0, 1) for part in parts])
+            return vectors, self.targets(run), torch.cat(counts)
+
+        sets = []
+        for run in some:
+            vectors, targets, counts = seen(run.model_copy(update={"seed": 0}))
+            sets.append(classifier.TrainingSet(vectors, targets, training_seed(run), counts))
+        return sets
+
+    def controlled(self, some: Sequence[Run]) -> list[classifier.Outcome]:
+        """Classifiers under the controlled protocol, on kept features or all of them on pixels."""
+        held_out = self.pixels_of if some[0].protocol == "pixels" else self.features_of
+        return classifier.train_controlled(
+            self.head_sets(some),
+            (held_out("validation")[:, 0], self.splits["validation"].labels),
+            self.tested(some[0]),
+            self.study.settings.classifier.controlled,
+            self.num_classes,
+        )
+
+    def published(self, run: Run) -> classifier.Outcome:
+        """A classifier under the thesis's protocol, on images."""
+        settings, validation = self.study.settings.classifier, self.splits["validation"]
+        return classifier.train_published(
+            *self.training_set(run),
+            (validation.images(), validation.labels),
+            self.splits["test"].images(),
+            settings.backbone,
+            run.augmentation,
+            settings.published,
+            training_seed(run),
+            self.num_classes,
+            device_of(self.study.settings),
+        )
+
+    def _segmentation(self, run: Run) -> segmenter.Segmented:
+        """Synthetic images share the trimap of the image that they follow: it is kept once."""
+        followed = [row for pool in self.pools_of(run) for row in pool.followed]
+        rows, which = np.unique([*real_rows(self.study, run), *followed], return_inverse=True)
+        trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
+        images, protocol = self.training_set(run)[0], run.protocol
+        assert protocol != "pixels"
+        return segmenter.train(
+            self.maps(), images, trimaps, self.splits, protocol, training_seed(run), which.tolist()
+        )
