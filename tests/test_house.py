@@ -19,14 +19,22 @@ FLOW = [
     "generation.techniques",
     *(
         f"training.{room}"
-        for room in ("features", "classifier", "segmenter", "mixing", "selection", "runs")
+        for room in (
+            "features",
+            "classifier",
+            "segmenter",
+            "mixing",
+            "selection",
+            "runs",
+            "trainer",
+        )
     ),
     *(
         f"evidence.{room}"
         for room in ("records", "metrics", "subjects", "likeness", "claims", "figures")
     ),
     *(f"evidence.{room}" for room in ("gallery", "prose", "report")),
-    *("experiments", "rates", "plan", "make", "export", "notebooks", "summary"),
+    *("experiments.base", "experiments", "rates", "plan", "make", "export", "notebooks", "summary"),
     *("site.gallery", "site.pages", "__main__"),
 ]
 FILES = {
@@ -63,9 +71,9 @@ def test_imports_run_downstream(name):
 
 
 ABOUT_THEM = {
-    "controlnet-canny": {"experiments", "evidence.claims"},  # 06 and 08 are about ControlNet
-    "controlnet-segmentation": {"experiments", "evidence.claims"},
-    "stable-diffusion-prompt": {"experiments"},  # 03 compares protocols on it
+    "controlnet-canny": {"experiments.controlnet", "evidence.claims"},
+    "controlnet-segmentation": {"experiments.segmentation", "evidence.claims"},
+    "stable-diffusion-prompt": {"experiments.training_percentage"},  # it compares protocols
 }
 
 
