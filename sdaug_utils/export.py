@@ -56,8 +56,8 @@ def write_images(
         raise InputError(f"--into: {into}: is a file: choose a folder")
     if into.exists() and any(into.iterdir()) and not (into / LISTING).exists():
         raise InputError(f"--into: {into}: has other files in it: choose an empty folder")
-    if lacking := techniques()[technique].lacking(study.settings):
-        raise InputError(lacking)
+    if missing := techniques()[technique].missing_setting(study.settings):
+        raise InputError(missing)
     techniques()[technique].check(study.settings)
     require_writable(into)
     requests = _requests(study, technique, classes, count, draw, real_percent)

@@ -225,7 +225,7 @@ def _gpu_of_each(number: int | None, settings: params.Settings) -> list[str]:
     return [gpus[worker % len(gpus)] for worker in range(number or len(gpus))]
 
 
-def orders_for(asked: plan.Asked) -> str:
+def asked_as_json(asked: plan.Asked) -> str:
     """JSON from which each worker lists the same units: profile, parameters, precision."""
     studies = {study.profile: study.settings for _, study, _ in asked}
     [(profile, settings)] = studies.items()
@@ -239,9 +239,9 @@ def orders_for(asked: plan.Asked) -> str:
 
 
 @cache
-def _units_by_key(orders: str, stage: int) -> dict[str, Unit]:
+def _units_by_key(asked_json: str, stage: int) -> dict[str, Unit]:
     """The units of one stage by key, planned again in this process."""
-    given = json.loads(orders)
+    given = json.loads(asked_json)
     settings = load_settings(given["profile"])
     here = [device_of(settings).type, dtype_name(settings)]
     if here != given["computes"]:
@@ -260,7 +260,9 @@ def _units_by_key(orders: str, stage: int) -> dict[str, Unit]:
     return {unit.key: unit for unit in plan.STAGES[stage](asked)}
 
 
-def make_unit(orders: str, key: str, timeout: float, dependencies: Sequence[float] = ()) -> float:
+def make_unit(
+    asked_json: str, key: str, timeout: float, dependencies: Sequence[float] = ()
+) -> float:
     """Make a unit in this process, which ends if that takes longer than ``timeout`` seconds.
 
     ``dependencies``, the results of the units that it needs, are not read: Dask waits for them.
@@ -276,7 +278,7 @@ def make_unit(orders: str, key: str, timeout: float, dependencies: Sequence[floa
     try:
         # The second stage can be listed only when the first is made: it is looked up last.
         for stage in range(len(plan.STAGES)):
-            if key in (listed := _units_by_key(orders, stage)):
+            if key in (listed := _units_by_key(asked_json, stage)):
                 listed[key].make()
                 break
         else:
@@ -307,12 +309,12 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
             if client is None:
                 settings = asked[0][1].settings
                 client = stack.enter_context(connected(workers, settings))
-            _make_on(client, orders_for(asked), work, workers.timeout, outcome)
+            _make_on(client, asked_as_json(asked), work, workers.timeout, outcome)
     return outcome
 
 
 def _make_on(
-    client: Client, orders: str, work: plan.Work, timeout: float, outcome: Outcome
+    client: Client, asked_json: str, work: plan.Work, timeout: float, outcome: Outcome
 ) -> None:
     """Make units on workers; those at the start of the longest chains go first (critical path)."""
     from distributed import as_completed
@@ -323,7 +325,7 @@ def _make_on(
         dependencies = [futures[key] for key in sorted(unit.needs & futures.keys())]
         futures[unit.key] = client.submit(
             make_unit,
-            orders,
+            asked_json,
             unit.key,
             timeout,
             dependencies,
@@ -367,7 +369,7 @@ class Progress(contextlib.ExitStack):
         super().__init__()
         self.totals = {kind: left for kind, (left, _) in work.counts().items() if left}
         self.done = dict.fromkeys(self.totals, 0)
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self.bars: dict[str, tqdm] = {}
         if sys.stderr.isatty():
             for place, (kind, total) in enumerate(self.totals.items()):
@@ -379,14 +381,14 @@ class Progress(contextlib.ExitStack):
         self.done[kind] += number
         if self.bars:
             self.bars[kind].update(number)
-        self.tell()
+        self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Write the progress to a log, once a minute."""
         now = time.monotonic()
-        if self.bars or now - self.told < LINES_EVERY:
+        if self.bars or now - self.reported < LINES_EVERY:
             return
-        self.told, form = now, partial(tqdm.format_meter, elapsed=now - self.began, ncols=80)
+        self.reported, form = now, partial(tqdm.format_meter, elapsed=now - self.began, ncols=80)
         for kind, total in self.totals.items():
             if 0 < self.done[kind] < total:
                 print(
@@ -425,10 +427,10 @@ def _summary_line(study: Study, work: plan.Work) -> str:
     if not work.waiting:
         made = ", ".join(f"{whole:,} {what}" for what, (_, whole) in named.items() if whole)
         return f"All made already: {made}."
-    lacks = ", ".join(
-        f"{lacking:,} of {whole:,} {what}" for what, (lacking, whole) in named.items() if whole
+    missing = ", ".join(
+        f"{absent:,} of {whole:,} {what}" for what, (absent, whole) in named.items() if whole
     )
     seconds = work.seconds()
     shown = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     source = rates.rates(study.settings)[0]
-    return f"To be made: {lacks}: about {shown} in one process (rates: {source})."
+    return f"To be made: {missing}: about {shown} in one process (rates: {source})."

@@ -73,10 +73,10 @@ class Wanted:
 
     def folders(self, study: Study) -> list[Path]:
         """The store's folders of all pools, models and runs, whether they exist yet or not."""
-        shelves = [(r.technique.shelf, r.model) for r in self.requests.values() if r.model]
+        with_model = [request for request in self.requests.values() if request.model]
         return [
             *(study.store.root / "pools" / key for key in self.images),
-            *(study.store.folder(*model) for model in shelves),
+            *(study.store.folder(one.technique.model_folder, one.model) for one in with_model),
             *(runs.folder_of(study, run) for run in self.runs),
         ]
 
@@ -169,8 +169,8 @@ class Work:
             found[unit.kind] = (left + self.left[unit.key], items + unit.items)
             if unit.temporary_models:
                 left, items = found["models"]
-                lacking = unit.temporary_models if self.left[unit.key] else 0
-                found["models"] = (left + lacking, items + unit.temporary_models)
+                missing = unit.temporary_models if self.left[unit.key] else 0
+                found["models"] = (left + missing, items + unit.temporary_models)
         return found
 
     def seconds(self) -> float:
@@ -227,10 +227,10 @@ class Planner:
         for key, requests in by_model.items():
             technique = requests[0].technique
             if technique.learns and technique.keeps_models(self.settings):
-                kept.setdefault(technique.shelf, {})[key] = requests
+                kept.setdefault(technique.model_folder, {})[key] = requests
         made, learnt = list[Unit](), dict[str, Unit]()
-        for shelf, models in kept.items():
-            made += self.models(shelf, models, learnt)
+        for model_folder, models in kept.items():
+            made += self.models(model_folder, models, learnt)
         for key, requests in by_model.items():
             if requests[0].technique.learns and key not in learnt:
                 counts = [[self.pool_of(r), len(r.indices)] for r in requests]
@@ -244,20 +244,20 @@ class Planner:
         return self.keys[id(request.spec)]
 
     def models(
-        self, shelf: str, models: dict[str, list[Request]], learnt: dict[str, Unit]
+        self, model_folder: str, models: dict[str, list[Request]], learnt: dict[str, Unit]
     ) -> list[Unit]:
         """Units for models that are kept, each with as many models as are learnt together.
 
         The units are added to ``learnt``, by the models' keys.
         """
-        technique, made = techniques()[shelf], []
+        technique, made = techniques()[model_folder], []
         size, keys = technique.at_once(self.settings), list(models)
         cost, number = technique.model_cost(self.settings)
         for start in range(0, len(keys), size):
             some = keys[start : start + size]
             pools = [models[key] for key in some]
             unit = Unit(
-                name=f"{shelf}: models {start + 1} to {start + len(some)} of {len(keys)}",
+                name=f"{model_folder}: models {start + 1} to {start + len(some)} of {len(keys)}",
                 key=f"models-{digest({'models': some})}",
                 kind="models",
                 items=len(some),
@@ -359,22 +359,22 @@ class Planner:
     def _features(self, needs: dict[Run, set[str]]) -> list[Unit]:
         """Units for features that runs share; each is added to the ``needs`` of its runs."""
         made, views = [], dict[tuple[Any, ...], int]()
-        for alike in _with_features_in_common(self.study, needs):
-            number = rates.num_views(self.study, alike, views)
+        for group in _with_features_in_common(self.study, needs):
+            number = rates.num_views(self.study, group, views)
             unit = Unit(
-                name=f"features of {alike[0].arm}, draw {alike[0].draw}",
-                key=f"features-{digest({'features': [run.model_dump() for run in alike]})}",
+                name=f"features of {group[0].arm}, draw {group[0].draw}",
+                key=f"features-{digest({'features': [run.model_dump() for run in group]})}",
                 kind="features",
                 items=number,
-                left=partial(_features_left, self.study, alike, number),
-                make=partial(_prepare, self.study, alike),
+                left=partial(_features_left, self.study, group, number),
+                make=partial(_prepare, self.study, group),
                 seconds=number * self.seconds["feature"],
                 num_bytes=number * FEATURE_BYTES,
-                needs=frozenset().union(*(needs[run] for run in alike)),
-                notebook=self.wanted.runs.get(alike[0], ""),
+                needs=frozenset().union(*(needs[run] for run in group)),
+                notebook=self.wanted.runs.get(group[0], ""),
             )
             made.append(unit)
-            for run in alike:
+            for run in group:
                 needs[run] = needs[run] | {unit.key}
         return made
 
@@ -432,7 +432,7 @@ def _images_left(study: Study, requests: Sequence[Request]) -> int:
 def _requests_lacking_models(study: Study, pools: Sequence[Sequence[Request]]) -> list[Request]:
     """A request for each model that is missing, except models whose images are all made."""
     firsts = [requests[0] for requests in pools if _images_left(study, requests)]
-    folders = [study.store.folder(first.technique.shelf, first.model) for first in firsts]
+    folders = [study.store.folder(first.technique.model_folder, first.model) for first in firsts]
     pairs = zip(firsts, folders, strict=True)
     return [first for first, folder in pairs if not study.store.is_whole(folder)]
 
@@ -493,8 +493,8 @@ def _with_features_in_common(study: Study, every: Iterable[Run]) -> list[list[Ru
 
 def models(settings: Settings) -> list[tuple[str, str]]:
     """Name and part of all models that a profile names: the foundation and what goes with it."""
-    beside = [technique.models(settings).values() for technique in techniques().values()]
-    return [(settings.foundation, ""), *(model for each in beside for model in each)]
+    others = [technique.models(settings).values() for technique in techniques().values()]
+    return [(settings.foundation, ""), *(model for each in others for model in each)]
 
 
 def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:

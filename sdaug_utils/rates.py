@@ -45,9 +45,9 @@ def measured(settings: Settings) -> dict[str, Any]:
     if not file.exists():
         return logged
     content = json.loads(file.read_text())
-    machine, lacking = content["machine"], logged["seconds"].keys() - content["seconds"].keys()
+    machine, missing = content["machine"], logged["seconds"].keys() - content["seconds"].keys()
     name = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-    rest = f"; {', '.join(sorted(lacking))}: {logged['source']}" if lacking else ""
+    rest = f"; {', '.join(sorted(missing))}: {logged['source']}" if missing else ""
     seconds = {
         "source": f"{name}, measured{rest}",
         "seconds": logged["seconds"] | content["seconds"],

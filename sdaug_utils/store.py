@@ -109,7 +109,7 @@ def keep_digests() -> None:
         return
     root.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**before, **known})
-    write_atomically(file, lambda beside: beside.write_text(content))
+    write_atomically(file, lambda temporary: temporary.write_text(content))
 
 
 @cache
@@ -272,7 +272,7 @@ def write_spec(folder: Path, spec: Spec) -> None:
     path, makers = folder / "spec.json", _makers(folder)
     makers += [made_with()] if made_with() not in makers else []
     text = json.dumps({**spec, "made_with": makers}, indent=2, sort_keys=True)
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def makers(artefacts: Iterable[Path]) -> list[dict[str, str]]:
@@ -308,16 +308,16 @@ def require_writable(folder: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, then rename it: readers see the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{token_hex(4)}")
-    write(beside)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}")
+    write(temporary)
+    temporary.replace(path)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
     """Write rows of text as a table, as :func:`write_atomically` does."""
 
-    def write(beside: Path) -> None:
-        with beside.open("w", newline="") as file:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "synthetic images with another image's trimap",
         f"{TRAINING}/trainer.py",
-        "followed = [row for pool in self.pools_of(run) for row in pool.followed]",
-        "followed = [row for pool in self.pools_of(run) for row in pool.followed[::-1]]",
+        "followed = [row for pool in self.pools_of(run) for row in pool.source_rows]",
+        "followed = [row for pool in self.pools_of(run) for row in pool.source_rows[::-1]]",
         "trimap_that_it_follows",
     ),
     Fault(
@@ -171,8 +171,8 @@ FAULTS = (
     Fault(
         "all images follow one control",
         f"{GENERATION}/techniques/controlnet.py",
-        "for row in request.followed(indices)]",
-        "for row in request.followed([0] * len(indices))]",
+        "for row in request.source_rows(indices)]",
+        "for row in request.source_rows([0] * len(indices))]",
         "take_turns",
     ),
     Fault(

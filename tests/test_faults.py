@@ -183,7 +183,7 @@ def test_a_synthetic_image_has_the_trimap_that_it_follows(world, monkeypatch):
     trainer._segmentation(chosen)
     _, images, trimaps, *_, which = seen[0]
     rows = [*subset(train.labels, 50, 0)]
-    rows += [row for pool in trainer.pools_of(chosen) for row in pool.followed]
+    rows += [row for pool in trainer.pools_of(chosen) for row in pool.source_rows]
     assert len(images) == len(which) == len(rows)
     assert len(trimaps) == len(set(rows))
     for place, row in zip(which, rows, strict=True):

@@ -346,11 +346,11 @@ def test_control_images_come_from_the_subset_and_percentages_share_images(world)
     for percent, of_classes in made.items():
         inside = set(datasets.subset(train.labels, percent, 0))
         for label, pool in enumerate(of_classes):
-            assert set(pool.followed) <= inside
-            assert {train.labels[row] for row in pool.followed} == {label}
+            assert set(pool.source_rows) <= inside
+            assert {train.labels[row] for row in pool.source_rows} == {label}
             assert len(set(pool.seeds)) == 5
     few, all_of_them = made[10][0], made[100][0]
-    assert few.followed == (few.followed[0], few.followed[1]) * 2 + (few.followed[0],)
+    assert few.source_rows == (few.source_rows[0], few.source_rows[1]) * 2 + (few.source_rows[0],)
     assert few.files[:2] == all_of_them.files[:2]
     assert not set(few.files[2:]) & set(all_of_them.files)
 
@@ -368,7 +368,7 @@ def test_images_follow_their_control(world):
         first, second = control.silhouette(image), control.silhouette(train.load(row))
         return (first & second).sum() / (first | second).sum()
 
-    own = [overlap(*pair) for pair in zip(pool.images(), pool.followed, strict=True)]
+    own = [overlap(*pair) for pair in zip(pool.images(), pool.source_rows, strict=True)]
     assert np.mean(own) > 0.8
 
 

@@ -48,14 +48,14 @@ def test_da_fusion_uses_the_words_of_textual_inversion(world):
         datasets.subset(world.data.splits["train"].labels, 50),
     )
     for label, pool in enumerate(made):
-        assert set(pool.followed) <= set(allowed)
-        assert (train.labels[list(pool.followed)] == label).all()
+        assert set(pool.source_rows) <= set(allowed)
+        assert (train.labels[list(pool.source_rows)] == label).all()
 
 
 def test_da_fusion_draws_a_strength_for_each_image_whatever_else_is_asked_for(world):
     own = techniques()["da-fusion"]
     fusion = changed(world, da_fusion={"strengths": [0.5, 1.0]})
-    drawn = [own.alike(fusion.settings, index) for index in range(400)]
+    drawn = [own.batch_key(fusion.settings, index) for index in range(400)]
     assert 150 < drawn.count(0.5) < 250
     few, many = (
         pools.technique_pools(
@@ -74,7 +74,7 @@ def test_less_noise_leaves_more_of_the_image(world):
     for strength in (0.5, 1.0):
         fusion = changed(world, da_fusion={"strengths": [strength]})
         made = pools.technique_pools(fusion, "da-fusion", 0, 4)
-        rows = [row for pool in made for row in pool.followed]
+        rows = [row for pool in made for row in pool.source_rows]
         real = np.stack(list(world.data.splits["train"].images(rows))).astype(float)
         distances.append(np.abs(stacked(made) - real).mean())
     assert distances[0] < 0.8 * distances[1]
@@ -94,8 +94,8 @@ def test_diff_mix_turns_images_of_other_classes_and_mixes_their_labels(world):
     allowed = datasets.subset(train.labels, 50)
     made = pools.technique_pools(world, "diff-mix", 0, 3, 50)
     for label, pool in enumerate(made):
-        assert set(pool.followed) <= set(allowed)
-        assert (train.labels[list(pool.followed)] != label).all()
+        assert set(pool.source_rows) <= set(allowed)
+        assert (train.labels[list(pool.source_rows)] != label).all()
     mixed = run(technique="diff-mix", synthetic_per_class=3)
     targets = Trainer(world).targets(mixed)
     assert torch.allclose(targets.sum(dim=1), torch.ones(len(targets)))
@@ -109,7 +109,7 @@ def test_diff_mix_turns_images_of_other_classes_and_mixes_their_labels(world):
 
 def test_other_classes_take_turns_in_the_order_of_the_draw():
     orders = [np.array([0, 1]), np.array([2, 3, 4]), np.array([5])]
-    rows = techniques()["diff-mix"].follows(orders, 0)
+    rows = techniques()["diff-mix"].source_order(orders, 0)
     assert rows.tolist() == [2, 5, 3, 4]
 
 
@@ -318,7 +318,7 @@ def test_labels_are_mixed_for_the_images_that_a_rule_keeps(world):
     targets, number = trainer.targets(run), len(train)
     assert torch.equal(targets[:number].argmax(dim=1), torch.from_numpy(train.labels))
     assert torch.equal(targets[:number].amax(dim=1), torch.ones(number))
-    followed = np.array([row for pool in trainer.pools_of(run) for row in pool.followed])
+    followed = np.array([row for pool in trainer.pools_of(run) for row in pool.source_rows])
     others = train.labels[followed[trainer.kept(run)]]
     own = label_weight(world, run)
     wanted = (1 - own) * torch.nn.functional.one_hot(torch.from_numpy(others), 2)

@@ -58,12 +58,12 @@ def test_its_images_begin_as_real_ones_of_the_subset(world):
     for strength in (0.5, 1.0):
         study = with_strength(world, strength)
         made = pools.technique_pools(study, "real-guidance", 0, 4, 10)
-        assert {row for pool in made for row in pool.followed} <= inside
+        assert {row for pool in made for row in pool.source_rows} <= inside
         distances[strength] = np.mean(
             [
                 np.abs(image.astype(int) - train.load(row)).mean()
                 for pool in made
-                for image, row in zip(pool.images(), pool.followed, strict=True)
+                for image, row in zip(pool.images(), pool.source_rows, strict=True)
             ]
         )
     assert distances[0.5] < 0.7 * distances[1.0]
@@ -107,7 +107,7 @@ def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):
     class Question(Technique):
         name, label, colour, marker = "question", "With a question", "#777777", "o"
 
-        def noun(self, settings, class_name):
+        def subject_word(self, settings, class_name):
             return f"{class_name}?"
 
     try:

@@ -69,9 +69,9 @@ def test_a_missing_arm_is_an_error(world, grid):
 def test_incomplete_double_and_mixed_runs_are_refused(world, grid):
     results = results_of(world, grid)
     doubled = pd.concat([results, results])
-    lacking = results.drop(index=0)
+    missing = results.drop(index=0)
     mixed = results.assign(protocol=["published"] * 3 + ["controlled"] * (len(results) - 3))
-    for frame in (doubled, lacking, mixed):
+    for frame in (doubled, missing, mixed):
         with pytest.raises(ValueError, match="not of one setting"):
             runs.scores(frame, arm="baseline", real_percent=100)
 

@@ -149,17 +149,17 @@ def _opened(kind: Any, folder: Path, splits: Sequence[str], download: bool) -> l
     ]
     folders = {file.parent for file in map(Path, listed)}
     there = {path for parent in folders if parent.is_dir() for path in parent.iterdir()}
-    if lacking := [file for file in map(Path, listed) if file not in there]:
+    if missing := [file for file in map(Path, listed) if file not in there]:
         raise InputError(
-            f"data.folder: {folder}: {len(lacking)} of {len(listed)} images are missing, such as "
-            f"{lacking[0].name}: was their archive extracted to its end? Delete "
-            f"{lacking[0].parent} and have it downloaded again"
+            f"data.folder: {folder}: {len(missing)} of {len(listed)} images are missing, such as "
+            f"{missing[0].name}: was their archive extracted to its end? Delete "
+            f"{missing[0].parent} and have it downloaded again"
         )
     classes, labels = opened[0].classes, [data._labels for data in opened]
     for of_split in labels:
-        if missing := set(range(max(map(max, labels)) + 1)) - set(of_split):
-            known = len(classes) > min(missing)
-            name = classes[min(missing)] if known else f"number {min(missing) + 1}"
+        if empty := set(range(max(map(max, labels)) + 1)) - set(of_split):
+            known = len(classes) > min(empty)
+            name = classes[min(empty)] if known else f"number {min(empty) + 1}"
             raise InputError(f"data.folder: {folder}: class {name} has no image in a list")
     return opened
 

@@ -67,7 +67,7 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
             section = claim.get("source") or f"4.3.{int(number)}"
             same = {key: claim[key] for key in ("expect", "margin") if key in claim}
             parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
-            parts += [{**same, **part, "primary": False} for part in claim.get("beside", [])]
+            parts += [{**same, **part, "primary": False} for part in claim.get("secondary", [])]
             every = [one for part in parts for one in _expanded(part, data["names"])]
             claims.append({**claim, "section": section, "comparisons": every})
     return claims
@@ -245,7 +245,7 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
         for comparison in claim["comparisons"]:
             expect, margin = comparison["expect"], comparison.get("margin", 0.0)
             outcome: Verdict = "not tested"
-            found, lacking = NOTHING, (np.nan, np.nan)
+            found, to_decide = NOTHING, (np.nan, np.nan)
             try:
                 found = compared(results, comparison)
                 if not _at_chance(results, comparison):
@@ -253,7 +253,7 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
             except NotRun:
                 pass
             if outcome == "inconclusive":
-                lacking = power(found, expect, margin)
+                to_decide = power(found, expect, margin)
             outcomes += [outcome] if comparison["primary"] else []
             parts.append(
                 {
@@ -269,8 +269,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
                     "p_value": np.nan
                     if outcome == "not tested"
                     else p_value(found, expect, margin),
-                    "detectable": lacking[0],
-                    "draws_needed": lacking[1],
+                    "detectable": to_decide[0],
+                    "draws_needed": to_decide[1],
                     "comparison_verdict": outcome,
                 }
             )

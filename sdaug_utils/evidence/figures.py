@@ -282,7 +282,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
-def lacking(judged: pd.DataFrame) -> list[str]:
+def to_decide(judged: pd.DataFrame) -> list[str]:
     """What would decide each open comparison: a difference, or a number of draws; else nothing.
 
     The distance from its bound that would have been shown with 80 % power, and how many draws (or
@@ -303,20 +303,20 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """The claims and what became of them; differences in absolute points.
 
     ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
-    Beside an open claim stands what would decide it (:func:`lacking`). What is
+    Beside an open claim stands what would decide it (:func:`to_decide`). What is
     shown beside a claim's primary comparison follows it with a dot, its verdict in brackets.
     """
     points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})
-    beside = ~judged["primary"]
-    points["comparison"] = judged["comparison"].mask(beside, "· " + judged["comparison"])
+    secondary = ~judged["primary"]
+    points["comparison"] = judged["comparison"].mask(secondary, "· " + judged["comparison"])
     in_brackets = "(" + judged["comparison_verdict"] + ")"
-    points["verdict"] = judged["verdict"].mask(beside, in_brackets)
+    points["verdict"] = judged["verdict"].mask(secondary, in_brackets)
     counts = [
         f"{runs} in {draws}" + (f" × {images} images" if images > 1 else "") if runs else "–"
         for runs, draws, images in judged[["num_runs", "num_draws", "num_test_images"]].to_numpy()
     ]
-    missing = pd.Series(lacking(judged), judged.index).mask(beside, "")
-    return as_text(points.assign(n=counts, lacking=missing), "verdicts")
+    missing = pd.Series(to_decide(judged), judged.index).mask(secondary, "")
+    return as_text(points.assign(n=counts, to_decide=missing), "verdicts")
 
 
 def show(figure: Figure, num_colours: int = 64) -> None:
@@ -368,8 +368,8 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     inches = 0.62 / side
     last = groups[-1].shape[1] * inches
     longest = max(map(len, rows))
-    beside = 0.3 + 0.09 * longest + 0.03 * max(0, longest - 12)
-    names = max(1.2, beside, 0.2 + 0.09 * len(titles[-1]) - last)
+    margin = 0.3 + 0.09 * longest + 0.03 * max(0, longest - 12)
+    names = max(1.2, margin, 0.2 + 0.09 * len(titles[-1]) - last)
     figure, axes = plt.subplots(
         figsize=(whole.shape[1] * inches + names, whole.shape[0] * inches + 0.3),
         dpi=64,  # on screen; files are finer

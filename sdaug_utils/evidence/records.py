@@ -32,7 +32,7 @@ def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFr
     if not run_of(profile).from_results:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = _small(make())
-        write_atomically(path, lambda beside: rows.to_parquet(beside, compression="zstd"))
+        write_atomically(path, lambda temporary: rows.to_parquet(temporary, compression="zstd"))
         WRITTEN.append(str(path))
     if not path.exists():
         raise InputError(f"{path.name}: no such results in {path.parent}: run it first")

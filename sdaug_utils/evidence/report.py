@@ -21,7 +21,7 @@ from sdaug_utils.compute import LIBRARIES, TOOLS, hardware, made_with
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.evidence import prose
 from sdaug_utils.evidence.claims import TABLES, deviations, holm
-from sdaug_utils.evidence.figures import lacking, save_table
+from sdaug_utils.evidence.figures import save_table, to_decide
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
 from sdaug_utils.registry import experiments, techniques
@@ -153,10 +153,10 @@ def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
         ]
         first = parts.iloc[0]
         found, strict = first["verdict"], first["verdict_holm"]
-        beside = {"inconclusive": "; ".join(filter(None, lacking(parts))), "not tested": ""}.get(
+        remark = {"inconclusive": "; ".join(filter(None, to_decide(parts))), "not tested": ""}.get(
             found, "the same" if strict == found else f"{strict} (p = {first['p_holm']:.2f})"
         )
-        shown = {"difference": "; ".join(differences), "verdict": found, "holm": beside}
+        shown = {"difference": "; ".join(differences), "verdict": found, "holm": remark}
         rows.append({"id": str(name), "claim": str(claim), **shown})
     return rows
 

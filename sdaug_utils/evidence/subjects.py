@@ -26,7 +26,7 @@ from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.lazy import torch
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
-from sdaug_utils.training.classifier import TrainingSet, judge
+from sdaug_utils.training.classifier import TrainingSet, train_reference_head
 from sdaug_utils.training.features import feature_arrays, image_features
 
 HYPERNYM = "hypernym"  # the arm of images that a kind's bare name gives
@@ -173,7 +173,9 @@ class Judge:
         self.num_classes = len(study.data.class_names)
         data = TrainingSet(features, torch.from_numpy(self.train.labels), seed=0)
         settings = study.settings.classifier.controlled
-        self.head = judge(data, settings, self.num_classes)  # of all the real training images
+        self.head = train_reference_head(
+            data, settings, self.num_classes
+        )  # of all the real training images
 
     def __call__(
         self, pools: Sequence[Pool], prompts: dict[str, Any], subject: Subject
@@ -190,8 +192,8 @@ class Judge:
         ``among_inputs``: the mean cosine among the real images that fidelity is measured against.
         """
         inputs, real = self.real[list(subject.rows)], self.real[self._yardstick(subject)]
-        alike = np.flatnonzero(np.isin(self.train.labels, subject.labels))
-        typical = typical_attributes(self.train.images(alike))
+        of_classes = np.flatnonzero(np.isin(self.train.labels, subject.labels))
+        typical = typical_attributes(self.train.images(of_classes))
         fidelity, nearest, diverse = [], [], []
         obeyed: list[bool] = []
         in_context: list[float] = []

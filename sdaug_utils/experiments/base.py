@@ -88,8 +88,8 @@ class Experiment(Parameters):
             InputError: something is only planned with, or does not go with the foundation model.
         """
         for name in self.technique_names(study):
-            if lacking := techniques()[name].lacking(study.settings):
-                raise InputError(f"{lacking}, or do without '{name}'")
+            if missing := techniques()[name].missing_setting(study.settings):
+                raise InputError(f"{missing}, or do without '{name}'")
             techniques()[name].check(study.settings)
 
 

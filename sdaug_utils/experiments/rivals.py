@@ -60,4 +60,4 @@ def _can_have(study: Study, name: str, count: int) -> bool:
         technique.require(study, count)
     except InputError:
         return False
-    return not technique.lacking(study.settings)
+    return not technique.missing_setting(study.settings)

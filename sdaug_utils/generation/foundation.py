@@ -207,7 +207,7 @@ def compiled(settings: Settings, network: Any) -> Any:
     return network
 
 
-def laid_out(network: Any) -> Any:
+def to_channels_last(network: Any) -> Any:
     """The same network with its weights where a GPU's convolutions are fastest."""
     if network.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
@@ -256,8 +256,8 @@ def load_pipeline(
         requires_safety_checker=False,
         **({} if settings.sampling.safety_checker else {"safety_checker": None}),
     ).to(device_of(settings))
-    compiled(settings, laid_out(pipeline.unet))
-    laid_out(pipeline.vae)
+    compiled(settings, to_channels_last(pipeline.unet))
+    to_channels_last(pipeline.vae)
     if kind != type(pipeline).__name__:
         every = pipeline.components | parts
         pipeline = getattr(diffusers, kind)(**every, requires_safety_checker=False)

@@ -88,7 +88,7 @@ class Personalised(Technique):
             unusual["precision"] = f"torch.{half_precision(settings)}"
         return {
             "version": CODE_VERSION,
-            "technique": self.shelf,
+            "technique": self.model_folder,
             "foundation": revision(settings.foundation),
             "dtype": f"torch.{dtype_name(settings)}",
             "settings": self.recipe(settings).model_dump(exclude=NOT_OF_THE_MODEL),

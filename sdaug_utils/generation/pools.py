@@ -67,7 +67,7 @@ class Pool:
     digests: tuple[str, ...]  # of the files
     seeds: tuple[int, ...]
     attempts: tuple[int, ...]
-    followed: tuple[int, ...] = ()  # the train image that each one is made from, by its row
+    source_rows: tuple[int, ...] = ()  # of the train split: the image that each one is made from
 
     def images(self) -> Images:
         """8-bit RGB arrays of shape (height, width, 3)."""
@@ -188,7 +188,7 @@ def grow(
     make_sampler: Callable[[], Sampler],
     batch: Batch,
     max_attempts: int,
-    alike: Callable[[int], Any] = lambda index: 0,
+    batch_key: Callable[[int], Any] = lambda index: None,
 ) -> list[Pool]:
     """Make the missing images of some pools; all pools share one sampler, and may share a batch.
 
@@ -199,7 +199,7 @@ def grow(
         requests: of each pool what determines its images (``class`` and ``prompt`` go into the
             metadata) and which images are asked for, ``range(50)`` for the first fifty.
         make_sampler: called only if an image is missing.
-        alike: a key by an image's index; only images with equal keys share a batch.
+        batch_key: a key by an image's index; only images with equal keys share a batch.
 
     Raises:
         RuntimeError: an image was rejected ``max_attempts`` times.
@@ -207,19 +207,19 @@ def grow(
     sampler, specs = cache(make_sampler), [request.spec for request in requests]
     folders = [store.folder("pools", request.spec) for request in requests]
 
-    def lacking(known: Sequence[Collection[int]]) -> list[Item]:
+    def absent(known: Sequence[Collection[int]]) -> list[Item]:
         wanted = [set(request.indices) for request in requests]
         return [(n, i) for n, some in enumerate(known) for i in sorted(wanted[n].difference(some))]
 
     while True:
         rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
-        if not (missing := lacking(rows)):
+        if not (missing := absent(rows)):
             break
         blocks = {f"pools-{folders[number].name}-{index // BLOCK}" for number, index in missing}
         with store.lock(*blocks):
             rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
-            missing = lacking(rows)  # others may have made some
-            _make(store, specs, folders, missing, sampler, batch, max_attempts, alike)
+            missing = absent(rows)  # others may have made some
+            _make(store, specs, folders, missing, sampler, batch, max_attempts, batch_key)
     for folder, known in zip(folders, rows, strict=True):
         if known != _listed(folder):
             _write_rows(known, folder)
@@ -234,7 +234,7 @@ def _pool(request: Request, folder: Path, rows: dict[int, Row]) -> Pool:
         tuple(row["digest"] for row in wanted),
         tuple(int(row["seed"]) for row in wanted),
         tuple(int(row["attempts"]) for row in wanted),
-        request.followed(request.indices),
+        request.source_rows(request.indices),
     )
 
 
@@ -246,7 +246,7 @@ def _make(
     sampler: Callable[[], Sampler],
     batch: Batch,
     max_attempts: int,
-    alike: Callable[[int], Any],
+    batch_key: Callable[[int], Any],
 ) -> None:
     """Make images; first delete rows of damaged files, and temporary files of killed processes."""
     missing = set(items)
@@ -268,11 +268,11 @@ def _make(
         _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
         return part
 
-    def kind(item: Item) -> Any:
-        return alike(item[1])
-
-    for _, group in itertools.groupby(sorted(items, key=kind), key=kind):
-        batch.run(make, list(group))
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(batch_key(item[1]), []).append(item)
+    for group in groups.values():
+        batch.run(make, group)
 
 
 def _make_batch(
@@ -294,10 +294,10 @@ def _make_batch(
                 rejected.append(item)
                 continue
             folder, name = folders[item[0]], _file_name(item[1])
-            beside = (folder / name).with_suffix(ATTEMPTS)
-            beside.unlink(missing_ok=True)
+            count_file = (folder / name).with_suffix(ATTEMPTS)
+            count_file.unlink(missing_ok=True)
             if attempt:
-                beside.write_text(str(attempt + 1))
+                count_file.write_text(str(attempt + 1))
             write_atomically(folder / name, partial(image.save, format="PNG"))
         waiting = rejected
         if not waiting:
@@ -383,21 +383,21 @@ def fill(study: Study, requests: Sequence[Request]) -> list[Pool]:
     kept = not technique.learns or technique.keeps_models(settings)
     pipeline = partial(loaded, technique, settings)
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
-    lacking: dict[str, Request] = {}  # of models whose pools are not complete
+    missing: dict[str, Request] = {}  # of models whose pools are not complete
     for position, request in enumerate(requests):
         key = digest(request.model or request.spec)
         groups.setdefault(key, []).append(position)
         if number_missing(study, request):
-            lacking[key] = request
+            missing[key] = request
     if technique.learns and kept:
-        learn_models(study, list(lacking.values()))
+        learn_models(study, list(missing.values()))
     batch = Batch(sampling.batch_size, "sampling.batch_size")
     pools: dict[int, Pool] = {}
 
     def personalised(request: Request) -> Pipeline:
         if request.model:
             learn_models(study, [request])  # unless it is there
-        made = technique.apply(pipeline(), store.folder(technique.shelf, request.model))
+        made = technique.apply(pipeline(), store.folder(technique.model_folder, request.model))
         compiled(settings, made.unet)  # of a copy
         return made
 
@@ -413,10 +413,10 @@ def fill(study: Study, requests: Sequence[Request]) -> list[Pool]:
             arguments = [technique.arguments(study, request) for request in group]
             return pipeline_sampler(ready(), sampling, prompts, arguments)
 
-        is_temporary = not kept and key in lacking
+        is_temporary = not kept and key in missing
         with _temporary(store, group[0]) if is_temporary else nullcontext():
-            alike = partial(technique.alike, settings)
-            grown = grow(store, group, sampler, batch, sampling.max_attempts, alike)
+            batch_key = partial(technique.batch_key, settings)
+            grown = grow(store, group, sampler, batch, sampling.max_attempts, batch_key)
         pools.update(zip(groups[key], grown, strict=True))
 
     with one_thread(settings):
@@ -434,24 +434,26 @@ def number_missing(study: Study, request: Request) -> int:
 def learn_models(study: Study, requests: Sequence[Request]) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
     store = study.store
-    lacking = [
+    missing = [
         request
         for request in requests
-        if not store.is_whole(store.folder(request.technique.shelf, request.model), to_read=True)
+        if not store.is_whole(
+            store.folder(request.technique.model_folder, request.model), to_read=True
+        )
     ]
-    if not lacking:
+    if not missing:
         return
-    technique = lacking[0].technique
+    technique = missing[0].technique
     size = technique.at_once(study.settings)
-    for start in range(0, len(lacking), size):
-        some = lacking[start : start + size]
+    for start in range(0, len(missing), size):
+        some = missing[start : start + size]
 
         def make(missing: list[int], folders: list[Path], some: Sequence[Request] = some) -> None:
             pipeline = loaded(technique, study.settings)
             technique.learn(study, pipeline, [some[i] for i in missing], folders)
 
         with one_thread(study.settings):
-            store.get_all(technique.shelf, [request.model for request in some], make)
+            store.get_all(technique.model_folder, [request.model for request in some], make)
 
 
 def denoising(study: Study, request: Request) -> np.ndarray:
@@ -492,7 +494,7 @@ def _temporary(store: Store, request: Request) -> Iterator[None]:
     """Lock a temporary model against other processes while it is used, then delete it."""
     with store.lock(f"temporary-models-{digest(request.model)}"):
         yield
-        store.drop(request.technique.shelf, request.model)
+        store.drop(request.technique.model_folder, request.model)
 
 
 loaded_pipelines: dict[str, Pipeline] = {}

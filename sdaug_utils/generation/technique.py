@@ -36,8 +36,8 @@ class Request:
     inputs: Sequence[np.ndarray]  # real images that it learns from
     rows: np.ndarray | None  # of the train split, which image 0, 1, ... follow in turn
 
-    def followed(self, indices: Sequence[int]) -> tuple[int, ...]:
-        """The row of the train split that each image follows."""
+    def source_rows(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """The row of the train split that each image is made from; none if there is none."""
         if self.rows is None:
             return ()
         return tuple(int(self.rows[index % len(self.rows)]) for index in indices)
@@ -69,7 +69,7 @@ class Technique:
         return bool(self.kind)
 
     @property
-    def shelf(self) -> str:
+    def model_folder(self) -> str:
         """The folder of the store where its models are; techniques may share what they learn."""
         return self.name
 
@@ -81,7 +81,7 @@ class Technique:
         """How its images are drawn."""
         return settings.sampling
 
-    def noun(self, settings: Settings, class_name: str) -> str:
+    def subject_word(self, settings: Settings, class_name: str) -> str:
         """What stands for ``{}`` in a prompt."""
         return class_name
 
@@ -89,8 +89,8 @@ class Technique:
         """The models that it needs beside the foundation: name and part, by label."""
         return {}
 
-    def lacking(self, settings: Settings) -> str:
-        """What a user has yet to set before images can be made, in a line; "" if nothing."""
+    def missing_setting(self, settings: Settings) -> str:
+        """The setting without which no image can be made, in a message; "" if there is none."""
         return ""
 
     def check(self, settings: Settings) -> None:
@@ -100,7 +100,7 @@ class Technique:
             InputError: a setting that does not go with it.
         """
 
-    def follows(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
+    def source_order(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
         """The rows of the train split that a class's images follow, given those of every class.
 
         By default its own, in the draw's order.
@@ -111,9 +111,9 @@ class Technique:
         """How much of an image's label is its class, in 0 to 1; the rest is of what it follows."""
         return 1.0
 
-    def alike(self, settings: Settings, index: int) -> Any:
-        """What all images of one pass must have in common; 0 if nothing."""
-        return 0
+    def batch_key(self, settings: Settings, index: int) -> Any:
+        """What images must have in common to share a batch; None if nothing."""
+        return None
 
     def require(self, study: Study, count: int) -> None:
         """Check that there can be so many images of each class; by default there always can.
@@ -126,7 +126,7 @@ class Technique:
         """The images themselves, 8-bit RGB, where they are found and not made."""
         return None
 
-    def determined_by(self, study: Study, rows: Any) -> dict[str, Any]:
+    def extra_spec(self, study: Study, rows: Any) -> dict[str, Any]:
         """What else determines its images.
 
         ``rows`` of the train split are those that they follow; None if they follow none.
@@ -144,7 +144,7 @@ class Technique:
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         """A pipeline to draw with, by what was learnt in ``folder``; ``pipeline`` stays."""
-        return twin(pipeline)
+        return with_shared_components(pipeline)
 
 
 def require_a_step(section: str, strength: float, settings: Settings) -> None:
@@ -161,14 +161,14 @@ def require_a_step(section: str, strength: float, settings: Settings) -> None:
         )
 
 
-def beginnings(study: Study, request: Request, indices: Sequence[int]) -> list[Image.Image]:
+def initial_images(study: Study, request: Request, indices: Sequence[int]) -> list[Image.Image]:
     """The real images that images of given indices begin as, of the size of what is made."""
     train, side = study.data.splits["train"], study.settings.sampling.resolution
-    followed = map(train.load, request.followed(indices))
+    followed = map(train.load, request.source_rows(indices))
     return [Image.fromarray(image).resize((side, side)) for image in followed]
 
 
-def twin(pipeline: Pipeline, **parts: Any) -> Pipeline:
+def with_shared_components(pipeline: Pipeline, **parts: Any) -> Pipeline:
     """A pipeline that shares all parts but those given, and the scheduler, which has a state.
 
     So several may work at the same time.
@@ -229,11 +229,11 @@ def request(
         settings,
         technique.name,
         name,
-        prompt.replace("{}", technique.noun(settings, name)),
+        prompt.replace("{}", technique.subject_word(settings, name)),
         draw,
         technique.sampling(settings),
         **({"personalisation": digest(model)} if model else {}),
-        **technique.determined_by(study, rows),
+        **technique.extra_spec(study, rows),
     )
     return Request(study, spec, indices, technique, model, inputs, rows)
 
@@ -282,7 +282,7 @@ def _of_classes(study: Study, technique: Any, draw: int, real_percent: float) ->
     followed: list[np.ndarray | None] = [None] * len(names)
     if technique.inputs == "all":
         orders = shuffled(train.labels, draw)
-        followed = [technique.follows(orders, label) for label in range(len(names))]
+        followed = [technique.source_order(orders, label) for label in range(len(names))]
     return [
         request(study, technique, name, prompt, (), draw, inputs, rows)
         for name, inputs, rows in zip(names, learnt_from, followed, strict=True)

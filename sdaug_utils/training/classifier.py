@@ -153,7 +153,9 @@ def _drawn(
     )
 
 
-def judge(data: TrainingSet, settings: Controlled, num_classes: int) -> torch.nn.Linear:
+def train_reference_head(
+    data: TrainingSet, settings: Controlled, num_classes: int
+) -> torch.nn.Linear:
     """A head trained on some images alone: nothing else decides when it is good."""
     heads = []
     last = settings.max_train_steps

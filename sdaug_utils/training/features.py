@@ -170,7 +170,7 @@ def feature_arrays(
     """Features of images under the frozen backbone.
 
     In the store they are a folder per pool or split, augmentation, backbone and block of views, to
-    which a file is added for what was lacking; an image that was made anew is told from the one
+    which a file is added for what was missing; an image that was made anew is told from the one
     before by its digest. Each block has as many views as all before it, so that who asks for more
     views of some images pays for those alone.
 

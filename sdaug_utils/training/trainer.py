@@ -185,9 +185,9 @@ class Trainer:
         data = classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(run))
         recipe = self.study.settings.classifier.controlled
         with one_thread(self.study.settings):
-            judge = classifier.judge(data, recipe, self.num_classes)
+            head = classifier.train_reference_head(data, recipe, self.num_classes)
         with torch.no_grad():
-            probabilities = judge(made).softmax(dim=1).numpy()
+            probabilities = head(made).softmax(dim=1).numpy()
         kept = []
         for label in range(self.num_classes):
             first = label * run.chosen_from
@@ -261,7 +261,7 @@ class Trainer:
 
     def _share(self, run: Run, whole: torch.Tensor, own: float) -> None:
         """Give a part of synthetic images' labels to the class of the image that they follow."""
-        rows = np.array([row for pool in self.pools_of(run) for row in pool.followed])
+        rows = np.array([row for pool in self.pools_of(run) for row in pool.source_rows])
         rows = rows[self.kept(run)] if run.rule else rows
         other = torch.from_numpy(self.splits["train"].labels[rows])
         first = len(whole) - len(rows)  # of the synthetic images
@@ -394,7 +394,7 @@ class Trainer:
 
     def _segmentation(self, run: Run) -> segmenter.Segmented:
         """Synthetic images share the trimap of the image that they follow: it is kept once."""
-        followed = [row for pool in self.pools_of(run) for row in pool.followed]
+        followed = [row for pool in self.pools_of(run) for row in pool.source_rows]
         rows, which = np.unique([*real_rows(self.study, run), *followed], return_inverse=True)
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
         images, protocol = self.training_set(run)[0], run.protocol

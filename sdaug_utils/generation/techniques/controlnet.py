@@ -14,10 +14,10 @@ from sdaug_utils.data.images import Split
 from sdaug_utils.generation.foundation import (
     Pipeline,
     compiled,
-    laid_out,
     load_pipeline,
     locate,
     revision,
+    to_channels_last,
 )
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.lazy import torch
@@ -78,7 +78,7 @@ class ControlNet(Technique):
         ).to(device_of(settings))
         embedding = controlnet.controlnet_cond_embedding
         embedding.forward = _once(embedding.forward)
-        compiled(settings, laid_out(controlnet))
+        compiled(settings, to_channels_last(controlnet))
         return load_pipeline(settings, self.sampling(settings), self.kind, controlnet=controlnet)
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
@@ -89,7 +89,7 @@ class ControlNet(Technique):
         """8-bit RGB of shape (resolution, resolution, 3)."""
         raise NotImplementedError
 
-    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
+    def extra_spec(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         own, [model] = self.of(study.settings), self.models(study.settings).values()
         scale, palette = own.conditioning_scale, {own.palette} - {"miniature"}
         return {
@@ -106,7 +106,7 @@ class ControlNet(Technique):
             return Image.fromarray(self.control_image(settings, train, row))
 
         def following(indices: Sequence[int]) -> dict[str, Any]:
-            images = [of_row(row) for row in request.followed(indices)]
+            images = [of_row(row) for row in request.source_rows(indices)]
             return {**plain(indices), "image": images, "controlnet_conditioning_scale": scale}
 
         return following

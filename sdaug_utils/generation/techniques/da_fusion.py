@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.technique import Request, beginnings, require_a_step
+from sdaug_utils.generation.technique import Request, initial_images, require_a_step
 from sdaug_utils.generation.techniques.textual_inversion import TextualInversion
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
@@ -35,14 +35,14 @@ class DAFusion(TextualInversion):
     kind: ClassVar = "StableDiffusionImg2ImgPipeline"
 
     @property
-    def shelf(self) -> str:
+    def model_folder(self) -> str:
         return TextualInversion.name
 
     def strengths(self, settings: Settings) -> list[float]:
         """One of them is drawn for each image."""
         return self.of(settings).strengths
 
-    def alike(self, settings: Settings, index: int) -> float:
+    def batch_key(self, settings: Settings, index: int) -> float:
         strengths = self.strengths(settings)
         return strengths[int(digest({"strength of image": index})[:8], 16) % len(strengths)]
 
@@ -50,12 +50,12 @@ class DAFusion(TextualInversion):
         super().check(settings)
         require_a_step(self.section[0], min(self.strengths(settings)), settings)
 
-    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
+    def extra_spec(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         real = study.data.splits["train"].images(rows)
         return {"images": digests(real), "strengths": self.strengths(study.settings)}
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
         return lambda some: {
-            "image": beginnings(study, request, some),
-            "strength": self.alike(study.settings, some[0]),
+            "image": initial_images(study, request, some),
+            "strength": self.batch_key(study.settings, some[0]),
         }

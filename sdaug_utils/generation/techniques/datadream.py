@@ -45,5 +45,5 @@ class DataDream(DreamBoothLoRA):
     def num_inputs(self, settings: Settings) -> tuple[str, int]:
         return self.name, ALL
 
-    def noun(self, settings: Settings, class_name: str) -> str:
+    def subject_word(self, settings: Settings, class_name: str) -> str:
         return class_name

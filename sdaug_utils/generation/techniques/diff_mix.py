@@ -35,7 +35,7 @@ class DiffMix(DAFusion):
     def strengths(self, settings: Settings) -> list[float]:
         return [self.of(settings).strength]
 
-    def follows(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
+    def source_order(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
         others = [order for number, order in enumerate(orders) if number != label]
         longest = max(map(len, others))
         turns = [order[turn] for turn in range(longest) for order in others if turn < len(order)]

@@ -16,7 +16,7 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, compiled, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.pools import Sampler, grow, pipeline_sampler
-from sdaug_utils.generation.technique import Request, pool_spec, twin
+from sdaug_utils.generation.technique import Request, pool_spec, with_shared_components
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
@@ -61,7 +61,7 @@ class DreamBooth(Personalised):
     def num_inputs(self, settings: Settings) -> tuple[str, int]:
         return "dreambooth.num_input_images", settings.dreambooth.num_input_images
 
-    def noun(self, settings: Settings, class_name: str) -> str:
+    def subject_word(self, settings: Settings, class_name: str) -> str:
         return settings.dreambooth.instance_prompt
 
     def keeps_models(self, settings: Settings) -> bool:
@@ -86,7 +86,9 @@ class DreamBooth(Personalised):
         batch = Batch(sampling.batch_size, "sampling.batch_size")
 
         def sampler() -> Sampler:
-            return pipeline_sampler(twin(pipeline), sampling, [spec["prompt"]], arguments)
+            return pipeline_sampler(
+                with_shared_components(pipeline), sampling, [spec["prompt"]], arguments
+            )
 
         [pool] = grow(study.store, [asked], sampler, batch, sampling.max_attempts)
         return pool.images()
@@ -178,7 +180,7 @@ class DreamBooth(Personalised):
         unet = copy.deepcopy(pipeline.unet)
         weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         unet.load_state_dict(weights)
-        return twin(pipeline, unet=unet)
+        return with_shared_components(pipeline, unet=unet)
 
     def model_cost(self, settings: Settings) -> tuple[str, int]:
         recipe = self.recipe(settings)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from sdaug_utils.generation.foundation import Pipeline
-from sdaug_utils.generation.technique import twin
+from sdaug_utils.generation.technique import with_shared_components
 from sdaug_utils.generation.techniques.dreambooth import DreamBooth, DreamBoothSettings
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
@@ -68,7 +68,7 @@ class DreamBoothLoRA(DreamBooth):
         type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
-        adapted = twin(pipeline, unet=copy.deepcopy(pipeline.unet))
+        adapted = with_shared_components(pipeline, unet=copy.deepcopy(pipeline.unet))
         adapted.unet.load_lora_adapter(
             folder, prefix="unet", weight_name=FILE, low_cpu_mem_usage=False
         )

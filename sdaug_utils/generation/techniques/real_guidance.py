@@ -6,7 +6,13 @@ import numpy as np
 from pydantic import Field
 
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.technique import Request, Study, Technique, beginnings, require_a_step
+from sdaug_utils.generation.technique import (
+    Request,
+    Study,
+    Technique,
+    initial_images,
+    require_a_step,
+)
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
 
@@ -25,10 +31,10 @@ class RealGuidance(Technique):
         super().check(settings)
         require_a_step(self.section[0], self.of(settings).strength, settings)
 
-    def determined_by(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
+    def extra_spec(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         real = study.data.splits["train"].images(rows)
         return {"images": digests(real), **self.of(study.settings).model_dump()}
 
     def arguments(self, study: Study, request: Request) -> Any:
         strength = self.of(study.settings).strength
-        return lambda some: {"image": beginnings(study, request, some), "strength": strength}
+        return lambda some: {"image": initial_images(study, request, some), "strength": strength}

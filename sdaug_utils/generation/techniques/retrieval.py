@@ -32,17 +32,17 @@ class Retrieval(Technique):
     kind: ClassVar = ""  # of no pipeline
     image_cost: ClassVar = "image, retrieved"
 
-    def lacking(self, settings: Settings) -> str:
+    def missing_setting(self, settings: Settings) -> str:
         if self.of(settings).corpus is not None:
             return ""
         return f"retrieval.corpus: null: name a folder of images with captions in {corpus.LISTING}"
 
-    def determined_by(self, study: Study, rows: np.ndarray | None) -> dict[str, Any]:
+    def extra_spec(self, study: Study, rows: np.ndarray | None) -> dict[str, Any]:
         named = self.of(study.settings).corpus
         return {"corpus": named and corpus.revision(named)}
 
     def require(self, study: Study, count: int) -> None:
-        if not self.lacking(study.settings):
+        if not self.missing_setting(study.settings):
             for class_name in study.data.class_names:
                 self._naming(study, class_name, count)
 
@@ -52,8 +52,8 @@ class Retrieval(Technique):
         return images.taken(order.tolist())
 
     def _naming(self, study: Study, class_name: str, count: int) -> Images:
-        if lacking := self.lacking(study.settings):
-            raise InputError(lacking)
+        if missing := self.missing_setting(study.settings):
+            raise InputError(missing)
         images = corpus.naming(self.of(study.settings).corpus, class_name)
         if len(images) < count:
             raise InputError(

@@ -14,7 +14,7 @@ from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, scale_condition, vocabulary
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
-from sdaug_utils.generation.technique import Request, twin
+from sdaug_utils.generation.technique import Request, with_shared_components
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.registry import register
@@ -58,7 +58,7 @@ class TextualInversion(Personalised):
     def recipe(self, settings: Settings) -> TextualInversionSettings:
         return settings.textual_inversion
 
-    def noun(self, settings: Settings, class_name: str) -> str:
+    def subject_word(self, settings: Settings, class_name: str) -> str:
         return self.recipe(settings).placeholder_token
 
     def num_inputs(self, settings: Settings) -> tuple[str, int]:
@@ -169,7 +169,9 @@ class TextualInversion(Personalised):
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
         names = ("tokenizer", "text_encoder")
-        made = twin(pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names})
+        made = with_shared_components(
+            pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names}
+        )
         made.load_textual_inversion(folder, weight_name=FILE)
         return made
 
