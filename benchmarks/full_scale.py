@@ -28,7 +28,8 @@ from PIL import Image
 from sdaug_utils import params
 from sdaug_utils.compute import peak_memory
 from sdaug_utils.data.images import Dataset, Split, read_rgb
-from sdaug_utils.generation.pools import COLUMNS, Pool, fill, images_of
+from sdaug_utils.generation.pool_files import COLUMNS, Pool, images_of
+from sdaug_utils.generation.pools import fill
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.store import Store, digest_of, write_spec
 from sdaug_utils.study import Study

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sdaug_utils import make, plan
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.pools import Pool, fill
+from sdaug_utils.generation.pool_files import Pool
+from sdaug_utils.generation.pools import fill
 from sdaug_utils.generation.technique import Request, request, technique_requests
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import require_writable, write_csv

@@ -33,13 +33,13 @@ from sdaug_utils import params, plan, rates
 from sdaug_utils.compute import device_of, dtype_name
 from sdaug_utils.errors import InputError
 from sdaug_utils.experiments.base import Experiment
-from sdaug_utils.generation import pools
+from sdaug_utils.generation import pool_files
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import load_settings
-from sdaug_utils.plan import Unit
 from sdaug_utils.registry import experiments
 from sdaug_utils.store import KINDS, default_root
 from sdaug_utils.study import ROOT, Study, open_study
+from sdaug_utils.units import Unit, Work
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -292,7 +292,7 @@ def verify(asked: plan.Asked) -> None:
     """Delete damaged images of the pools that notebooks need, found by digest."""
     for study, what in plan.wanted(asked).items():
         for request in what.requests.values():
-            pools.verify(study.store, request.spec)
+            pool_files.verify(study.store, request.spec)
 
 
 def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
@@ -303,7 +303,7 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
     with contextlib.ExitStack() as stack:
         client: Client | None = None
         for listed in plan.STAGES:
-            work = plan.Work(listed(asked))
+            work = Work(listed(asked))
             if not work.waiting:
                 continue
             if client is None:
@@ -314,7 +314,7 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
 
 
 def _make_on(
-    client: Client, asked_json: str, work: plan.Work, timeout: float, outcome: Outcome
+    client: Client, asked_json: str, work: Work, timeout: float, outcome: Outcome
 ) -> None:
     """Make units on workers; those at the start of the longest chains go first (critical path)."""
     from distributed import as_completed
@@ -365,7 +365,7 @@ def _reason(error: BaseException) -> str:
 class Progress(contextlib.ExitStack):
     """Progress per kind of unit: bars on a terminal, in a log one line a minute."""
 
-    def __init__(self, work: plan.Work) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__()
         self.totals = {kind: left for kind, (left, _) in work.counts().items() if left}
         self.done = dict.fromkeys(self.totals, 0)
@@ -398,7 +398,7 @@ class Progress(contextlib.ExitStack):
 
 def make_here(units: Sequence[Unit]) -> None:
     """Make what is left of some units in this process."""
-    work = plan.Work(units)
+    work = Work(units)
     with Progress(work) as progress:
         for unit in work.waiting:
             unit.make()
@@ -411,7 +411,7 @@ def make(study: Study, p: Experiment) -> None:
     Less than ``IN_PROCESS`` seconds of work are done in this process, more by worker processes.
     """
     asked = [(p.notebook, study, p)]
-    work = plan.Work(plan.units(plan.wanted(asked)))
+    work = Work(plan.units(plan.wanted(asked)))
     print(_summary_line(study, work))
     if work.seconds() > IN_PROCESS:
         make_all(asked, Workers())
@@ -420,7 +420,7 @@ def make(study: Study, p: Experiment) -> None:
             make_here(listed(asked))
 
 
-def _summary_line(study: Study, work: plan.Work) -> str:
+def _summary_line(study: Study, work: Work) -> str:
     """One line: what of a notebook's units is left, and about how long that takes here."""
     counts = work.counts()
     named = {label: counts[kind] for kind, label in KINDS.items()}

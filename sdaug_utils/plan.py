@@ -7,7 +7,7 @@ counts) is a sum over this list, and everything that makes artefacts works throu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,42 +17,33 @@ import pandas as pd
 
 from sdaug_utils import params, rates
 from sdaug_utils.data import datasets, photos
-from sdaug_utils.data.images import Images
 from sdaug_utils.errors import InputError
 from sdaug_utils.experiments.base import Experiment
 from sdaug_utils.generation.foundation import revision
-from sdaug_utils.generation.pools import BLOCK, fill, learn_models, number_missing
+from sdaug_utils.generation.pools import BLOCK, fill
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.params import Settings
 from sdaug_utils.registry import techniques
-from sdaug_utils.store import KINDS, Store, digest
+from sdaug_utils.store import Store, digest
 from sdaug_utils.study import Study, open_study
-from sdaug_utils.training import features, runs, trainer
+from sdaug_utils.training import runs, trainer
 from sdaug_utils.training.runs import Run
+from sdaug_utils.units import (
+    FEATURE_BYTES,
+    Unit,
+    features_left,
+    features_of_data,
+    images_left,
+    learn,
+    models_left,
+    prepare,
+    runs_left,
+    train,
+)
 
 MOST_IMAGES, LONGEST = 500, 120  # of a unit: images, and the seconds that their generation takes
 PNG_BYTES = 1.8  # per pixel of a photograph
-FEATURE_BYTES = 1280 * 4
-GIB = 2**30
 Asked = Sequence[tuple[str, Study, Experiment]]  # notebooks' names, studies, parameters
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Unit:
-    """A piece of work that is safe to do again: what of it the store has is not made twice."""
-
-    name: str  # for people
-    key: str
-    kind: str  # what it makes: images, models, features, runs
-    items: int  # how many
-    left: Callable[[], int]  # how many of them the store has not got
-    make: Callable[[], object]  # makes what is left
-    seconds: float  # by the rates in use, for all items
-    num_bytes: float = 0.0  # of disk, for all items
-    temporary_bytes: float = 0.0  # of disk, while it is made: a model that is not kept
-    temporary_models: int = 0  # that it learns and deletes again
-    needs: frozenset[str] = frozenset()  # keys of the units whose results it needs
-    notebook: str = ""  # the first that asks for it
 
 
 @dataclass
@@ -148,59 +139,6 @@ STAGES = (first_units, lambda asked: units(wanted(asked)))
 since subjects are chosen by the features of real images."""
 
 
-class Work:
-    """A list of units, and how many items each one lacked when this object was made."""
-
-    def __init__(self, units: Sequence[Unit], left: dict[str, int] | None = None) -> None:
-        """``units`` are in order: a unit comes after those that it needs."""
-        self.units = units
-        self.left = left or {unit.key: unit.left() for unit in units}
-        self.waiting = [unit for unit in units if self.left[unit.key]]
-
-    def of(self, notebook: str) -> Work:
-        """The units that this notebook is the first to ask for."""
-        return Work([unit for unit in self.units if unit.notebook == notebook], self.left)
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """How much is left and how much there is in all, by kind, temporary models included."""
-        found = {kind: (0, 0) for kind in KINDS}
-        for unit in self.units:
-            left, items = found.get(unit.kind, (0, 0))
-            found[unit.kind] = (left + self.left[unit.key], items + unit.items)
-            if unit.temporary_models:
-                left, items = found["models"]
-                missing = unit.temporary_models if self.left[unit.key] else 0
-                found["models"] = (left + missing, items + unit.temporary_models)
-        return found
-
-    def seconds(self) -> float:
-        """How long it takes to make what is left, one unit after the other."""
-        return sum(unit.seconds * self.left[unit.key] / unit.items for unit in self.waiting)
-
-    def gibibytes(self, workers: int = 1) -> float:
-        """GiB of disk for what is left, with a temporary model per worker.
-
-        There may be one more of those, which a worker that died has left.
-        """
-        parts = (unit.num_bytes * self.left[unit.key] / unit.items for unit in self.waiting)
-        temporary = max((unit.temporary_bytes for unit in self.waiting), default=0.0)
-        return (sum(parts) + temporary * (workers + 1)) / GIB
-
-    def longest_paths(self) -> dict[str, float]:
-        """Seconds of the longest chain of units that starts with each unit that is left, by key."""
-        seconds = {unit.key: unit.seconds for unit in self.waiting}
-        paths = dict(seconds)
-        for unit in reversed(self.waiting):
-            for key in unit.needs & paths.keys():
-                paths[key] = max(paths[key], seconds[key] + paths[unit.key])
-        return paths
-
-    def hours_on(self, workers: int) -> float:
-        """A lower bound, in hours, for what is left on this many workers."""
-        longest = max(self.longest_paths().values(), default=0.0)
-        return max(self.seconds() / workers, longest) / 3600
-
-
 class Planner:
     """Cuts what is wanted of one study into units."""
 
@@ -261,8 +199,8 @@ class Planner:
                 key=f"models-{digest({'models': some})}",
                 kind="models",
                 items=len(some),
-                left=partial(_models_left, self.study, pools),
-                make=partial(_learn, self.study, pools),
+                left=partial(models_left, self.study, pools),
+                make=partial(learn, self.study, pools),
                 seconds=len(some) * number * self.seconds[cost],
                 num_bytes=len(some) * technique.model_bytes * self.is_large,
                 notebook=self._first_notebook(pools[0]),
@@ -328,7 +266,7 @@ class Planner:
             key=key,
             kind="images",
             items=count,
-            left=partial(_images_left, self.study, parts),
+            left=partial(images_left, self.study, parts),
             make=partial(fill, self.study, parts),
             seconds=learning + count * self.seconds[technique.image_cost],
             num_bytes=count * self.image_bytes,
@@ -366,8 +304,8 @@ class Planner:
                 key=f"features-{digest({'features': [run.model_dump() for run in group]})}",
                 kind="features",
                 items=number,
-                left=partial(_features_left, self.study, group, number),
-                make=partial(_prepare, self.study, group),
+                left=partial(features_left, self.study, group, number),
+                make=partial(prepare, self.study, group),
                 seconds=number * self.seconds["feature"],
                 num_bytes=number * FEATURE_BYTES,
                 needs=frozenset().union(*(needs[run] for run in group)),
@@ -393,82 +331,14 @@ class Planner:
                     key=f"runs-{digest({'runs': [run.model_dump() for run in some]})}",
                     kind="runs",
                     items=len(some),
-                    left=partial(_runs_left, self.study, some),
-                    make=partial(_run, self.study, some),
+                    left=partial(runs_left, self.study, some),
+                    make=partial(train, self.study, some),
                     seconds=sum(rates.run_seconds(self.study, run, self.seconds) for run in some),
                     needs=frozenset(partners).union(*(needs[run] for run in some)),
                     notebook=notebook,
                 )
                 made |= dict.fromkeys(some, unit)
         return made
-
-
-def features_of_data(study: Study, notebook: str, test_sets: Sequence[str] = ()) -> Unit:
-    """Features of the data set itself, or of its test images alone, each shifted in some ways."""
-    splits = study.data.splits
-    images = [runs.images_tested_on(study, name) for name in test_sets]
-    images = images or [split.images() for split in splits.values()]
-    number, seconds = sum(map(len, images)), rates.rates(study.settings)[1]["feature"]
-    sizes = {name: len(split) for name, split in splits.items()}
-    known: list[Any] = [study.data.name, study.data.class_names, sizes]
-    known += [study.settings.classifier.image_size, *test_sets]
-    return Unit(
-        name=" ".join([f"features of {study.data.name}", *test_sets]),
-        key=f"features-{digest({'of': known})}",
-        kind="features",
-        items=number,
-        left=partial(_data_features_left, study, images),
-        make=partial(_prepare_data, study, images),
-        seconds=number * seconds,
-        num_bytes=number * FEATURE_BYTES,
-        notebook=notebook,
-    )
-
-
-def _images_left(study: Study, requests: Sequence[Request]) -> int:
-    return sum(number_missing(study, request) for request in requests)
-
-
-def _requests_lacking_models(study: Study, pools: Sequence[Sequence[Request]]) -> list[Request]:
-    """A request for each model that is missing, except models whose images are all made."""
-    firsts = [requests[0] for requests in pools if _images_left(study, requests)]
-    folders = [study.store.folder(first.technique.model_folder, first.model) for first in firsts]
-    pairs = zip(firsts, folders, strict=True)
-    return [first for first, folder in pairs if not study.store.is_whole(folder)]
-
-
-def _models_left(study: Study, pools: Sequence[Sequence[Request]]) -> int:
-    return len(_requests_lacking_models(study, pools))
-
-
-def _learn(study: Study, pools: Sequence[Sequence[Request]]) -> None:
-    learn_models(study, _requests_lacking_models(study, pools))
-
-
-def _features_left(study: Study, some: Sequence[Run], number: int) -> int:
-    return 0 if all(runs.is_made(study, run) for run in some) else number
-
-
-def _prepare(study: Study, some: Sequence[Run]) -> None:
-    for run in sorted(some, key=lambda run: -run.num_made):  # the largest pools first
-        trainer.trainer_of(runs.study_of(study, run)).prepare(run)
-
-
-def _data_features_left(study: Study, images: Sequence[Images]) -> int:
-    return sum(len(some) for some in images if not features.have_features(study, some))
-
-
-def _prepare_data(study: Study, images: Sequence[Images]) -> None:
-    for some in images:
-        features.fill(study, some)
-
-
-def _runs_left(study: Study, some: Sequence[Run]) -> int:
-    return sum(not runs.is_made(study, run) for run in some)
-
-
-def _run(study: Study, some: Sequence[Run]) -> None:
-    trainer.make(study, some)
 
 
 def _with_features_in_common(study: Study, every: Iterable[Run]) -> list[list[Run]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdaug_utils import plan, rates, store
+from sdaug_utils import plan, rates, store, units
 from sdaug_utils.errors import InputError
 from sdaug_utils.make import Outcome
 from sdaug_utils.notebooks import Job, Report
@@ -37,7 +37,7 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
     source, at_scale = rates.rates(settings)[0], rates.is_at_scale(settings)
     label, per_second = ("GPU hours", 1 / 3600) if at_scale else ("minutes", 1 / 60)
     needed = plan.wanted(asked_for(jobs))
-    work, rows = plan.Work(plan.units(needed)), []
+    work, rows = units.Work(plan.units(needed)), []
     each = plan.by_notebook(needed)
     for job in jobs:
         own = work.of(job.path.stem)
@@ -76,8 +76,8 @@ def require_disk(jobs: Sequence[Job], workers: int) -> None:
         InputError: it cannot.
     """
     root = jobs[0].study.store.root
-    work = plan.Work(plan.units(plan.wanted(asked_for(jobs))))
-    wanted, free = work.gibibytes(workers), shutil.disk_usage(root).free / plan.GIB
+    work = units.Work(plan.units(plan.wanted(asked_for(jobs))))
+    wanted, free = work.gibibytes(workers), shutil.disk_usage(root).free / units.GIB
     if wanted > free:
         raise InputError(
             f"not enough disk: the plan needs {wanted:.1f} GiB in {root}, where {free:.1f} are "

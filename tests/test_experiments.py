@@ -10,7 +10,7 @@ import sys
 import pandas as pd
 import pytest
 
-from sdaug_utils import plan
+from sdaug_utils import plan, units
 from sdaug_utils.registry import experiments
 from sdaug_utils.store import digest
 from sdaug_utils.study import ROOT, open_study
@@ -44,7 +44,7 @@ def test_runs_are_listed_once_and_all_of_them_are_in_the_plan(world, store, name
     keys = {digest(runs.spec(study, run)) for run in asked}
     assert len(set(asked)) == len(keys)
     p.check(study)
-    work = plan.Work(plan.units(plan.wanted([(name, study, p)])))
+    work = units.Work(plan.units(plan.wanted([(name, study, p)])))
     assert work.counts()["runs"] == (len(keys), len(keys))
     assert work.counts()["images"][1] > 0
 

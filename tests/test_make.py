@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdaug_utils import make, plan
+from sdaug_utils import make, plan, units
 from sdaug_utils.make import Workers
 from sdaug_utils.store import Store
 from sdaug_utils.study import ROOT
@@ -26,7 +26,7 @@ def make_everything(store, workers=None, verify=False):
     if workers:
         return make.make_all(some, workers)
     for listed in plan.STAGES:
-        for one in plan.Work(listed(some)).waiting:
+        for one in units.Work(listed(some)).waiting:
             one.make()
     return make.Outcome()
 
@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
     """What the store holds when this process has made everything."""
     store = Store(tmp_path_factory.mktemp("whole"))
     make_everything(store)
-    assert not plan.Work(units_of(asked(store))).waiting
+    assert not units.Work(units_of(asked(store))).waiting
     return contents(store.root)
 
 
@@ -105,7 +105,7 @@ def here(monkeypatch):
     def make_some(some):
         monkeypatch.setattr(make, "_units_by_key", lambda *_: {one.key: one for one in some})
         outcome = make.Outcome()
-        make._make_on(client, "", plan.Work(some), 600, outcome)
+        make._make_on(client, "", units.Work(some), 600, outcome)
         return outcome
 
     cluster = LocalCluster(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdaug_utils import notebooks, params, plan, summary
+from sdaug_utils import notebooks, params, plan, summary, units
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import experiments, techniques
 from sdaug_utils.store import digest
@@ -36,7 +36,7 @@ def units_of(some):
 
 def unit(key, seconds=1.0, needs=(), **more):
     given = {"kind": "images", "items": 1, "left": lambda: 1, "make": lambda: None} | more
-    return plan.Unit(name=key, key=key, seconds=seconds, needs=frozenset(needs), **given)
+    return units.Unit(name=key, key=key, seconds=seconds, needs=frozenset(needs), **given)
 
 
 def thesis_units(**changes):
@@ -87,11 +87,11 @@ def test_the_list_is_what_the_notebooks_need_each_thing_once(store):
                 images |= {(digest(request.spec), index) for index in request.indices}
                 if request.model:
                     models.add(digest(request.model))
-    counts = plan.Work(listed).counts()
+    counts = units.Work(listed).counts()
     assert counts["images"] == (len(images), len(images))
     assert counts["models"] == (len(models), len(models))
     assert counts["runs"] == (len(keys), len(keys))
-    by_notebook = [plan.Work(listed).of(name).counts() for name in names]
+    by_notebook = [units.Work(listed).of(name).counts() for name in names]
     for kind, total in counts.items():
         parts = [part.get(kind, (0, 0)) for part in by_notebook]
         assert tuple(map(sum, zip(*parts, strict=True))) == total or kind == "features"
@@ -101,21 +101,21 @@ def test_what_is_made_is_not_left(store):
     some = asked(store, ["09-food-101"])
     for one in units_of(some):
         one.make()
-    again = plan.Work(units_of(some))
+    again = units.Work(units_of(some))
     assert not again.waiting
     assert again.seconds() == again.gibibytes() == again.hours_on(1) == 0
     assert all(left == 0 < items for left, items in again.counts().values() if items)
 
 
 def test_sums_and_bounds():
-    half = {"items": 4, "left": lambda: 2, "num_bytes": 8 * plan.GIB}
-    work = plan.Work(
+    half = {"items": 4, "left": lambda: 2, "num_bytes": 8 * units.GIB}
+    work = units.Work(
         [
             unit("base", 2),
             unit("upon it", 9, {"base"}),
             unit("half", 8, **half),
             unit("made", 100, left=lambda: 0),
-            unit("passing", 1, temporary_bytes=3 * plan.GIB, temporary_models=1),
+            unit("passing", 1, temporary_bytes=3 * units.GIB, temporary_models=1),
         ]
     )
     assert work.seconds() == 2 + 9 + 4 + 1
@@ -133,10 +133,10 @@ def test_a_model_that_is_not_kept_lives_with_its_images():
     assert {one.temporary_bytes for one in passing} == {dreambooth.model_bytes}
     assert len(passing) == sum(one.temporary_models for one in passing) > 200
     assert not [one for one in listed if one.name.startswith("dreambooth: models")]
-    work = plan.Work(listed)
-    lasting = sum(one.num_bytes for one in listed) / plan.GIB
+    work = units.Work(listed)
+    lasting = sum(one.num_bytes for one in listed) / units.GIB
     for workers in (1, 8):  # never more than workers + 1 of them, however the list is gone through
-        there = (workers + 1) * dreambooth.model_bytes / plan.GIB
+        there = (workers + 1) * dreambooth.model_bytes / units.GIB
         assert work.gibibytes(workers) == pytest.approx(lasting + there)
 
 
@@ -161,11 +161,11 @@ def test_it_is_learnt_once_and_gone_when_its_images_are_there(store, monkeypatch
     assert len(set(learnt)) == len(learnt) > 1
     assert max(most) == 1  # the one that is learnt
     assert not [path for path in (store.root / "dreambooth").iterdir() if path.name in learnt]
-    assert not plan.Work(units_of(own)).waiting
+    assert not units.Work(units_of(own)).waiting
 
 
 def test_many_gpus_are_kept_busy():
-    work = plan.Work(thesis_units())
+    work = units.Work(thesis_units())
     alone = work.hours_on(1)
     for number in (8, 64):
         assert alone / (number * work.hours_on(number)) >= 0.85

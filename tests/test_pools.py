@@ -16,11 +16,12 @@ from PIL import Image
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import control, datasets, images
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation import pools
+from sdaug_utils.generation import pool_files, pools
 from sdaug_utils.generation import technique as techniques
 from sdaug_utils.generation.foundation import load_pipeline
+from sdaug_utils.generation.pool_files import image_seed
 from sdaug_utils.registry import techniques as registered
-from sdaug_utils.store import Store
+from sdaug_utils.store import Store, digest_of
 from sdaug_utils.study import Study, open_study
 
 SPEC = {"class": "bag", "prompt": "a bag", "technique": "test"}
@@ -70,14 +71,14 @@ def test_a_larger_pool_begins_with_the_smaller_one(store):
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 def test_batch_size_does_not_change_seeds(store, batch_size):
     pool = grow(store, 7, FakeSampler(), batch_size)
-    assert pool.seeds == tuple(pools.image_seed(SPEC, index, 0) for index in range(7))
+    assert pool.seeds == tuple(image_seed(SPEC, index, 0) for index in range(7))
 
 
 def test_seeds_are_distinct_and_follow_the_specification():
-    seeds = {pools.image_seed(SPEC, index, attempt) for index in range(50) for attempt in range(3)}
+    seeds = {image_seed(SPEC, index, attempt) for index in range(50) for attempt in range(3)}
     assert len(seeds) == 150
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert pools.image_seed({**SPEC, "class": "dress"}, 0, 0) not in seeds
+    assert image_seed({**SPEC, "class": "dress"}, 0, 0) not in seeds
 
 
 def test_an_interrupted_pool_goes_on_and_ends_with_the_same_bytes(store, tmp_path):
@@ -149,14 +150,18 @@ def test_damaged_and_lost_images_are_made_again(store):
 
 
 def test_rejected_images_are_replaced_with_the_next_attempts_seed(store):
-    bad = {pools.image_seed(SPEC, 1, 0), pools.image_seed(SPEC, 1, 1), pools.image_seed(SPEC, 3, 0)}
+    bad = {
+        image_seed(SPEC, 1, 0),
+        image_seed(SPEC, 1, 1),
+        image_seed(SPEC, 3, 0),
+    }
     pool = grow(store, 5, FakeSampler(rejects=bad.__contains__))
     assert pool.attempts == (1, 3, 1, 2, 1)
-    assert pool.seeds[1] == pools.image_seed(SPEC, 1, 2)
+    assert pool.seeds[1] == image_seed(SPEC, 1, 2)
 
 
 def test_an_image_that_is_always_rejected_is_an_error_by_name_and_the_others_stay(store):
-    bad = {pools.image_seed(SPEC, 1, attempt) for attempt in range(5)}
+    bad = {image_seed(SPEC, 1, attempt) for attempt in range(5)}
     with pytest.raises(RuntimeError, match="image 1 was rejected 5 times; choose another prompt"):
         grow(store, 4, FakeSampler(rejects=bad.__contains__))
     sampler = FakeSampler(rejects=bad.__contains__)
@@ -175,7 +180,7 @@ def test_bits_that_flip_are_found_when_an_image_is_read_or_all_are_verified(stor
     assert len(pool.images()[0]) == 8
     with pytest.raises(InputError, match=r"00001.png: damaged: make it again"):
         pool.images()[1]
-    pools.verify(store, SPEC)
+    pool_files.verify(store, SPEC)
     assert content(grow(store, 3, FakeSampler())) == before
 
 
@@ -203,7 +208,7 @@ def test_a_pool_is_grown_by_several_at_once(store, tmp_path):
 
 def test_a_listing_is_made_again_and_what_is_not_listed_is_checked(store):
     """A process was killed behind an image and before its listing; one image was cut short."""
-    bad = {pools.image_seed(SPEC, 2, attempt) for attempt in (0, 1)}
+    bad = {image_seed(SPEC, 2, attempt) for attempt in (0, 1)}
     pool = grow(store, 4, FakeSampler(rejects=bad.__contains__))
     assert pool.attempts == (1, 1, 3, 1)
     listing = pool.files[0].parent / "metadata.csv"
@@ -221,12 +226,12 @@ def test_a_listing_is_made_again_and_what_is_not_listed_is_checked(store):
 
 
 def test_what_a_listing_or_a_number_of_attempts_says_wrongly_is_made_again(store):
-    bad = {pools.image_seed(SPEC, 1, 0)}
+    bad = {image_seed(SPEC, 1, 0)}
     pool = grow(store, 3, FakeSampler(rejects=bad.__contains__))
     listing, images = pool.files[0].parent / "metadata.csv", content(pool)
     text = listing.read_text()
     listing.write_text(text.replace(pool.digests[0], "0" * 20))
-    pools.verify(store, SPEC)
+    pool_files.verify(store, SPEC)
     assert content(grow(store, 3, FakeSampler(rejects=bad.__contains__))) == images
     assert listing.read_text() == text
     listing.unlink()
@@ -240,10 +245,10 @@ def test_what_a_listing_or_a_number_of_attempts_says_wrongly_is_made_again(store
 def test_images_without_png_signature_are_not_whole():
     whole = io.BytesIO()
     Image.new("RGB", (4, 4)).save(whole, format="PNG")
-    assert pools.is_whole_png(whole.getvalue())
-    assert not pools.is_whole_png(b"X" + whole.getvalue()[1:])
-    assert not pools.is_whole_png(whole.getvalue()[:-1])
-    assert not pools.is_whole_png(b"")
+    assert pool_files.is_whole_png(whole.getvalue())
+    assert not pool_files.is_whole_png(b"X" + whole.getvalue()[1:])
+    assert not pool_files.is_whole_png(whole.getvalue()[:-1])
+    assert not pool_files.is_whole_png(b"")
 
 
 def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
@@ -254,9 +259,9 @@ def test_a_pool_of_ten_thousand_images_is_opened_within_a_second(store):
     for index in range(10_000):
         name = f"{index:05d}.png"
         (folder / name).write_bytes(b"0" * 40)
-        values = (name, "boot", "a boot", index, 1, 40, pools.digest_of(b"0" * 40))
-        rows[index] = dict(zip(pools.COLUMNS, map(str, values), strict=True))
-    pools._write_rows(rows, folder)
+        values = (name, "boot", "a boot", index, 1, 40, digest_of(b"0" * 40))
+        rows[index] = dict(zip(pool_files.COLUMNS, map(str, values), strict=True))
+    pool_files.write_listing(rows, folder)
     asked = techniques.Request(None, spec, range(10_000), None, {}, (), None)
     began = time.perf_counter()
     [pool] = pools.grow(store, [asked], FakeSampler, Batch(7, "sampling.batch_size"), 5)
@@ -268,7 +273,7 @@ def test_a_pool_is_an_image_folder_with_metadata(store):
     pool = grow(store, 3, FakeSampler())
     with (pool.files[0].parent / "metadata.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == pools.COLUMNS
+    assert tuple(rows[0]) == pool_files.COLUMNS
     assert [row["file_name"] for row in rows] == [file.name for file in pool.files]
     assert {(row["class"], row["prompt"]) for row in rows} == {("bag", "a bag")}
 

@@ -11,7 +11,7 @@ from sdaug_utils import params
 from sdaug_utils.data import corpus, datasets
 from sdaug_utils.errors import InputError
 from sdaug_utils.experiments import base
-from sdaug_utils.generation import pools
+from sdaug_utils.generation import pool_files, pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.registry import techniques
@@ -30,7 +30,7 @@ def changed(study, **sections):
 
 
 def stacked(some):
-    return np.stack(list(pools.images_of(some))).astype(float)
+    return np.stack(list(pool_files.images_of(some))).astype(float)
 
 
 def run(**more):

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 from pydantic import ValidationError
 
-from sdaug_utils import params, plan
+from sdaug_utils import params, plan, units
 from sdaug_utils.data import datasets
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import claims, figures
@@ -80,7 +80,7 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
     ) | params.overrides("smoke", "04-generation-percentage")
     chosen = {"techniques": ["real-guidance"], "further_numbers": {}, "profile": "smoke"}
     p = params.check_notebook("04-generation-percentage", values | chosen)
-    work = plan.Work(plan.units(plan.wanted([("04-generation-percentage", world, p)])))
+    work = units.Work(plan.units(plan.wanted([("04-generation-percentage", world, p)])))
     # 2 draws, 2 classes: 3 images of every class, and of few real ones others than of all
     counts = {kind: items for kind, (_, items) in work.counts().items()}
     assert counts["images"] == 2 * 2 * (3 + 1)

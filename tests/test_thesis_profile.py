@@ -20,7 +20,7 @@ from torchvision.models.segmentation import (
 )
 
 import run_all
-from sdaug_utils import notebooks, params, plan, rates, summary
+from sdaug_utils import notebooks, params, plan, rates, summary, units
 from sdaug_utils.compute import Batch
 from sdaug_utils.data import datasets, images
 from sdaug_utils.errors import InputError
@@ -86,7 +86,7 @@ def seconds_of(study, *requested):
     what = plan.Wanted()
     for arguments in requested:
         what.ask(technique_requests(study, *arguments))
-    return plan.Work(plan.units({study: what})).seconds()
+    return units.Work(plan.units({study: what})).seconds()
 
 
 def test_hours_are_those_of_the_rates(world):
@@ -165,7 +165,7 @@ def test_a_model_that_is_not_kept_counts_where_its_images_are_still_to_be_made(w
     def learnt(study, count):
         what = plan.Wanted()
         what.ask(technique_requests(study, "dreambooth", 0, count))
-        return plan.Work(plan.units({study: what})).counts()["models"]
+        return units.Work(plan.units({study: what})).counts()["models"]
 
     world = changed(world, dreambooth={"prior_loss_weight": 0.0, "keep_models": False})
     assert learnt(world, 1) == learnt(world, 3) == (2, 2)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sdaug_utils.evidence import figures
-from sdaug_utils.generation.pools import Pool
+from sdaug_utils.generation.pool_files import Pool
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PER_PAGE = 10  # images of each technique

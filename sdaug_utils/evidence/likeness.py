@@ -9,7 +9,8 @@ import pandas as pd
 
 from sdaug_utils.data.datasets import subset
 from sdaug_utils.evidence.metrics import copies, diversity, prdc
-from sdaug_utils.generation.pools import images_of, technique_pools
+from sdaug_utils.generation.pool_files import images_of
+from sdaug_utils.generation.pools import technique_pools
 from sdaug_utils.study import Study
 from sdaug_utils.training.features import feature_arrays
 

@@ -21,7 +21,8 @@ from sdaug_utils.evidence.metrics import (
     similarity,
     typical_attributes,
 )
-from sdaug_utils.generation.pools import Pool, fill
+from sdaug_utils.generation.pool_files import Pool
+from sdaug_utils.generation.pools import fill
 from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.lazy import torch
 from sdaug_utils.registry import techniques

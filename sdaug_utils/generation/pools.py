@@ -1,23 +1,14 @@
 """Synthetic images: a pool per technique, class and draw.
 
 A pool is a sequence: image i depends only on the pool's specification and i. Asking for 50 after
-10 adds 40. A draw is one random subset of the real images. On disk a pool is an ordinary image
-folder. An image exists as soon as its file does: the file is written under a temporary name, then
-renamed. ``metadata.csv`` is written afterwards and lists each file with its size and digest. A file
-that is not listed, or whose size differs, is read and checked by PNG's own checksums. If only the
-digest differs, reading the image raises an error, and :func:`verify` deletes the file.
+10 adds 40. A draw is one random subset of the real images.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import itertools
-import os
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,28 +17,23 @@ import numpy as np
 from PIL import Image
 
 from sdaug_utils.compute import Batch, device_of, one_thread
-from sdaug_utils.data.images import Images, read_listed
 from sdaug_utils.generation.foundation import Pipeline, compiled, takes_scale
+from sdaug_utils.generation.pool_files import (
+    ATTEMPTS,
+    Pool,
+    Row,
+    file_name,
+    image_seed,
+    read_listing,
+    read_pool,
+    write_listing,
+)
 from sdaug_utils.generation.technique import Request, technique_requests
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Sampling, Settings
-from sdaug_utils.store import (
-    Spec,
-    Store,
-    digest,
-    digest_of,
-    file_digest,
-    write_atomically,
-    write_csv,
-    write_spec,
-)
+from sdaug_utils.store import Spec, Store, digest, write_atomically, write_spec
 from sdaug_utils.study import Study
 
-COLUMNS = ("file_name", "class", "prompt", "seed", "attempts", "size", "digest")
-LISTING = "metadata.csv"
-ATTEMPTS = (
-    ".attempts"  # suffix of a file next to an image that took more than one attempt: how many
-)
 BLOCK = 50  # images of a pool that are locked together: others may make the next at the same time
 BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
 
@@ -55,131 +41,6 @@ Item = tuple[int, int]  # the number of a pool and the index of one of its image
 Sampler = Callable[[Sequence[Item], Sequence[int]], list[Image.Image | None]]
 """Makes an image from each (item, seed); None where the image is rejected."""
 Arguments = Callable[[Sequence[int]], dict[str, Any]]
-Row = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Images of a pool on disk, in order."""
-
-    class_name: str
-    files: tuple[Path, ...]
-    digests: tuple[str, ...]  # of the files
-    seeds: tuple[int, ...]
-    attempts: tuple[int, ...]
-    source_rows: tuple[int, ...] = ()  # of the train split: the image that each one is made from
-
-    def images(self) -> Images:
-        """8-bit RGB arrays of shape (height, width, 3)."""
-        return read_listed(self.files, self.digests)
-
-
-def images_of(pools: Iterable[Pool]) -> Images:
-    """The images of some pools, one pool after the other."""
-    return sum((pool.images() for pool in pools), Images(()))
-
-
-def image_seed(spec: Spec, index: int, attempt: int) -> int:
-    """The seed of one attempt at one image of a pool, in 0 to 2**63 - 1."""
-    return _seed(digest(spec), index, attempt)
-
-
-def _seed(key: str, index: int, attempt: int) -> int:
-    hashed = hashlib.sha256(f"{key}/{index}/{attempt}".encode()).digest()
-    return int.from_bytes(hashed[:8], "big") >> 1
-
-
-def read_pool(folder: Path, spec: Spec) -> dict[int, Row]:
-    """The rows of a pool's undamaged images by index, as ``metadata.csv`` has them.
-
-    A file that is not listed, or whose size differs, is read and checked.
-    """
-    sizes = _sizes(folder)
-    rows = {i: row for i, row in _listed(folder).items() if row["size"] == str(sizes.get(i))}
-    for index in sizes.keys() - rows.keys():
-        if row := _row(folder / _file_name(index), index, spec):
-            rows[index] = row
-    return rows
-
-
-def _row(file: Path, index: int, spec: Spec) -> Row | None:
-    """An image's row for ``metadata.csv``, read from its file; None if it is damaged or gone."""
-    own = file.with_suffix(ATTEMPTS)
-    try:
-        content, attempts = file.read_bytes(), int(own.read_text()) if own.exists() else 1
-    except (FileNotFoundError, ValueError):
-        return None
-    if not is_whole_png(content):
-        return None
-    seed = _seed(file.parent.name, index, attempts - 1)
-    made = (len(content), digest_of(content))
-    values = (file.name, spec["class"], spec["prompt"], seed, attempts, *made)
-    return dict(zip(COLUMNS, map(str, values), strict=True))
-
-
-def verify(store: Store, spec: Spec) -> None:
-    """Delete the images of a pool whose digest differs from the one in ``metadata.csv``."""
-    folder = store.folder("pools", spec)
-    rows, sound = _listed(folder), dict[int, Row]()
-    for index, row in rows.items():
-        file = folder / _file_name(index)
-        if file.exists() and file_digest(file) != row["digest"]:
-            store.report_damaged(file)
-            file.unlink()
-        else:
-            sound[index] = row
-    if sound != rows:
-        _write_rows(sound, folder)
-
-
-def is_whole_png(content: bytes) -> bool:
-    """Whether a PNG's parts are all there and have the checksums that stand behind each."""
-    if content[:8] != b"\x89PNG\r\n\x1a\n":
-        return False
-    at = 8
-    while at + 12 <= len(content):
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        expected = int.from_bytes(content[end - 4 : end], "big")
-        if end > len(content) or zlib.crc32(content[at + 4 : end - 4]) != expected:
-            return False
-        if content[at + 4 : at + 8] == b"IEND":
-            return True
-        at = end
-    return False
-
-
-def _sizes(folder: Path) -> dict[int, int]:
-    """The sizes of a pool's images by index, without temporary files."""
-    if not folder.exists():
-        return {}
-    found = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix == ".png" and stem.isdecimal():
-                with suppress(FileNotFoundError):  # it is deleted just now
-                    found[int(stem)] = entry.stat().st_size
-    return found
-
-
-def _listed(folder: Path) -> dict[int, Row]:
-    """The rows of ``metadata.csv`` by index; none if it is damaged."""
-    try:
-        with (folder / LISTING).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        whole = [row for row in rows if len(row["digest"]) == 20 and int(row["size"])]
-        return {int(row["file_name"].removesuffix(".png")): row for row in whole}
-    except (OSError, KeyError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
-        return {}
-
-
-def _write_rows(rows: Mapping[int, Row], folder: Path) -> None:
-    """Write ``metadata.csv``; where others do so at the same time, it may lack some of theirs."""
-    write_csv(folder / LISTING, COLUMNS, [rows[index] for index in sorted(rows)])
-
-
-def _file_name(index: int) -> str:
-    return f"{index:05d}.png"
 
 
 def grow(
@@ -221,8 +82,8 @@ def grow(
             missing = absent(rows)  # others may have made some
             _make(store, specs, folders, missing, sampler, batch, max_attempts, batch_key)
     for folder, known in zip(folders, rows, strict=True):
-        if known != _listed(folder):
-            _write_rows(known, folder)
+        if known != read_listing(folder):
+            write_listing(known, folder)
     return [_pool(*one) for one in zip(requests, folders, rows, strict=True)]
 
 
@@ -252,16 +113,16 @@ def _make(
     missing = set(items)
     for number in {number for number, _ in items}:
         folders[number].mkdir(parents=True, exist_ok=True)
-        listed = _listed(folders[number])
+        listed = read_listing(folders[number])
         sound = {i: row for i, row in listed.items() if (number, i) not in missing}
         if sound != listed:  # the others were damaged
-            _write_rows(sound, folders[number])
+            write_listing(sound, folders[number])
         with store.lock(f"pools-{folders[number].name}-spec"):
             write_spec(folders[number], {**specs[number], "batch_size": batch.size})
     for number, index in items:
-        for leftover in folders[number].glob(f".{_file_name(index)}.*"):
+        for leftover in folders[number].glob(f".{file_name(index)}.*"):
             leftover.unlink()
-        if (damaged := folders[number] / _file_name(index)).exists():
+        if (damaged := folders[number] / file_name(index)).exists():
             store.report_damaged(damaged)
 
     def make(part: Sequence[Item]) -> Sequence[Item]:
@@ -293,7 +154,7 @@ def _make_batch(
             if image is None:
                 rejected.append(item)
                 continue
-            folder, name = folders[item[0]], _file_name(item[1])
+            folder, name = folders[item[0]], file_name(item[1])
             count_file = (folder / name).with_suffix(ATTEMPTS)
             count_file.unlink(missing_ok=True)
             if attempt:

@@ -14,7 +14,7 @@ from PIL import Image
 from sdaug_utils.data.images import Images, read_listed
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence.figures import label_of
-from sdaug_utils.generation.pools import read_pool
+from sdaug_utils.generation.pool_files import read_pool
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.features import feature_arrays

@@ -14,7 +14,8 @@ import pandas as pd
 from sdaug_utils.compute import device_of, one_thread
 from sdaug_utils.data.datasets import first_per_class
 from sdaug_utils.data.images import Images
-from sdaug_utils.generation.pools import Pool, images_of, technique_pools
+from sdaug_utils.generation.pool_files import Pool, images_of
+from sdaug_utils.generation.pools import technique_pools
 from sdaug_utils.lazy import torch
 from sdaug_utils.study import Study
 from sdaug_utils.training import classifier, features, mixing, segmenter, selection
