@@ -32,12 +32,59 @@ def positive(text: str) -> int:
     return int(text)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--profile": {"default": "miniature", "help": "params/<profile>.yaml, or a path"},
+    "--only": {"nargs": "+", "metavar": "NN", "help": "numbers of notebooks, as in 03"},
+    "--protocol": {"choices": ["published", "controlled"], "help": "how to train"},
+    "--dataset": {"type": Path, "help": "a folder of class folders, for the main data"},
+    "--dry-run": {"action": "store_true", "help": "print the plan; start nothing"},
+    "--download-only": {
+        "action": "store_true",
+        "help": "fetch models and data; start no notebook",
+    },
+    "--keep-going": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "go on with the next notebook when one fails (the default)",
+    },
+    "--gpus": {
+        "type": positive,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "with --dry-run: hours on so many GPUs",
+    },
+    "--workers": {
+        "type": lambda text: None if text == "auto" else positive(text),
+        "metavar": "N",
+        "help": "number of worker processes, or of cluster jobs; auto: one per GPU or core",
+    },
+    "--cluster": {
+        "choices": ["slurm", "lsf", "pbs", "sge"],
+        "help": "run the workers as jobs of this queue; its options: the profile's or Dask's YAML",
+    },
+    "--scheduler": {"metavar": "ADDRESS", "help": "use a Dask cluster that is already running"},
+    "--timeout": {
+        "type": positive,
+        "default": 600,
+        "metavar": "MINUTES",
+        "help": "a unit that takes longer is stopped, and tried again",
+    },
+    "--verify": {
+        "action": "store_true",
+        "help": "compare every image with its digest, not its size",
+    },
+    "--force": {"action": "store_true", "help": "run every notebook again"},
+    "--from-results": {
+        "action": "store_true",
+        "help": "redraw figures and tables from shipped runs; make nothing",
+    },
+    "--output": {"type": Path, "help": "folder of the executed notebooks"},
+}
+
+
 def command_line() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
-    parser.add_argument("--profile", default="miniature", help="params/<profile>.yaml, or a path")
-    parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
-    parser.add_argument("--protocol", choices=["published", "controlled"], help="how to train")
     parser.add_argument(
         *("-p", "--parameter"),
         nargs=2,
@@ -46,55 +93,8 @@ def command_line() -> argparse.Namespace:
         metavar=("SECTION.KEY", "VALUE"),
         help="another value, as in 03.real_percents '[100, 50]'",
     )
-    parser.add_argument("--dataset", type=Path, help="a folder of class folders, for the main data")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing")
-    parser.add_argument(
-        "--download-only", action="store_true", help="fetch models and data; start no notebook"
-    )
-    parser.add_argument(
-        "--keep-going",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with the next notebook when one fails (the default)",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=positive,
-        nargs="+",
-        metavar="N",
-        help="with --dry-run: hours on so many GPUs",
-    )
-    parser.add_argument(
-        "--workers",
-        type=lambda text: None if text == "auto" else positive(text),
-        metavar="N",
-        help="number of worker processes, or of cluster jobs; auto: one per GPU or core",
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=["slurm", "lsf", "pbs", "sge"],
-        help="run the workers as jobs of this queue; its options: the profile's or Dask's YAML",
-    )
-    parser.add_argument(
-        "--scheduler", metavar="ADDRESS", help="use a Dask cluster that is already running"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        default=600,
-        metavar="MINUTES",
-        help="a unit that takes longer is stopped, and tried again",
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="compare every image with its digest, not its size"
-    )
-    parser.add_argument("--force", action="store_true", help="run every notebook again")
-    parser.add_argument(
-        "--from-results",
-        action="store_true",
-        help="redraw figures and tables from shipped runs; make nothing",
-    )
-    parser.add_argument("--output", type=Path, help="folder of the executed notebooks")
+    for name, option in OPTIONS.items():
+        parser.add_argument(name, **option)
     return parser.parse_args()
 
 
@@ -131,12 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     profile, output = study.configure(
         arguments.profile,
-        [params.override(*pair) for pair in arguments.parameter],
-        arguments.protocol,
-        arguments.dataset.resolve() if arguments.dataset else None,
-        arguments.from_results,
         arguments.output,
         file,
+        changes=[params.override(*pair) for pair in arguments.parameter],
+        protocol=arguments.protocol,
+        dataset=arguments.dataset.resolve() if arguments.dataset else None,
+        from_results=arguments.from_results,
     )
     if arguments.dataset and not arguments.only:
         paths = notebooks.runnable_on(arguments.dataset, paths)

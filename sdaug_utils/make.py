@@ -313,9 +313,7 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
     return outcome
 
 
-def _make_on(
-    client: Client, asked_json: str, work: Work, timeout: float, outcome: Outcome
-) -> None:
+def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcome: Outcome) -> None:
     """Make units on workers; those at the start of the longest chains go first (critical path)."""
     from distributed import as_completed
 

@@ -1,7 +1,7 @@
 """What every step of a study needs at hand: its settings, its real images, its store."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import yaml
 from sdaug_utils import params
 from sdaug_utils.data import datasets
 from sdaug_utils.data.images import Dataset
-from sdaug_utils.params import Domain, Protocol, Settings, load_settings, run_of
+from sdaug_utils.params import Domain, Settings, load_settings, run_of
 from sdaug_utils.store import Store, require_writable, write_atomically
 
 ROOT = datasets.PROJECT
@@ -37,15 +37,9 @@ def results_folder(profile: str) -> Path:
 
 
 def configure(
-    profile: str,
-    changes: Sequence[tuple[list[str], Any]] = (),
-    protocol: Protocol | None = None,
-    dataset: Path | None = None,
-    from_results: bool = False,
-    folder: Path | None = None,
-    file: str = CONFIG,
+    profile: str, folder: Path | None = None, file: str = CONFIG, **asked: Any
 ) -> tuple[str, Path]:
-    """Write what is asked for, as :func:`params.configure` resolves it, into a ``config.yaml``.
+    """Write what is ``asked`` for, as :func:`params.configure` resolves it, into a ``config.yaml``.
 
     Args:
         folder: where the file goes, by default ``runs/<name>``.
@@ -58,13 +52,14 @@ def configure(
     Raises:
         InputError: something that is asked for cannot be; the folder cannot be written to.
     """
-    sections = params.configure(profile, changes, protocol, dataset, from_results)
+    sections = params.configure(profile, **asked)
     name = sections["run"]["name"]
     folder = folder or output() / "runs" / name
     require_writable(folder)
     target, text = folder / file, yaml.safe_dump(sections, sort_keys=False)
     write_atomically(target, lambda path: path.write_text(text))
-    return profile if name == profile and not from_results else str(target.resolve()), folder
+    is_plain = name == profile and not sections["run"]["from_results"]
+    return profile if is_plain else str(target.resolve()), folder
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,10 @@ FLOW = [
         for room in ("control", "images", "augment", "photos", "datasets", "corpus", "shifts")
     ),
     "study",
-    *(f"generation.{room}" for room in ("foundation", "technique", "personalisation", "pool_files", "pools")),
+    *(
+        f"generation.{room}"
+        for room in ("foundation", "technique", "personalisation", "pool_files", "pools")
+    ),
     "generation.techniques",
     *(
         f"training.{room}"
@@ -34,7 +37,17 @@ FLOW = [
         for room in ("records", "metrics", "subjects", "likeness", "claims", "figures")
     ),
     *(f"evidence.{room}" for room in ("gallery", "prose", "report")),
-    *("experiments.base", "experiments", "rates", "units", "plan", "make", "export", "notebooks", "summary"),
+    *(
+        "experiments.base",
+        "experiments",
+        "rates",
+        "units",
+        "plan",
+        "make",
+        "export",
+        "notebooks",
+        "summary",
+    ),
     *("site.gallery", "site.pages", "__main__"),
 ]
 FILES = {

@@ -55,7 +55,7 @@ def test_a_profile_is_its_base_but_for_what_it_sets(profile_folder):
 
 def test_what_is_asked_for_is_a_profile_in_a_file(tmp_path):
     changes = [(["common", "sampling", "batch_size"], 3), ([NAME, "num_draws"], 9)]
-    changed, folder = configure("smoke", changes, protocol="published")
+    changed, folder = configure("smoke", changes=changes, protocol="published")
     assert Path(changed) == folder / "config.yaml"
     assert params.load_settings(changed).sampling.batch_size == 3
     own = params.overrides(changed, NAME)
@@ -64,11 +64,11 @@ def test_what_is_asked_for_is_a_profile_in_a_file(tmp_path):
     assert params.run_of(changed).name == folder.name != "smoke-published"
     assert configure("smoke") == ("smoke", folder.parent / "smoke")  # nothing is changed
     with pytest.raises(InputError, match=r"smoke\.yaml: sampling\.batch_size: Input should be"):
-        configure("smoke", [(["common", "sampling", "batch_size"], "many")])
+        configure("smoke", changes=[(["common", "sampling", "batch_size"], "many")])
 
 
 def test_a_file_is_a_profile_like_any_other():
-    changed, folder = configure("smoke", [([NAME, "num_draws"], 9)])
+    changed, folder = configure("smoke", changes=[([NAME, "num_draws"], 9)])
     shipped, same = configure(changed, from_results=True, file="from-results.yaml")
     assert same == folder
     assert params.run_of(shipped).from_results

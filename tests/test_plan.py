@@ -174,7 +174,7 @@ def test_many_gpus_are_kept_busy():
 def test_two_domains_of_one_data_set_are_told_apart(store):
     few = {"train": 20, "validation": 5, "test": 5}
     second = {"name": "fashion-mnist", "classes": ["coat", "dress"], "max_images_per_class": few}
-    profile, _ = configure("smoke", [(["common", "data", "second"], second)])
+    profile, _ = configure("smoke", changes=[(["common", "data", "second"], second)])
     some = asked(store, ("04-generation-percentage", "09-food-101"), profile)
     needed = plan.wanted(some)
     for study, what in needed.items():

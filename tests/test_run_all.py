@@ -54,7 +54,7 @@ figures.save_table(profile, "table-x", pd.DataFrame({"a": [2]}))
     assert run() == ("date", 1)
     assert [image.read_bytes() for image in images] == before
 
-    assert not job(configure("smoke", [([name, "num_seeds"], 1)])[0]).is_up_to_date()
+    assert not job(configure("smoke", changes=[([name, "num_seeds"], 1)])[0]).is_up_to_date()
     made.write_text("a\n3\n")  # not what it wrote
     assert not job().is_up_to_date()
     made.write_text("a\n2\n")

@@ -8,7 +8,7 @@ from torchvision.models import ResNet34_Weights, resnet34
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from sdaug_utils.data import augment
-from sdaug_utils.data.images import Images
+from sdaug_utils.data.images import Images, ImageSource
 from sdaug_utils.params import Controlled, Published
 from sdaug_utils.store import array_digest
 from sdaug_utils.training import classifier, features, segmenter
@@ -31,7 +31,7 @@ def images_of(arrays, name):
     """Arrays as a lazy sequence that belongs to something."""
     return Images(
         tuple(
-            (arrays.__getitem__, lambda i: array_digest(arrays[i]), i, name)
+            ImageSource(arrays.__getitem__, lambda i: array_digest(arrays[i]), i, name)
             for i in range(len(arrays))
         )
     )
@@ -221,7 +221,7 @@ def test_features_grow_with_their_pool_and_follow_its_images(world):
     assert [len(np.load(array)["vectors"]) for array in kept] in ([2, 3], [3, 2])
     features.image_features(world, few)
     assert sorted((world.store.root / "features").glob("*/*.npz")) == kept
-    anew = images_of([world.data.splits["train"].load(7), few[1]], few.items[0][3])
+    anew = images_of([world.data.splits["train"].load(7), few[1]], few.items[0].group)
     again = features.image_features(world, anew)
     assert torch.equal(again[1], first[1])
     assert not torch.equal(again[0], first[0])

@@ -17,7 +17,7 @@ from sdaug_utils.data.datasets import (
     digits_halves,
     tiles,
 )
-from sdaug_utils.data.images import Images, read_rgb
+from sdaug_utils.data.images import Images, ImageSource, read_rgb
 from sdaug_utils.errors import InputError
 from sdaug_utils.store import array_digest, digest_of, file_digest, verify_checksums
 
@@ -45,7 +45,11 @@ def naming(corpus: str, class_name: str) -> Images:
         files = [file for file, text in _listed(PROJECT / corpus) if words.search(text)]
         number, load = len(files), lambda i: read_rgb(files[i])
     name = f"corpus, {class_name}"
-    return Images(tuple((load, lambda i: array_digest(load(i)), i, name) for i in range(number)))
+
+    def digest_of(i: int) -> str:
+        return array_digest(load(i))
+
+    return Images(tuple(ImageSource(load, digest_of, i, name) for i in range(number)))
 
 
 @cache

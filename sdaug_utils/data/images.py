@@ -16,15 +16,21 @@ SPLITS = ("train", "validation", "test")
 SHUFFLE_SEED = 41  # the thesis's own; draw d uses 41 + d
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Where an image comes from."""
+
+    read: Callable[[Any], np.ndarray]  # called with the key
+    digest: Callable[[Any], str]  # called with the key
+    key: Any
+    group: str  # its pool or split, whose features are kept together
+
+
 @dataclass(frozen=True, eq=False)
 class Images(Sequence[np.ndarray]):
-    """8-bit RGB arrays, each loaded when it is looked at: a data set need not fit into memory.
+    """8-bit RGB arrays, each loaded when it is looked at: a data set need not fit into memory."""
 
-    An item has a function that loads it, one that gives its digest, what both are called with, and
-    the name of what it belongs to, such as its pool or split: their features are kept together.
-    """
-
-    items: tuple[tuple[Callable[[Any], np.ndarray], Callable[[Any], str], Any, str], ...]
+    items: tuple[ImageSource, ...]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -36,15 +42,15 @@ class Images(Sequence[np.ndarray]):
     def __getitem__(self, index: int | slice) -> "np.ndarray | Images":
         if isinstance(index, slice):
             return Images(self.items[index])
-        load, _, key, _ = self.items[index]
-        return load(key)
+        item = self.items[index]
+        return item.read(item.key)
 
     def __add__(self, other: "Images") -> "Images":
         return Images(self.items + other.items)
 
     def digests(self) -> list[str]:
         """A hash of each image's content."""
-        return [digest(key) for _, digest, key, _ in self.items]
+        return [item.digest(item.key) for item in self.items]
 
     def taken(self, rows: Sequence[int]) -> "Images":
         """Some of the images."""
@@ -74,7 +80,9 @@ class Split:
     def images(self, indices: Sequence[int] | np.ndarray | None = None) -> Images:
         """The images at ``indices``, all by default."""
         rows = range(len(self)) if indices is None else indices
-        return Images(tuple((self.load, self.image_digest, int(i), self.name) for i in rows))
+        return Images(
+            tuple(ImageSource(self.load, self.image_digest, int(i), self.name) for i in rows)
+        )
 
     def image_digest(self, i: int) -> str:
         """A hash of image i's content, computed once."""
@@ -115,7 +123,11 @@ def shuffled(labels: Sequence[int] | np.ndarray, draw: int = 0) -> list[np.ndarr
 def read_listed(files: Sequence[Path], digests: Sequence[str]) -> Images:
     """Images in files whose digests are known: to tell images apart, no file is opened."""
     pairs = zip(files, digests, strict=True)
-    return Images(tuple((_read_checked, itemgetter(1), (f, d), f.parent.name) for f, d in pairs))
+    return Images(
+        tuple(
+            ImageSource(_read_checked, itemgetter(1), pair, pair[0].parent.name) for pair in pairs
+        )
+    )
 
 
 def _read_checked(listed: tuple[Path, str]) -> np.ndarray:

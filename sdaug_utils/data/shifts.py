@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from sdaug_utils.data.images import Images, Split
+from sdaug_utils.data.images import Images, ImageSource, Split
 from sdaug_utils.store import digest
 
 CODE_VERSION = 1
@@ -71,4 +71,5 @@ def shifted(split: Split, name: str) -> Images:
         return digest({**recipe, "image": split.image_digest(row)})
 
     rows = range(len(split))
-    return Images(tuple((load, digest_of, row, f"{split.name}, {name}") for row in rows))
+    group = f"{split.name}, {name}"
+    return Images(tuple(ImageSource(load, digest_of, row, group) for row in rows))

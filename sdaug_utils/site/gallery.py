@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdaug_utils.data.images import Images, read_listed
 from sdaug_utils.errors import InputError
-from sdaug_utils.evidence.figures import label_of
+from sdaug_utils.evidence.figures import label_of, mosaic
 from sdaug_utils.generation.pool_files import read_pool
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
@@ -55,7 +55,9 @@ def write_gallery(study: Study, pools: Iterable[Path], site: Path) -> list[dict[
             nearest = [int(row) for row in own[cosines.argmax(axis=1)]]
             similarity = [round(float(value), 3) for value in cosines.max(axis=1)]
         sheet = f"pools/{folder.name}.png"
-        _sheet(made, [real.load(row) for row in nearest]).save(site / sheet, optimize=True)
+        side = min(LARGEST, *(image.shape[0] for image in made))
+        picture = mosaic([made, [real.load(row) for row in nearest]], gap=0, side=side)
+        Image.fromarray(picture).save(site / sheet, optimize=True)
         found.append(
             {
                 "technique": label_of(spec["technique"]),
@@ -81,14 +83,3 @@ def _directions(study: Study, images: Images) -> np.ndarray:
     """Features of images, (n, features), each of length 1."""
     features = feature_arrays(study, images)[:, 0]
     return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def _sheet(made: list[np.ndarray], nearest: list[np.ndarray]) -> Image.Image:
-    """Images above, real ones below."""
-    side = min(LARGEST, *(image.shape[0] for image in made))
-    sheet = Image.new("RGB", (side * len(made), 2 * side), "white")
-    for height, row in enumerate((made, nearest)):
-        for column, image in enumerate(row):
-            small = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(small, (column * side, height * side))
-    return sheet

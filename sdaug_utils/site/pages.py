@@ -34,6 +34,62 @@ MAIN_FIGURE = "fig-4-08-training-percentage.png"
 Rows = list[list[Any]]
 
 
+class Site:
+    """A folder of pages in an order, each with links to its neighbours."""
+
+    def __init__(self, folder: Path, executed: Collection[Path]) -> None:
+        """``executed`` are the notebooks, each of which gets a page."""
+        self.folder, self.executed = folder, executed
+        notebooks = [(f"{path.stem}.html", path.stem[:2]) for path in executed]
+        self.pages = [("index.html", "Report"), *notebooks, ("gallery.html", "Gallery")]
+        self.environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in ("filters.js", "gallery.js"):
+            shutil.copyfile(TEMPLATES / file, folder / file)
+        style = (TEMPLATES / "style.css").read_text() + code_style()
+        (folder / "style.css").write_text(style)
+
+    def write(self, here: str, template: str, title: str, **values: Any) -> None:
+        """One of the pages; the first and the last have one neighbour only."""
+        place = [name for name, _ in self.pages].index(here)
+        shown = {
+            "title": title,
+            "pages": self.pages,
+            "here": here,
+            "previous": self.pages[place - 1] if place else None,
+            "next": self.pages[place + 1] if place + 1 < len(self.pages) else None,
+        }
+        made = self.environment.get_template(template).render(shown | values)
+        (self.folder / here).write_text(made)
+
+    def write_notebooks(self) -> list[tuple[str, str, str]]:
+        """A page for each notebook; returns its file's name, its title and its question."""
+        questions, stems = [], [path.stem for path in self.executed]
+        for path in self.executed:
+            notebook = nbformat.read(path, as_version=4)
+            title, question = heading(notebook)
+            questions.append((f"{path.stem}.html", title, question))
+            made = with_links(body(notebook), stems, self.folder)
+            self.write(f"{path.stem}.html", "notebook.html.j2", title, body=Markup(made))
+        return questions
+
+    def write_gallery(self, profile: str, record: Mapping[str, Any]) -> None:
+        """The gallery of the pools that a run has used."""
+        pools = [
+            pool
+            for domain, folders in pools_of(record).items()
+            if folders
+            for pool in write_gallery(
+                open_study(profile, None, domain, False), folders, self.folder
+            )
+        ]
+        (self.folder / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
+        self.write("gallery.html", "gallery.html.j2", "Gallery", number=len(pools))
+
+
 def write_site(runs: Path) -> Path:
     """Make the site of what a run left in a folder: its notebooks, and a record of what it was.
 
@@ -49,53 +105,15 @@ def write_site(runs: Path) -> Path:
     record = json.loads(record_file.read_text())
     profile, name = str(runs / CONFIG), run_of(str(runs / CONFIG)).name
     os.environ.update(record["environment"])  # as that run was asked for
-    whole, site = runs / "report", runs / "report.partial"
-    shutil.rmtree(site, ignore_errors=True)
-    site.mkdir()
-    numbers = [path.stem[:2] for path in executed]
-    pages = [
-        ("index.html", "Report"),
-        *((f"{path.stem}.html", number) for path, number in zip(executed, numbers, strict=True)),
-        ("gallery.html", "Gallery"),
-    ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
-    )
-
-    def write(place: int, template: str, title: str, **values: Any) -> None:
-        """One of the pages; the first and the last have one neighbour only."""
-        around = {
-            "previous": pages[place - 1] if place else None,
-            "next": pages[place + 1] if place + 1 < len(pages) else None,
-        }
-        here = pages[place][0]
-        shown = {"title": title, "pages": pages, "here": here, **around, **values}
-        (site / here).write_text(environment.get_template(template).render(shown))
-
-    for file in ("filters.js", "gallery.js"):
-        shutil.copyfile(TEMPLATES / file, site / file)
-    (site / "style.css").write_text((TEMPLATES / "style.css").read_text() + code_style())
-    questions = []
-    for place, path in enumerate(executed, start=1):
-        notebook = nbformat.read(path, as_version=4)
-        title, question = heading(notebook)
-        questions.append((f"{path.stem}.html", title, question))
-        made = with_links(body(notebook), [path.stem for path in executed], site)
-        write(place, "notebook.html.j2", title, body=Markup(made))
-    pools = [
-        pool
-        for domain, folders in pools_of(record).items()
-        if folders
-        for pool in write_gallery(open_study(profile, None, domain, False), folders, site)
-    ]
-    (site / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
-    write(len(pages) - 1, "gallery.html.j2", "Gallery", number=len(pools))
+    site = Site(runs / "report.partial", executed)
+    questions = site.write_notebooks()
+    site.write_gallery(profile, record)
     verdicts = verdict_rows(profile, [path.stem for path in executed])
     figure = figures_folder(profile) / MAIN_FIGURE
     if figure.exists():
-        shutil.copyfile(figure, site / figure.name)
-    write(
-        *(0, "front.html.j2", f"Subject-driven data augmentation: {name}"),
+        shutil.copyfile(figure, site.folder / figure.name)
+    site.write(
+        *("index.html", "front.html.j2", f"Subject-driven data augmentation: {name}"),
         profile=name,
         figure=figure.name if figure.exists() else "",
         figure_alt="Test accuracy of each technique against the percentage of real training data.",
@@ -105,8 +123,8 @@ def write_site(runs: Path) -> Path:
         notebooks=questions,
         card=card(profile, record),
     )
-    shutil.rmtree(whole, ignore_errors=True)
-    return site.replace(whole) / "index.html"
+    shutil.rmtree(runs / "report", ignore_errors=True)
+    return site.folder.replace(runs / "report") / "index.html"
 
 
 def heading(notebook: Any) -> tuple[str, str]:

@@ -224,29 +224,21 @@ def train_published(
     resize = augment.build("none", settings.image_size)
     targets = torch.from_numpy(labels).to(device)
 
-    def views(some: Sequence[np.ndarray], chosen: augment.Transform, seed: int) -> list[np.ndarray]:
-        return [augment.view(image, chosen, seed + number) for number, image in enumerate(some)]
-
-    def resized(some: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        """As the network sees them, if they fit into memory, else as they are."""
-        bytes_each = 3 * settings.image_size**2
-        return views(some, resize, 0) if len(some) * bytes_each <= KEPT_BYTES else some
-
     @torch.inference_mode()
     def predict(some: Sequence[np.ndarray]) -> np.ndarray:
         backbone.eval()
         parts = [some[i : i + FEATURE_BATCH] for i in range(0, len(some), FEATURE_BATCH)]
-        logits = [head(backbone(to_pixels(views(part, resize, 0)).to(device))) for part in parts]
+        logits = [head(backbone(to_pixels(_views(part, resize)).to(device))) for part in parts]
         return torch.cat(logits).argmax(dim=1).cpu().numpy()
 
-    as_they_are = resized(images) if augmentation == "none" else images
-    validation_images = resized(validation[0])
+    kept = _resized(images, resize, settings) if augmentation == "none" else images
+    validation_images = _resized(validation[0], resize, settings)
     best, best_epoch, updates, curve = -1.0, 0, 0, list[tuple[int, float]]()
     for epoch in range(settings.max_epochs):
         backbone.train()
         passes = range(epoch * settings.passes_per_epoch, (epoch + 1) * settings.passes_per_epoch)
         for number, rows in _in_batches(len(images), settings.batch_size, seed, passes):
-            batch = views([as_they_are[row] for row in rows], transform, number)
+            batch = _views([kept[row] for row in rows], transform, number)
             with torch.no_grad():
                 features = backbone(to_pixels(batch).to(device))
             loss = torch.nn.functional.cross_entropy(head(features), targets[rows])
@@ -261,6 +253,21 @@ def train_published(
         elif epoch - best_epoch >= settings.patience:
             break
     return Outcome(predict(test_images), score, updates, updates, curve=curve)
+
+
+def _views(
+    images: Sequence[np.ndarray], transform: augment.Transform, seed: int = 0
+) -> list[np.ndarray]:
+    """A view of each image, by seeds that count up."""
+    return [augment.view(image, transform, seed + place) for place, image in enumerate(images)]
+
+
+def _resized(
+    images: Sequence[np.ndarray], resize: augment.Transform, settings: Published
+) -> Sequence[np.ndarray]:
+    """Images as the network sees them, if they fit into memory, else as they are."""
+    num_bytes = len(images) * 3 * settings.image_size**2
+    return _views(images, resize) if num_bytes <= KEPT_BYTES else images
 
 
 def _in_batches(

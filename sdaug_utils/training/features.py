@@ -260,7 +260,7 @@ def _arrays(
     }
     of = ["images"] * len(images)
     if isinstance(images, Images):
-        of = [name for _, _, _, name in images.items]
+        of = [item.group for item in images.items]
     return of, {name: {**recipe, "of": name} for name in dict.fromkeys(of)}
 
 

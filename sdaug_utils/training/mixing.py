@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sdaug_utils.data.images import Images, digests
+from sdaug_utils.data.images import Images, ImageSource, digests
 from sdaug_utils.lazy import torch
 from sdaug_utils.store import digest
 
@@ -68,4 +68,5 @@ def cut_and_pasted(images: Sequence[np.ndarray], chosen: Partners, side: int) ->
         both = [keys[key[0]], keys[int(chosen.rows[key])]]
         return digest({"of": both, "side": side, "box": boxes[key].tolist()})
 
-    return Images(tuple((load, digest_of, key, name) for key in np.ndindex(chosen.rows.shape)))
+    places = np.ndindex(chosen.rows.shape)
+    return Images(tuple(ImageSource(load, digest_of, place, name) for place in places))

@@ -174,14 +174,26 @@ def train(
                 break
     if protocol == "controlled":
         head.load_state_dict(best)
+    selected = best_step if protocol == "controlled" else step
+    return _tested(head, held_out, step, selected, curve)
+
+
+def _tested(
+    head: torch.nn.Module,
+    held_out: Mapping[str, tuple[Features, torch.Tensor]],
+    num_updates: int,
+    selected_step: int,
+    curve: Sequence[tuple[int, float]],
+) -> Segmented:
+    """What a trained head makes of the validation and test images."""
     predicted = {name: predict(head, *pair) for name, pair in held_out.items()}
     validation, test = (
         jaccard(predicted[name], held_out[name][1].numpy(), NUM_CLASSES)
         for name in ("validation", "test")
     )
-    selected = best_step if protocol == "controlled" else step
     labels = (predicted["test"] + 1).astype(np.uint8)
-    return Segmented(test[0], test[1], labels, float(validation[0].mean()), step, selected, curve)
+    score = float(validation[0].mean())
+    return Segmented(test[0], test[1], labels, score, num_updates, selected_step, curve)
 
 
 def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:
