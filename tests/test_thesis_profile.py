@@ -73,7 +73,7 @@ def test_a_dry_run_needs_neither_data_nor_models(monkeypatch, capsys, tmp_path):
     # 5 subjects, 4 numbers of images, 2 techniques; 4 prompts of 3 images
     assert "480 / 480" in first
     assert "40 / 40" in first
-    assert "24 / 24" in eighth
+    assert "26 / 26" in eighth  # 24, and two of another number of updates
     # 101 classes, 3 draws: 20 images by prompts, 20 that follow control images
     assert "12120 / 12120" in ninth
     assert "GPU hours" in shown

@@ -154,7 +154,7 @@ class Runs(Experiment):
     """Classifiers or segmenters, trained once for each draw and seed of each arm."""
 
     percents: ClassVar[tuple[str, ...]] = ()  # parameters that hold real percentages; a grid first
-    percent_of_them: ClassVar[tuple[str, ...]] = ()  # parameters that are one of the first's
+    percent_of_them: ClassVar[tuple[str, ...]] = ()  # of the first's, should those be fitted
 
     protocol: Protocol
     num_draws: int = Field(ge=2)  # one draw has no interval
@@ -179,7 +179,7 @@ class Runs(Experiment):
     def fitted(self, study: Study) -> dict[str, Any]:
         """Real percentages that leave too few images of a class are left out."""
         values, new = dict(self), dict[str, Any]()
-        allowed = PercentsAllowed(study, numbers_made(self.runs(study)))
+        allowed = PercentsAllowed(study, numbers_made(self.grid(study)))
         for key in self.percents:
             new[key] = allowed.among(values[key])
         for key in self.percent_of_them:
@@ -189,11 +189,11 @@ class Runs(Experiment):
 
     def check(self, study: Study) -> None:
         """Check that each class has the images that each run needs, of the right kind."""
-        for key in self.percent_of_them:
-            require_among(key, getattr(self, key), getattr(self, self.percents[0]))
+        grid = self.grid(study)
+        percents = [run.real_percent for run in grid if run.real_percent]
+        percents += [percent for key in self.percents for percent in getattr(self, key)]
+        check_percents(study, percents, numbers_made(grid))
         runs = self.runs(study)
-        percents = [run.real_percent for run in runs if run.real_percent]
-        check_percents(study, percents, {run.technique for run in runs if run.technique})
         require_whole_labels(study, runs)
         for name, most in numbers_made(runs).items():
             techniques()[name].require(study, most)

@@ -36,7 +36,7 @@ class Combinations(Runs):
 
     def fitted(self, study: Study) -> dict[str, Any]:
         """Rows whose real percentage leaves too few images of a class are left out."""
-        allowed = PercentsAllowed(study, numbers_made(self.runs(study)))
+        allowed = PercentsAllowed(study, numbers_made(self.grid(study)))
         technique, _, percent = self.rows[0]
         kept = [row for row in self.rows if row[1] in allowed] or [(technique, 100.0, percent)]
         return {} if kept == self.rows else {"rows": [list(row) for row in kept]}

@@ -2,7 +2,15 @@
 
 from pydantic import Field
 
-from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, counts_of, synthetic
+from sdaug_utils.experiments.base import (
+    Arm,
+    Numbers,
+    Runs,
+    baselines,
+    counts_of,
+    require_among,
+    synthetic,
+)
 from sdaug_utils.params import Percent, Technique
 from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
@@ -40,3 +48,9 @@ class WithControlNet(Runs):
         arms += synthetic(self.rivals, at_rivals)
         arms += [{**arm, "controls_from_outside": True} for arm in synthetic([CONTROLNET], outside)]
         return arms
+
+    def check(self, study: Study) -> None:
+        """Check that rivals and outside controls are tried where there are runs."""
+        for key in self.percent_of_them:
+            require_among(key, getattr(self, key), self.synthetic_percents)
+        super().check(study)

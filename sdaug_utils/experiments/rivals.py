@@ -39,7 +39,7 @@ class Rivals(AtPercentages):
 
     def fitted(self, study: Study) -> dict[str, Any]:
         """Only techniques that the data allow, only percentages that there are."""
-        new, numbers = super().fitted(study), numbers_made(self.runs(study))
+        new, numbers = super().fitted(study), numbers_made(self.grid(study))
         there_are = [name for name in self.techniques if _can_have(study, name, numbers[name])]
         among = new.get("real_percents", self.real_percents)
         shifted = [percent for percent in self.shifted_percents if percent in among] or among[-1:]
