@@ -201,6 +201,7 @@ def notebook(cells):
 def test_an_experiment_of_a_user_s_own_is_one_file_and_a_notebook(tmp_path):
     assert len(EXPERIMENT.splitlines()) <= 40
     assert len(CELLS) == 10
+    assert f"```python\n{EXPERIMENT.rstrip()}\n```" in (ROOT / "CONTRIBUTING.md").read_text()
     project = tmp_path / "project"
     for name in ("sdaug_utils", "params"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
