@@ -66,7 +66,7 @@ FAULTS = (
         f"{TRAINING}/classifier.py",
         "elif epoch - best_epoch >= settings.patience:",
         "elif epoch - best_epoch <= settings.patience:",
-        "test_training.py::test_published_training_equals_a_plain_loop",
+        "test_classifier.py::test_published_training_equals_a_plain_loop",
     ),
     Fault(
         "synthetic images with another image's trimap",

@@ -204,3 +204,11 @@ def test_a_parameters_cell_holds_assignments_only(tmp_path):
     notebook.write_text('{"cells": []}')
     with pytest.raises(InputError, match="no cell is tagged"):
         params.parameters_cell(notebook)
+
+
+def test_the_fewer_images_the_more_views_of_each():
+    controlled = params.load_settings("smoke").classifier.controlled
+    assert controlled.num_views(1) == 12
+    assert controlled.num_views(5) == 3
+    assert controlled.num_views(100) == 2
+    assert controlled.num_views(100, synthetic=True) == 1

@@ -1,19 +1,15 @@
-"""Choosing images, shifted test images, calibration, copies: what notebooks 10 and 11 measure."""
+"""Rules that choose among synthetic images, and experiment 10."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from sdaug_utils import notebooks, params, plan, rates
-from sdaug_utils.data import shifts
-from sdaug_utils.evidence import claims, figures, likeness, metrics
+from sdaug_utils import notebooks, params, plan
+from sdaug_utils.evidence import figures
 from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.training import runs, selection
 from sdaug_utils.training.runs import Run
 from sdaug_utils.training.selection import RULES, Candidates
 from sdaug_utils.training.trainer import Trainer, results_of
-
-SETS = ("none", *shifts.SHIFTS)
 
 
 def candidates(features, probabilities=None, label=0, real=None):
@@ -147,115 +143,6 @@ def test_what_lies_beyond_runs_only_where_it_is_asked_for():
     assert [path.stem[:2] for path in notebooks.chosen(["10", "11"])] == ["10", "11"]
 
 
-def test_shifts_change_an_image_each_in_its_way(world):
-    test = world.data.splits["test"]
-    plain = np.stack(list(test.images())).astype(float)
-    for name in shifts.SHIFTS:
-        images = shifts.shifted(test, name)
-        made = np.stack(list(images)).astype(float)
-        assert made.shape == plain.shape
-        assert np.array_equal(made, np.stack(list(images)))  # again the same
-        assert not set(images.digests()) & set(test.images().digests())
-        change = np.abs(made - plain).mean()
-        assert 1 < change < 80, name
-    dark, flat = (np.stack(list(shifts.shifted(test, n))) for n in ("darkness", "low contrast"))
-    assert dark.mean() == pytest.approx(plain.mean() / 2, abs=1)
-    assert flat.mean() == pytest.approx(plain.mean(), abs=2)
-    assert flat.std() < 0.8 * plain.std()
-
-
-def test_classifiers_see_shifted_images_and_those_as_they_are(world):
-    grid = [chosen().model_copy(update={"seed": seed, "chosen_from": 0}) for seed in (0, 1)]
-    plain = results_of(world, grid)
-    shifted = [run.model_copy(update={"test_sets": SETS}) for run in grid]
-    rows = results_of(world, shifted)
-    assert len(rows) == 2 * (1 + len(shifts.SHIFTS))
-    same = rows[rows["shift"] == "none"]
-    for seed in (0, 1):
-        first, second = (x[x["seed"] == seed]["predictions"].iloc[0] for x in (plain, same))
-        assert np.array_equal(first, second)
-    assert all((c >= 0.5).all() and (c <= 1).all() for c in rows["confidences"])  # two classes
-    again = results_of(world, shifted)
-    pd.testing.assert_frame_equal(rows, again)
-
-
-def test_gains_on_shifted_images_are_over_the_baseline_on_the_same(world):
-    grid = [
-        chosen().model_copy(update={"draw": draw, "chosen_from": 0, **arm})
-        for draw in (0, 1)
-        for arm in ({}, {"technique": None, "synthetic_per_class": 0})
-    ]
-    rows = results_of(world, [run.model_copy(update={"test_sets": SETS}) for run in grid])
-    table = claims.gains(rows, ["arm", "real_percent", "shift"], {"arm": "baseline"})
-    assert len(table) == 2 * (1 + len(shifts.SHIFTS))
-    assert (table[table["arm"] == "baseline"]["gain_points"] == 0).all()
-    [noisy] = table[(table["arm"] != "baseline") & (table["shift"] == "noise")].to_dict("records")
-    own, base = (
-        np.mean(
-            [s.mean() for s in rows[(rows["arm"] == arm) & (rows["shift"] == "noise")]["scores"]]
-        )
-        for arm in (noisy["arm"], "baseline")
-    )
-    assert noisy["score"] == pytest.approx(own)
-    assert noisy["gain_points"] == pytest.approx(100 * (own - base))
-
-
-def test_the_calibration_error_is_how_far_certainty_is_off():
-    sure = np.full(1000, 0.9)
-    right = np.arange(1000) < 900
-    assert metrics.calibration_error(sure, right) == pytest.approx(0)
-    assert metrics.calibration_error(sure, np.arange(1000) < 600) == pytest.approx(0.3)
-    mixed = np.concatenate([np.full(500, 0.6), np.full(500, 1.0)])
-    right = np.concatenate([np.arange(500) < 400, np.arange(500) < 450])  # off by 0.2 and by 0.1
-    assert metrics.calibration_error(mixed, right) == pytest.approx(0.15)
-
-
-def test_prdc_has_the_values_that_its_paper_derives():
-    """Naeem et al., 2020: of one distribution, density is 1 on average, coverage 1 - 2**-k."""
-    rng, size, k = np.random.default_rng(0), 1500, 5
-    real, same = rng.normal(size=(2, size, 16))
-    found = metrics.prdc(real, same, k)
-    expected = 1 - np.prod([(size - i) / (2 * size - i) for i in range(1, k + 1)])
-    assert found["density"] == pytest.approx(1, abs=0.05)
-    assert found["coverage"] == pytest.approx(expected, abs=0.02)
-    far = metrics.prdc(real, same + 20, k)
-    assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
-    one_point = metrics.prdc(real, real[:1] + 1e-3 * same, k)  # real, and all alike
-    assert one_point["precision"] == 1
-    assert one_point["recall"] < 0.02
-
-
-def test_copies_are_nearer_to_a_known_image_than_that_is_to_others():
-    rng = np.random.default_rng(0)
-    known = rng.normal(size=(200, 32))
-    assert metrics.copies(known + 0.01 * rng.normal(size=known.shape), known) == 1
-    fresh = rng.normal(size=(200, 32))
-    assert metrics.copies(fresh, known) < 0.7
-    half = np.concatenate([known[:100] + 1e-3, fresh[:100] + 30])
-    assert metrics.copies(half, known) == pytest.approx(0.5)
-
-
-def test_likeness_has_a_row_for_each_technique_and_draw(world):
-    found = likeness.likeness(world, ["stable-diffusion-prompt", "real-guidance"], 2, 3, 50)
-    assert found[["arm", "draw"]].to_numpy().tolist() == [
-        ["stable-diffusion-prompt", 0],
-        ["stable-diffusion-prompt", 1],
-        ["real-guidance", 0],
-        ["real-guidance", 1],
-    ]
-    shares = found.drop(columns=["arm", "draw", "density"])
-    assert ((shares >= 0) & (shares <= 1)).all(axis=None)
-
-
-def test_costs_are_those_of_the_plan(world):
-    found = plan.costs(world, ["retrieval", "stable-diffusion-prompt", "dreambooth-lora"], 4, 50)
-    seconds = rates.rates(world.settings)[1]
-    assert found["images"].tolist() == [8, 8, 8]
-    assert found["models"].tolist() == [0, 0, 2]
-    assert found["sampling"].iloc[1] == pytest.approx(8 * seconds["image by a prompt"])
-    assert found["learning"].iloc[2] > 0 == found["learning"].iloc[1]
-
-
 def test_the_plan_knows_what_is_chosen_from(world):
     p = params.check_notebook(
         "10-selection",
@@ -272,16 +159,3 @@ def test_the_plan_knows_what_is_chosen_from(world):
 def test_rules_have_names_in_figures():
     assert figures.label_of("distribution") == "Distribution"
     assert set(figures.RULES) == set(RULES)
-
-
-def test_one_sentence_says_what_helps():
-    rows = [("baseline", 0.5, 0, 0, 0), ("mixup", 0.6, 10, 4, 16), ("cutmix", 0.5, 1, -2, 4)]
-    columns = ["arm", "score_low", "gain_points", "gain_points_low", "gain_points_high"]
-    gains = pd.DataFrame(rows, columns=columns).assign(real_percent=5.0)
-    assert claims.what_helps(gains, 10, str.title) == (
-        "At 5 % real images the highest mean has Mixup, +10.0 points [4.0, 16.0]. "
-        "Better than real images alone, by their 95 % intervals: Mixup."
-    )
-    without = claims.what_helps(gains[gains["arm"] != "mixup"], 10, str.title)
-    assert "nothing is shown to help: the highest mean has Cutmix, +1.0 points" in without
-    assert "at chance" in claims.what_helps(gains, 2, str.title)
