@@ -161,14 +161,15 @@ class Planner:
             if request.study is not self.study and not request.model:
                 together += digest(request.study.settings.model_dump(mode="json"))
             by_model.setdefault(together, []).append(whole)
-        kept: dict[str, dict[str, list[Request]]] = {}  # models by the technique that learns them
+        kept: dict[tuple[str, Study], dict[str, list[Request]]] = {}  # models that are kept
         for key, requests in by_model.items():
             technique = requests[0].technique
             if technique.learns and technique.keeps_models(self.settings):
-                kept.setdefault(technique.model_folder, {})[key] = requests
+                together = (technique.model_folder, requests[0].study)
+                kept.setdefault(together, {})[key] = requests
         made, learnt = list[Unit](), dict[str, Unit]()
-        for model_folder, models in kept.items():
-            made += self.models(model_folder, models, learnt)
+        for (model_folder, study), models in kept.items():
+            made += self.models(model_folder, study, models, learnt)
         for key, requests in by_model.items():
             if requests[0].technique.learns and key not in learnt:
                 counts = [[self.pool_of(r), len(r.indices)] for r in requests]
@@ -182,15 +183,19 @@ class Planner:
         return self.keys[id(request.spec)]
 
     def models(
-        self, model_folder: str, models: dict[str, list[Request]], learnt: dict[str, Unit]
+        self,
+        model_folder: str,
+        study: Study,
+        models: dict[str, list[Request]],
+        learnt: dict[str, Unit],
     ) -> list[Unit]:
         """Units for models that are kept, each with as many models as are learnt together.
 
         The units are added to ``learnt``, by the models' keys.
         """
         technique, made = techniques()[model_folder], []
-        size, keys = technique.at_once(self.settings), list(models)
-        cost, number = technique.model_cost(self.settings)
+        size, keys = technique.at_once(study.settings), list(models)
+        cost, number = technique.model_cost(study.settings)
         for start in range(0, len(keys), size):
             some = keys[start : start + size]
             pools = [models[key] for key in some]
@@ -199,8 +204,8 @@ class Planner:
                 key=f"models-{digest({'models': some})}",
                 kind="models",
                 items=len(some),
-                left=partial(models_left, self.study, pools),
-                make=partial(learn, self.study, pools),
+                left=partial(models_left, study, pools),
+                make=partial(learn, study, pools),
                 seconds=len(some) * number * self.seconds[cost],
                 num_bytes=len(some) * technique.model_bytes * self.is_large,
                 notebook=self._first_notebook(pools[0]),
@@ -257,7 +262,7 @@ class Planner:
             self.makers.setdefault(self.pool_of(request), set()).add(key)
         learning = temporary = 0.0
         if learnt:
-            cost, number = technique.model_cost(self.settings)
+            cost, number = technique.model_cost(first.study.settings)
             learning = number * self.seconds[cost]
             temporary = technique.model_bytes * self.is_large
         return Unit(
@@ -266,8 +271,8 @@ class Planner:
             key=key,
             kind="images",
             items=count,
-            left=partial(images_left, self.study, parts),
-            make=partial(fill, self.study, parts),
+            left=partial(images_left, first.study, parts),
+            make=partial(fill, first.study, parts),
             seconds=learning + count * self.seconds[technique.image_cost],
             num_bytes=count * self.image_bytes,
             temporary_bytes=temporary,
@@ -282,15 +287,15 @@ class Planner:
 
     def training(self) -> list[Unit]:
         """Units for features and training runs."""
-        data: dict[tuple[int, tuple[str, ...]], Unit] = {}  # features of data, by size and test set
+        data: dict[tuple[Any, ...], Unit] = {}  # features of the data set
         needs: dict[Run, set[str]] = {}
         for run, notebook in self.wanted.runs.items():
             own = runs.study_of(self.study, run)
-            look = (own.settings.classifier.image_size, run.test_sets)
-            if look not in data:
-                data[look] = features_of_data(own, notebook, run.test_sets)
+            features = (*runs.features_by(own), run.test_sets)
+            if features not in data:
+                data[features] = features_of_data(own, notebook, run.test_sets)
             makers = (self.makers.get(key, set()) for key in runs.pool_keys(self.study, run))
-            needs[run] = {data[look].key}.union(*makers)
+            needs[run] = {data[features].key}.union(*makers)
         shared = self._features(needs)
         return [*data.values(), *shared, *dict.fromkeys(self._runs(needs).values())]
 
@@ -350,14 +355,14 @@ def _with_features_in_common(study: Study, every: Iterable[Run]) -> list[list[Ru
     for run in every:
         if run.task != "classification" or run.protocol != "controlled" or run.seed:
             continue
-        size = runs.study_of(study, run).settings.classifier.image_size
+        seen_by = runs.features_by(runs.study_of(study, run))
         percent = run.real_percent if run.augmentation != "none" else 0
         if run.technique:
             own = (run.draw, *runs.pool_keys(study, run), run.controls_from_outside, percent)
-            key = (run.technique, run.augmentation, size, *own)
+            key = (run.technique, run.augmentation, *seen_by, *own)
             groups.setdefault(key, []).append(run)
         elif run.augmentation != "none":
-            groups.setdefault((run.augmentation, size), []).append(run)
+            groups.setdefault((run.augmentation, *seen_by), []).append(run)
     return list(groups.values())
 
 

@@ -105,7 +105,7 @@ def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], i
             continue
         own = runs.study_of(study, run)
         settings, percent = own.settings.classifier, runs.pool_percent(own, run)
-        pool = (*runs.pool_keys(study, run)[:1], percent, settings.image_size)
+        pool = (*runs.pool_keys(study, run)[:1], percent, *runs.features_by(own))
         if run.augmentation in ("none", "mixup"):  # which mixes features
             here = classes * run.num_made
             views[pool] = max(views.get(pool, 0), here)  # all the images of one view
@@ -114,7 +114,7 @@ def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], i
         rows = runs.real_rows(study, run).tolist()
         number = len(rows) + classes * run.synthetic_per_class
         for image in (*rows, *((*pool, *one) for one in made)):
-            key = (run.augmentation, settings.image_size, image)
+            key = (run.augmentation, *runs.features_by(own), image)
             is_synthetic = isinstance(image, tuple)
             wanted_views = settings.controlled.num_views(number, synthetic=is_synthetic)
             views[key] = max(views.get(key, 0), wanted_views)

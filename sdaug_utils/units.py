@@ -99,7 +99,7 @@ def features_of_data(study: Study, notebook: str, test_sets: Sequence[str] = ())
     number, seconds = sum(map(len, images)), rates.rates(study.settings)[1]["feature"]
     sizes = {name: len(split) for name, split in splits.items()}
     known: list[Any] = [study.data.name, study.data.class_names, sizes]
-    known += [study.settings.classifier.image_size, *test_sets]
+    known += [*runs.features_by(study), *test_sets]
     return Unit(
         name=" ".join([f"features of {study.data.name}", *test_sets]),
         key=f"features-{digest({'of': known})}",

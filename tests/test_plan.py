@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sdaug_utils import notebooks, params, plan, summary, units
+from sdaug_utils.experiments import base
+from sdaug_utils.generation.pools import technique_pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import experiments, techniques
-from sdaug_utils.store import digest
+from sdaug_utils.store import Store, digest
 from sdaug_utils.study import ROOT, configure, open_study
 from sdaug_utils.training import runs
 
@@ -183,3 +186,29 @@ def test_two_domains_of_one_data_set_are_told_apart(store):
     listed = plan.units(needed)
     assert sum(one.name == "features of fashion-mnist" for one in listed) == 2
     assert len({one.key for one in listed}) == len(listed)
+
+
+@pytest.mark.parametrize(
+    ("technique", "override"),
+    [
+        ("dreambooth", ("dreambooth.max_train_steps", 1)),
+        ("stable-diffusion-prompt", ("sampling.guidance_scale", 4.0)),
+    ],
+)
+def test_units_make_images_by_the_settings_that_a_run_overrides(
+    world, tmp_path, technique, override
+):
+    arms = base.synthetic([technique], [(50, [1])])
+    plain = runs.repeated(arms, "controlled", 1, 1)
+    other = [run.changed(dict([override])) for run in plain]
+    p = SimpleNamespace(requests=lambda _: [], runs=lambda _: plain + other)
+    made = plan.units(plan.wanted([("any", world, p)]))
+    assert units.Work(made).counts()["runs"] == (2, 2)
+    for unit in made:
+        unit.make()
+    changed = open_study("smoke", Store(tmp_path / "other")).changed(dict([override]))
+    expected = technique_pools(changed, technique, 0, 1, runs.pool_percent(changed, plain[0]))
+    for pool in expected:
+        [file] = pool.files
+        there = world.store.root / "pools" / file.parent.name / file.name
+        assert there.read_bytes() == file.read_bytes()

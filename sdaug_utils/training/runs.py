@@ -94,6 +94,11 @@ def study_of(study: Study, run: Run) -> Study:
     return study.changed(dict(run.overrides))
 
 
+def features_by(study: Study) -> tuple[str, int]:
+    """What tells the features of an image from others of it: the backbone, the image's size."""
+    return study.settings.classifier.backbone, study.settings.classifier.image_size
+
+
 def pool_percent(study: Study, run: Run) -> float:
     """The real percentage that the images of a run's pools come from; 100 if any will do."""
     if not run.technique or run.controls_from_outside:
