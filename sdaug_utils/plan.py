@@ -154,28 +154,26 @@ class Planner:
 
     def units(self) -> list[Unit]:
         """Models before their images, images before what trains on them."""
-        by_model: dict[str, list[Request]] = {}  # pools of a model, or of a technique without any
+        # Pools that a unit may make together: of one technique, its settings and its model.
+        together: dict[tuple[str, Study, str], list[Request]] = {}
+        kept: dict[tuple[str, Study], dict[str, list[Request]]] = {}  # models, with their pools
         for key, request in self.wanted.requests.items():
             whole = replace(request, indices=sorted(self.wanted.images[key]))
-            together = digest(request.model) if request.model else request.technique.name
-            if request.study is not self.study and not request.model:
-                together += digest(request.study.settings.model_dump(mode="json"))
-            by_model.setdefault(together, []).append(whole)
-        kept: dict[tuple[str, Study], dict[str, list[Request]]] = {}  # models that are kept
-        for key, requests in by_model.items():
-            technique = requests[0].technique
-            if technique.learns and technique.keeps_models(self.settings):
-                together = (technique.model_folder, requests[0].study)
-                kept.setdefault(together, {})[key] = requests
+            technique, study = request.technique, request.study
+            model = digest(request.model) if request.model else ""
+            together.setdefault((technique.name, study, model), []).append(whole)
+            if model and technique.keeps_models(study.settings):
+                of_folder = kept.setdefault((technique.model_folder, study), {})
+                of_folder.setdefault(model, []).append(whole)
         made, learnt = list[Unit](), dict[str, Unit]()
         for (model_folder, study), models in kept.items():
             made += self.models(model_folder, study, models, learnt)
-        for key, requests in by_model.items():
-            if requests[0].technique.learns and key not in learnt:
+        for (_, _, model), requests in together.items():
+            if model and model not in learnt:
                 counts = [[self.pool_of(r), len(r.indices)] for r in requests]
                 made.append(self._image_unit(requests, counts, None, learnt=True))
             else:
-                made += self.images(requests, learnt.get(key))
+                made += self.images(requests, learnt.get(model))
         return [*made, *self.training()]
 
     def pool_of(self, request: Request) -> str:

@@ -212,3 +212,19 @@ def test_units_make_images_by_the_settings_that_a_run_overrides(
         [file] = pool.files
         there = world.store.root / "pools" / file.parent.name / file.name
         assert there.read_bytes() == file.read_bytes()
+
+
+def test_techniques_that_share_a_model_make_their_own_images(world, tmp_path):
+    names = ["textual-inversion", "da-fusion", "diff-mix"]
+    asked_for = runs.repeated(base.synthetic(names, [(50, [2])]), "controlled", 1, 1)
+    p = SimpleNamespace(requests=lambda _: [], runs=lambda _: asked_for)
+    made = plan.units(plan.wanted([("any", world, p)]))
+    assert units.Work(made).counts()["models"] == (2, 2)  # a word for each class
+    for unit in made:
+        unit.make()
+    alone = open_study("smoke", Store(tmp_path / "alone"))
+    for name in names:
+        for pool in technique_pools(alone, name, 0, 2, 50):
+            for file in pool.files:
+                there = world.store.root / "pools" / file.parent.name / file.name
+                assert there.read_bytes() == file.read_bytes(), name

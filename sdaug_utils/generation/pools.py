@@ -242,6 +242,7 @@ def fill(study: Study, requests: Sequence[Request]) -> list[Pool]:
     settings, store, technique = study.settings, study.store, requests[0].technique
     sampling = technique.sampling(settings)
     kept = not technique.learns or technique.keeps_models(settings)
+    assert {request.technique.name for request in requests} == {technique.name}
     pipeline = partial(loaded, technique, settings)
     groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
     missing: dict[str, Request] = {}  # of models whose pools are not complete
