@@ -119,21 +119,21 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: what is wrong, before any work has started.
     """
     began = time.time()
-    if arguments.cluster or arguments.scheduler:
-        workers_of(arguments)
+    workers = workers_of(arguments) if arguments.cluster or arguments.scheduler else None
     for variable in ("SDAUG_STORE", "SDAUG_OUTPUT"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     paths = notebooks.chosen(arguments.only)
-    offline, file = arguments.dry_run or arguments.from_results, study.CONFIG
-    if offline:  # a run may go on beside
+    offline = arguments.dry_run or arguments.from_results
+    file = study.CONFIG
+    if offline:  # another file: a run that is in progress keeps its own
         file = "dry-run.yaml" if arguments.dry_run else "from-results.yaml"
         os.environ["HF_HUB_OFFLINE"] = "1"
     profile, output = study.configure(
         arguments.profile,
         arguments.output,
         file,
-        changes=[params.override(*pair) for pair in arguments.parameter],
+        changes=[params.parse_parameter(*pair) for pair in arguments.parameter],
         protocol=arguments.protocol,
         dataset=arguments.dataset.resolve() if arguments.dataset else None,
         from_results=arguments.from_results,
@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.download_only:
         return 0
-    workers, asked = workers_of(arguments), summary.asked_for(jobs)
+    workers, asked = workers or workers_of(arguments), summary.asked_for(jobs)
     if jobs and rates.is_at_scale(jobs[0].study.settings):
         summary.require_disk(jobs, make.number_of(workers, jobs[0].study.settings))
     if arguments.verify:

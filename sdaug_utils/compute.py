@@ -41,7 +41,7 @@ def dtype_of(settings: Settings) -> torch.dtype:
 
 
 def dtype_name(settings: Settings) -> str:
-    """As :func:`dtype_of`; to tell it takes no PyTorch where there can be no GPU."""
+    """The name of :func:`dtype_of`, found without PyTorch where there is no GPU driver."""
     if settings.precision != "auto":
         return settings.precision
     return "float32" if _device_name(settings) == "cpu" else "float16"

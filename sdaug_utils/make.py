@@ -211,7 +211,7 @@ def require_workers(workers: Workers) -> None:
 
 
 def number_of(workers: Workers, settings: params.Settings) -> int:
-    """How many workers there will be, if it is known; at least one."""
+    """The number asked for, else one per GPU or core; 1 for a cluster of unknown size."""
     elsewhere = workers.cluster or workers.scheduler
     return workers.number or (1 if elsewhere else len(_gpu_of_each(None, settings)))
 
@@ -270,7 +270,7 @@ def make_unit(
     Returns:
         Seconds that it took.
     """
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    tqdm.set_lock(threading.RLock())  # the default, a semaphore, would outlive a kill
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # small networks gain little from more
     began = time.monotonic()

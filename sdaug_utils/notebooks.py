@@ -151,7 +151,10 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
     opened: dict[str, Study] = {}
     absent: list[str] = []
     for path in paths:
-        values, overrides = params.parameters_cell(path), params.overrides(profile, path.stem)
+        values, overrides = (
+            params.parameters_cell(path),
+            params.notebook_section(profile, path.stem),
+        )
         if profile != values.get("profile"):
             overrides = {"profile": profile, **overrides}
         checked = params.check_notebook(path.stem, values | overrides)

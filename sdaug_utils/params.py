@@ -27,7 +27,7 @@ PARAMS_FOLDER = Path(__file__).parents[1] / "params"
 
 
 def known_technique(name: str, suits: Callable[[Any], bool] = lambda one: True) -> str:
-    """The name of a technique, checked: one that is registered and suits."""
+    """Check that a technique of this name is registered and that ``suits(technique)`` is true."""
     names = [known for known, one in techniques().items() if suits(one)]
     if name not in names:
         listed = ", ".join(map(repr, names))
@@ -80,12 +80,12 @@ class Controlled(Parameters):
     batch_size: int = Field(ge=1)
     max_train_steps: int = Field(ge=1)
     validation_steps: int = Field(ge=1)
-    min_views: int = Field(ge=1)  # of each real image, if it is augmented
-    min_synthetic_views: int = Field(ge=1)  # of each synthetic one, of which there are more
-    num_augmented: int = Field(ge=1)  # views of all images together: the fewer, the more of each
+    min_views: int = Field(ge=1)  # per real image, if images are augmented
+    min_synthetic_views: int = Field(ge=1)  # per synthetic image
+    num_augmented: int = Field(ge=1)  # views per training set, at least: few images have more each
 
     def num_views(self, num_images: int, synthetic: bool = False) -> int:
-        """Augmented views of each real (or synthetic) image, of so many training images in all."""
+        """Augmented views per real (or synthetic) image, in a training set of ``num_images``."""
         fewest = self.min_synthetic_views if synthetic else self.min_views
         return max(fewest, -(-self.num_augmented // num_images))
 
@@ -122,12 +122,12 @@ class Segmenter(Parameters):
     image_size: int = Field(ge=32)
     label_size: int = Field(ge=8)  # trimaps are compared at this size
     output_stride: Literal[8, 16]
-    stage: int = Field(ge=1, le=4)  # of EfficientNet's, that gives the maps; DeepLabV3 has its own
+    stage: int = Field(ge=1, le=4)  # of EfficientNet, whose maps are used; ignored for DeepLabV3
     channels: int = Field(ge=8)
     atrous_rates: list[Count] = Field(min_length=1)
     dropout: float = Field(ge=0, lt=1)
     learning_rate: float = Field(gt=0)
-    batch_size: int = Field(ge=2)  # the head's BatchNorm sees a number per image
+    batch_size: int = Field(ge=2)  # the pooling branch's BatchNorm needs two values
     max_train_steps: int = Field(ge=1)
     validation_steps: int = Field(ge=1)
     max_epochs: int = Field(ge=1)
@@ -162,7 +162,7 @@ class Settings(Parameters):
         False  # U-Net and ControlNet, by torch.compile: the same images but for rounding
     )
     training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
-    treatment: str = ""  # what is not as in the thesis: every table says so
+    treatment: str = ""  # how it deviates from the thesis: a column of every table
     cluster: dict[str, Any] = {}  # of a queue's jobs: what dask-jobqueue's classes take
     sampling: Sampling
     classifier: Classifier
@@ -180,15 +180,15 @@ class Settings(Parameters):
         return value
 
 
-class Run(Parameters):
-    """Section ``run`` of a ``config.yaml``: what a command line says beside parameters."""
+class Invocation(Parameters):
+    """Section ``run`` of a ``config.yaml``: what a command line asks for besides parameters."""
 
     name: str  # of the folders in runs, figures and results
     from_results: bool = False  # shipped runs are read, nothing is made
 
 
-def override(key: str, text: str) -> tuple[list[str], Any]:
-    """A parameter named as ``section.key.key``, with its value as YAML, from the command line.
+def parse_parameter(key: str, text: str) -> tuple[list[str], Any]:
+    """Parse ``-p SECTION.KEY VALUE`` into the path of the key and its value, which is YAML.
 
     A notebook's section may be named by its number.
 
@@ -217,13 +217,13 @@ def configure(
     """The content of a ``config.yaml``: a profile with a command line's changes, checked.
 
     Args:
-        changes: paths of keys and values, as :func:`override` gives them.
+        changes: paths of keys and values, as :func:`parse_parameter` gives them.
         dataset: a folder of class folders that takes the place of the main data set.
 
     Raises:
         InputError: unknown profile; unknown, missing or ill-typed key.
     """
-    sections, name = read_profile(profile), run_of(profile).name
+    sections, name = read_profile(profile), invocation_of(profile).name
     sections.pop("run", None)
     for (section, *keys), value in changes:
         _put(sections.setdefault(section, {}), keys, value)
@@ -244,12 +244,12 @@ def configure(
     return {"run": {"name": name, "from_results": from_results}, **sections}
 
 
-def run_of(profile: str) -> Run:
+def invocation_of(profile: str) -> Invocation:
     """Section ``run`` of a ``config.yaml``; for a plain profile, only its name."""
     if not _is_file(profile):
-        return Run(name=profile)
+        return Invocation(name=profile)
     given = read_profile(profile).get("run", {})
-    return _checked(Run, {"name": Path(profile).stem, **given}, f"{profile}: run")
+    return _checked(Invocation, {"name": Path(profile).stem, **given}, f"{profile}: run")
 
 
 def _is_file(profile: str) -> bool:
@@ -290,7 +290,7 @@ def read_profile(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
         if name not in valid:
             raise InputError(f"{path}: section '{name}' is unknown: choose from {valid}")
         if not isinstance(section, dict):
-            raise InputError(f"{path}: section '{name}': must be a list of 'key: value'")
+            raise InputError(f"{path}: section '{name}': must be a mapping of 'key: value'")
     return _merged(read_profile(base, (*heirs, profile)), sections) if base else sections
 
 
@@ -309,7 +309,7 @@ def _settings_of(sections: dict[str, Any], domain: Domain, where: str) -> Settin
     values = sections["common"]
     if domain == "second":
         values = _merged(values, sections.get(SECOND, {}))
-    return _checked(_settings(), values, where)
+    return _checked(_settings_class(), values, where)
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -343,8 +343,8 @@ def _merged(values: Any, changes: Any) -> Any:
 
 
 @cache
-def _settings() -> type[Settings]:
-    """:class:`Settings` with the sections of all techniques; one may be left out if it can be."""
+def _settings_class() -> type[Settings]:
+    """:class:`Settings` with a field per technique; it may be left out if all has a default."""
     sections: dict[str, Any] = {}
     for technique in techniques().values():
         if technique.section:
@@ -354,8 +354,8 @@ def _settings() -> type[Settings]:
     return pydantic.create_model("Settings", __base__=Settings, **sections)
 
 
-def overrides(profile: str, notebook: str) -> dict[str, Any]:
-    """What a profile sets in a notebook's ``parameters`` cell."""
+def notebook_section(profile: str, notebook: str) -> dict[str, Any]:
+    """A profile's section for a notebook."""
     return read_profile(profile).get(notebook, {})
 
 
@@ -388,8 +388,8 @@ def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
     """Collect and check the parameters that a notebook has set, given its ``globals()``.
 
-    The ``parameters`` cell and what papermill has injected count whole, so that a key no code reads
-    is an error; what they held before they were run again does not.
+    Every name that the ``parameters`` cell or papermill's cell assigns is checked, so that a
+    mistyped name is an error. Only the last execution of each cell counts.
     """
     parameters: set[str] = set()
     injected: set[str] = set()

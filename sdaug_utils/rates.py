@@ -24,8 +24,8 @@ def rates(settings: Settings) -> tuple[str, dict[str, float]]:
     """Where rates come from, and the seconds that each kind of work takes there.
 
     Those of ``benchmarks/rates.py`` for small models; for models of full size those that
-    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest. An image takes a fixed
-    time and a time per step where both are known, else as long as its number of steps.
+    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest. For images a rate is
+    scaled by the number of steps; where both were measured it is ``once`` + steps * ``step``.
     """
     content, steps = measured(settings), steps_of_images(settings)
 
@@ -48,11 +48,8 @@ def measured(settings: Settings) -> dict[str, Any]:
     machine, missing = content["machine"], logged["seconds"].keys() - content["seconds"].keys()
     name = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
     rest = f"; {', '.join(sorted(missing))}: {logged['source']}" if missing else ""
-    seconds = {
-        "source": f"{name}, measured{rest}",
-        "seconds": logged["seconds"] | content["seconds"],
-    }
-    return {**logged, **content, **seconds}
+    seconds = logged["seconds"] | content["seconds"]
+    return {**logged, **content, "source": f"{name}, measured{rest}", "seconds": seconds}
 
 
 def steps_of_images(settings: Settings) -> dict[str, int]:
@@ -67,7 +64,7 @@ def is_at_scale(settings: Settings) -> bool:
 
 
 def run_seconds(study: Study, run: Run, rates: Mapping[str, float]) -> float:
-    """Seconds that a run's run takes, features not included."""
+    """Seconds that training a run takes, without computing its features."""
     settings, classes = runs.study_of(study, run).settings, len(study.data.class_names)
     real = len(study.data.splits["train"]) * run.real_percent / 100
     images = real + classes * run.synthetic_per_class
@@ -94,9 +91,11 @@ def run_seconds(study: Study, run: Run, rates: Mapping[str, float]) -> float:
 
 
 def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], int]) -> int:
-    """How many features runs' heads need beside those of real images as they are.
+    """How many features must be computed for the heads of runs, unaugmented real images aside.
 
-    ``views``, those of each image that are there already, grow by them.
+    Args:
+        views: numbers of views that are counted already, by image or pool. It is updated in place,
+            so that what groups of runs share is counted once.
     """
     classes = len(study.data.class_names)
     before = sum(views.values())
@@ -123,10 +122,10 @@ def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], i
 
 def thesis_hours(experiment: str) -> float:
     """GPU hours in the thesis's run logs: training, and what they tell of generation."""
-    runs = pd.read_csv(TABLES / "published_results.csv")
-    runs = runs[runs["experiment"] == experiment].drop_duplicates("run")
-    per_class = runs[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
+    logged = pd.read_csv(TABLES / "published_results.csv")
+    logged = logged[logged["experiment"] == experiment].drop_duplicates("run")
+    per_class = logged[["generation_seconds_per_class_median", "finetune_seconds_per_class_mean"]]
     sizes = {name: count for name, (count, _) in photos.SIZES.items()}
-    num_classes = runs["dataset"].map(sizes).astype(float)  # of no runs they would be texts
+    num_classes = logged["dataset"].map(sizes).astype(float)  # an empty column would hold objects
     generation = per_class.fillna(0).sum(axis=1) * num_classes
-    return float(runs["elapsed_train_seconds"].fillna(0).sum() + generation.sum()) / 3600
+    return float(logged["elapsed_train_seconds"].fillna(0).sum() + generation.sum()) / 3600

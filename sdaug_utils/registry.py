@@ -1,7 +1,7 @@
 """Techniques and experiments by name: each is a file, which registers what it holds.
 
-Nothing else in the module names a technique, but claims and the experiments that are about it; and
-nothing but its notebook and its claims names an experiment.
+No other file of the package names a technique, except claims and the experiments about it; only its
+notebook and its claims name an experiment.
 """
 
 import importlib
@@ -40,17 +40,17 @@ def experiments() -> dict[str, Any]:
 
 
 def _all_of(name: str, registered: dict[str, Any]) -> dict[str, Any]:
-    """What the files of a folder have registered, sorted in place."""
+    """Import every file of a folder; what they have registered, sorted by name in place."""
     package = importlib.import_module(name)
     for file in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{name}.{file.name}")
     for key in sorted(registered):
-        registered[key] = registered.pop(key)
+        registered[key] = registered.pop(key)  # what is registered later is known, too
     return registered
 
 
-def unit_of(number: str) -> str:
-    """What the experiment of a notebook's number repeats: draws or subjects."""
+def repeats_of(number: str) -> str:
+    """What the experiment of a notebook's number repeats: "draws" or "subjects"."""
     return next(
-        (known.unit for name, known in experiments().items() if name.startswith(number)), "draws"
+        (known.repeats for name, known in experiments().items() if name.startswith(number)), "draws"
     )

@@ -31,7 +31,7 @@ Spec = Mapping[str, Any]
 PARTIAL = ".partial"  # of a folder that is being made
 FILES = "files.json"
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
-"""What is counted: kinds of units, and as people call what they make."""
+"""Kinds of units that summaries count, and how they call them."""
 
 
 def digest(spec: Spec) -> str:

@@ -12,7 +12,7 @@ import yaml
 from sdaug_utils import params
 from sdaug_utils.data import datasets
 from sdaug_utils.data.images import Dataset
-from sdaug_utils.params import Domain, Settings, load_settings, run_of
+from sdaug_utils.params import Domain, Settings, invocation_of, load_settings
 from sdaug_utils.store import Store, require_writable, write_atomically
 
 ROOT = datasets.PROJECT
@@ -28,12 +28,12 @@ def output() -> Path:
 
 def figures_folder(profile: str) -> Path:
     """Where a profile's figures go, and the tables behind them."""
-    return output() / "figures" / run_of(profile).name
+    return output() / "figures" / invocation_of(profile).name
 
 
 def results_folder(profile: str) -> Path:
     """Where a profile's raw runs go."""
-    return output() / "results" / run_of(profile).name
+    return output() / "results" / invocation_of(profile).name
 
 
 def configure(
@@ -75,7 +75,7 @@ class Study:
     @cached_property
     def name(self) -> str:
         """The run's name, which its folders under figures and results have."""
-        return run_of(self.profile).name
+        return invocation_of(self.profile).name
 
     @property
     def stands_for(self) -> str:
@@ -113,6 +113,6 @@ def open_study(
     """
     settings = load_settings(profile, domain)
     chosen = settings.data[domain]
-    fetch = chosen.download and download and not run_of(profile).from_results
+    fetch = chosen.download and download and not invocation_of(profile).from_results
     data = datasets.load(**chosen.model_dump(exclude={"download"}), download=fetch)
     return Study(profile, settings, data, store or Store(), domain)

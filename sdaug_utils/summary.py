@@ -56,7 +56,9 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
         print(f"treatment: {settings.treatment}")
     if at_scale:
         hours = table["thesis, hours"].sum()
-        print(f"the thesis's logs: {hours:.0f} hours, one run per setting; their gaps count as 0")
+        print(
+            f"the thesis's logs: {hours:.0f} hours, one run per setting; a run without a time counts as 0"
+        )
     total = work.counts()["images"][1]
     unshared = sum(what.unshared for what in needed.values())
     print(
@@ -126,7 +128,7 @@ def _print_summary(
     for name, reason in outcome.failures.items():
         print(f"not made: {name}: {reason}")
     if outcome.left_out:
-        print(f"left out, since they need it: {len(outcome.left_out)} tasks")
+        print(f"left out, because they need a unit that failed: {len(outcome.left_out)} units")
 
 
 def _write_record(

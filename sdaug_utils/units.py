@@ -16,7 +16,7 @@ from sdaug_utils.study import Study
 from sdaug_utils.training import features, runs, trainer
 from sdaug_utils.training.runs import Run
 
-FEATURE_BYTES = 1280 * 4
+FEATURE_BYTES = 1280 * 4  # 32-bit features of EfficientNet-Lite0; those of ResNet34 are smaller
 GIB = 2**30
 
 

@@ -76,7 +76,7 @@ def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, m
     with pytest.raises(InputError, match=r"retrieval\.corpus: null: name a folder"):
         pools.technique_pools(unnamed, "retrieval", 0, 1)
     values = params.parameters_cell(NOTEBOOKS / "11-rivals.ipynb")
-    p = params.check_notebook("11-rivals", values | params.overrides("smoke", "11-rivals"))
+    p = params.check_notebook("11-rivals", values | params.notebook_section("smoke", "11-rivals"))
     p.check(unnamed)
     with pytest.raises(InputError, match="or do without 'retrieval'"):
         p.check_techniques(unnamed)

@@ -74,7 +74,7 @@ def _address(runtime):
 
 def parameters():
     """The cell of parameters with the grid of the smoke profile."""
-    changed = {"profile": "smoke"} | params.overrides("smoke", NOTEBOOK)
+    changed = {"profile": "smoke"} | params.notebook_section("smoke", NOTEBOOK)
     return "\n".join(f"{key} = {value!r}" for key, value in changed.items())
 
 

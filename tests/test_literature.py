@@ -118,7 +118,7 @@ def test_personalised_subjects_have_no_images_to_follow():
 
 def test_shifted_images_are_tried_where_there_is_a_baseline(world):
     values = params.parameters_cell(NOTEBOOKS / "11-rivals.ipynb")
-    values |= params.overrides("smoke", "11-rivals")
+    values |= params.notebook_section("smoke", "11-rivals")
     elsewhere = params.check_notebook("11-rivals", values | {"shifted_percents": [25]})
     with pytest.raises(InputError, match="shifted_percents: 25 is not among"):
         elsewhere.check(world)

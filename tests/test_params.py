@@ -29,7 +29,7 @@ def profile_folder(tmp_path, monkeypatch):
 def test_every_profile_fits_every_notebook(profile, notebook):
     params.load_settings(profile)
     values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
-    checked = params.check_notebook(notebook, values | params.overrides(profile, notebook))
+    checked = params.check_notebook(notebook, values | params.notebook_section(profile, notebook))
     assert checked.profile == "miniature"
 
 
@@ -42,8 +42,8 @@ def test_a_profile_is_its_base_but_for_what_it_sets(profile_folder):
     base, own = params.load_settings("spoilt"), params.load_settings("heir")
     assert own.sampling.batch_size == 3 != base.sampling.batch_size
     assert own.model_copy(update={"sampling": base.sampling}) == base
-    set_by_base = params.overrides("spoilt", NAME)
-    assert params.overrides("heir", NAME) == set_by_base | {"num_draws": 9}
+    set_by_base = params.notebook_section("spoilt", NAME)
+    assert params.notebook_section("heir", NAME) == set_by_base | {"num_draws": 9}
 
     heir.write_text("base: heir")
     with pytest.raises(InputError, match=r"heir\.yaml: base: 'heir' is based on itself"):
@@ -58,10 +58,10 @@ def test_what_is_asked_for_is_a_profile_in_a_file(tmp_path):
     changed, folder = configure("smoke", changes=changes, protocol="published")
     assert Path(changed) == folder / "config.yaml"
     assert params.load_settings(changed).sampling.batch_size == 3
-    own = params.overrides(changed, NAME)
+    own = params.notebook_section(changed, NAME)
     assert (own["num_draws"], own["protocol"]) == (9, "published")
-    assert "protocol" not in params.overrides(changed, "01-number-of-images")
-    assert params.run_of(changed).name == folder.name != "smoke-published"
+    assert "protocol" not in params.notebook_section(changed, "01-number-of-images")
+    assert params.invocation_of(changed).name == folder.name != "smoke-published"
     assert configure("smoke") == ("smoke", folder.parent / "smoke")  # nothing is changed
     with pytest.raises(InputError, match=r"smoke\.yaml: sampling\.batch_size: Input should be"):
         configure("smoke", changes=[(["common", "sampling", "batch_size"], "many")])
@@ -71,13 +71,13 @@ def test_a_file_is_a_profile_like_any_other():
     changed, folder = configure("smoke", changes=[([NAME, "num_draws"], 9)])
     shipped, same = configure(changed, from_results=True, file="from-results.yaml")
     assert same == folder
-    assert params.run_of(shipped).from_results
-    assert not params.run_of(changed).from_results
+    assert params.invocation_of(shipped).from_results
+    assert not params.invocation_of(changed).from_results
     further, other = configure(changed, protocol="published")
     assert other.name == f"{folder.name}-published"
-    assert params.overrides(further, NAME)["num_draws"] == 9
+    assert params.notebook_section(further, NAME)["num_draws"] == 9
     plain = str(params.PARAMS_FOLDER / "smoke.yaml")
-    assert configure(plain)[1].name == params.run_of(plain).name == "smoke"
+    assert configure(plain)[1].name == params.invocation_of(plain).name == "smoke"
 
 
 def test_the_fast_profile_differs_from_the_thesis_in_what_its_treatment_says():
@@ -97,7 +97,9 @@ def test_the_fast_profile_differs_from_the_thesis_in_what_its_treatment_says():
     for notebook in experiments():
         values = params.parameters_cell(NOTEBOOKS / f"{notebook}.ipynb")
         slow, own = (
-            params.check_notebook(notebook, values | params.overrides(name, notebook)).model_dump()
+            params.check_notebook(
+                notebook, values | params.notebook_section(name, notebook)
+            ).model_dump()
             for name in ("thesis", "thesis-fast")
         )
         assert "'dreambooth'" not in str(own)

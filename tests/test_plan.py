@@ -23,7 +23,7 @@ ASKED = ("02-different-subjects", "09-food-101")
 
 def parameters(notebook, profile="smoke"):
     path = notebooks.NOTEBOOKS / f"{notebook}.ipynb"
-    values = params.parameters_cell(path) | params.overrides(profile, notebook)
+    values = params.parameters_cell(path) | params.notebook_section(profile, notebook)
     return params.check_notebook(notebook, values)
 
 

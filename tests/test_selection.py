@@ -147,7 +147,7 @@ def test_the_plan_knows_what_is_chosen_from(world):
     p = params.check_notebook(
         "10-selection",
         params.parameters_cell(NOTEBOOKS / "10-selection.ipynb")
-        | params.overrides("smoke", "10-selection"),
+        | params.notebook_section("smoke", "10-selection"),
     )
     [what] = plan.wanted([("10-selection", world, p)]).values()
     # two classes, four images of each; prompts and textual inversion, whose words differ by draw

@@ -77,7 +77,7 @@ def test_its_images_begin_as_real_ones_of_the_subset(world):
 def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
     values = params.parameters_cell(
         params.PARAMS_FOLDER.parent / "notebooks" / "04-generation-percentage.ipynb"
-    ) | params.overrides("smoke", "04-generation-percentage")
+    ) | params.notebook_section("smoke", "04-generation-percentage")
     chosen = {"techniques": ["real-guidance"], "further_numbers": {}, "profile": "smoke"}
     p = params.check_notebook("04-generation-percentage", values | chosen)
     work = units.Work(plan.units(plan.wanted([("04-generation-percentage", world, p)])))

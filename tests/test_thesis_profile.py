@@ -405,7 +405,7 @@ def test_grids_shrink_to_what_the_data_allow(own_images, store):
     study = open_study(configure("smoke", dataset=own_images)[0], store)
     changed = {}
     for path in notebooks.chosen(["01", "02", "03", "04", "05", "06", "07"]):
-        values = params.parameters_cell(path) | params.overrides("smoke", path.stem)
+        values = params.parameters_cell(path) | params.notebook_section("smoke", path.stem)
         checked = params.check_notebook(path.stem, values)
         new = checked.fitted(study)
         fitting = params.check_notebook(path.stem, values | new)

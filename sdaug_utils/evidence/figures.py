@@ -20,7 +20,7 @@ from PIL import Image
 
 from sdaug_utils.evidence.claims import TABLES, notebook_of
 from sdaug_utils.params import load_settings
-from sdaug_utils.registry import techniques, unit_of
+from sdaug_utils.registry import repeats_of, techniques
 from sdaug_utils.store import write_atomically
 from sdaug_utils.study import WRITTEN, figures_folder
 
@@ -291,7 +291,7 @@ def to_decide(judged: pd.DataFrame) -> list[str]:
     """
     found = []
     for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
-        unit = unit_of(notebook_of(row["id"]))
+        unit = repeats_of(notebook_of(row["id"]))
         number = row["draws_needed"]
         more = "more test images" if np.isinf(number) else f"{number:.0f} {unit}"
         open_one = not np.isnan(row["detectable"])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sdaug_utils.errors import InputError
-from sdaug_utils.params import run_of
+from sdaug_utils.params import invocation_of
 from sdaug_utils.store import write_atomically
 from sdaug_utils.study import WRITTEN, results_folder
 
@@ -29,7 +29,7 @@ def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFr
         InputError: they are to be read, and are not there.
     """
     path = results_folder(profile) / f"{name}.parquet"
-    if not run_of(profile).from_results:
+    if not invocation_of(profile).from_results:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = _small(make())
         write_atomically(path, lambda temporary: rows.to_parquet(temporary, compression="zstd"))

@@ -47,11 +47,11 @@ Personalisation = Annotated[
 
 
 class Experiment(Parameters):
-    """What the ``parameters`` run of a notebook sets, and what follows from it."""
+    """The values that a notebook's ``parameters`` cell sets, and what follows from them."""
 
     notebook: ClassVar[str]  # the name of its file, without suffix; it begins with a number
     domain: ClassVar[Domain] = "main"  # which of a profile's two data sets it is about
-    unit: ClassVar[str] = "draws"  # what is repeated, hence what intervals are over
+    repeats: ClassVar[str] = "draws"  # what is repeated, and what intervals are taken over
     in_thesis: ClassVar[bool] = True  # others run only if they are asked for
     needs_trimaps: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False  # of the real images, before it can be planned
@@ -82,10 +82,10 @@ class Experiment(Parameters):
         """
 
     def check_techniques(self, study: Study) -> None:
-        """Check that all is set, and goes with the models, which the techniques need.
+        """Check that the techniques have the settings they need, and that these fit the models.
 
         Raises:
-            InputError: something is only planned with, or does not go with the foundation model.
+            InputError: a setting is missing (a plan can do without it), or does not fit the model.
         """
         for name in self.technique_names(study):
             if missing := techniques()[name].missing_setting(study.settings):
@@ -96,7 +96,7 @@ class Experiment(Parameters):
 class Subjects(Experiment):
     """Few images of each subject, models personalised on them, prompts."""
 
-    unit = "subjects"
+    repeats = "subjects"
     needs_features = True
 
     techniques: list[Personalisation] = Field(min_length=1)
@@ -117,7 +117,7 @@ class Subjects(Experiment):
         raise NotImplementedError
 
     def planned_subjects(self, study: Study) -> list[Subject]:
-        """As many subjects with as many images, chosen without a look at an image."""
+        """Placeholders for :meth:`subjects`, for a plan before there are features."""
         raise NotImplementedError
 
     def requests(self, study: Study) -> list[Request]:
@@ -153,8 +153,10 @@ class Subjects(Experiment):
 class Runs(Experiment):
     """Classifiers or segmenters, trained once for each draw and seed of each arm."""
 
-    percents: ClassVar[tuple[str, ...]] = ()  # parameters that hold real percentages; a grid first
-    percent_of_them: ClassVar[tuple[str, ...]] = ()  # of the first's, should those be fitted
+    percents: ClassVar[
+        tuple[str, ...]
+    ] = ()  # parameters that hold real percentages; the grid first
+    percents_of_grid: ClassVar[tuple[str, ...]] = ()  # parameters that are one of the grid's
 
     protocol: Protocol
     num_draws: int = Field(ge=2)  # one draw has no interval
@@ -174,15 +176,15 @@ class Runs(Experiment):
 
     def technique_names(self, study: Study) -> Iterable[str]:
         """Those of its runs."""
-        return numbers_made(self.runs(study))
+        return images_needed(self.runs(study))
 
     def fitted(self, study: Study) -> dict[str, Any]:
         """Real percentages that leave too few images of a class are left out."""
         values, new = dict(self), dict[str, Any]()
-        allowed = PercentsAllowed(study, numbers_made(self.grid(study)))
+        allowed = PercentsAllowed(study, images_needed(self.grid(study)))
         for key in self.percents:
             new[key] = allowed.among(values[key])
-        for key in self.percent_of_them:
+        for key in self.percents_of_grid:
             known = new[self.percents[0]]
             new[key] = values[key] if values[key] in known else min(known)
         return {key: value for key, value in new.items() if value != values[key]}
@@ -192,10 +194,10 @@ class Runs(Experiment):
         grid = self.grid(study)
         percents = [run.real_percent for run in grid if run.real_percent]
         percents += [percent for key in self.percents for percent in getattr(self, key)]
-        check_percents(study, percents, numbers_made(grid))
+        check_percents(study, percents, images_needed(grid))
         runs = self.runs(study)
-        require_whole_labels(study, runs)
-        for name, most in numbers_made(runs).items():
+        require_labels_fit_protocol(study, runs)
+        for name, most in images_needed(runs).items():
             techniques()[name].require(study, most)
 
 
@@ -270,8 +272,8 @@ def counts_of(study: Study, synthetic_percents: dict[float, list[int]]) -> Count
     ]
 
 
-def numbers_made(runs: Iterable[Run]) -> dict[str, int]:
-    """The most images of a class that runs need of each technique."""
+def images_needed(runs: Iterable[Run]) -> dict[str, int]:
+    """The most images per class that the runs need, by technique."""
     most: dict[str, int] = {}
     for run in runs:
         if run.technique:
@@ -313,8 +315,8 @@ def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
         raise InputError(f"{key}: {percent:g} is not among {known}")
 
 
-def require_whole_labels(study: Study, runs: Iterable[Run]) -> None:
-    """Check that labels are mixed only where a classifier learns by the controlled protocol.
+def require_labels_fit_protocol(study: Study, runs: Iterable[Run]) -> None:
+    """Check that soft labels (mixing) are used only for classifiers of the controlled protocol.
 
     Raises:
         InputError: they are mixed elsewhere.
@@ -331,17 +333,17 @@ def require_whole_labels(study: Study, runs: Iterable[Run]) -> None:
 def check_percents(study: Study, percents: list[float], names: Iterable[str]) -> None:
     """Check that every real subset has an image of each class and all that models learn from.
 
-    A personalised model learns from fewer images of a class whose subset is smaller, but from three
-    at least, if it is not asked to learn from fewer, and if there are as many (thesis: three to
-    five).
+    Where a class's subset is smaller than the number of inputs asked for, the model learns from all
+    of it. That is accepted down to three images (the thesis uses three to five), or fewer where
+    fewer are asked for or the whole class has fewer.
 
     Raises:
         InputError: a class would be empty, or a personalised model would learn from too few images.
     """
-    labels, fewest = study.data.splits["train"].labels, min(percents)
-    subset(labels, fewest)  # refuses to leave a class empty
+    labels, lowest = study.data.splits["train"].labels, min(percents)
+    subset(labels, lowest)  # refuses to leave a class empty
     whole = int(np.bincount(labels).min())
-    smallest = subset_size(whole, fewest)
+    smallest = subset_size(whole, lowest)
     for name in names:
         technique = techniques()[name]
         if technique.learns:
@@ -349,6 +351,6 @@ def check_percents(study: Study, percents: list[float], names: Iterable[str]) ->
             wanted = min(wanted, whole)
             if smallest < min(wanted, FEWEST_INPUTS):
                 raise InputError(
-                    f"{key}: {wanted}, but the smallest real subset ({fewest:g} %) has "
+                    f"{key}: {wanted}, but the smallest real subset ({lowest:g} %) has "
                     f"{smallest} of a class: choose at most that many"
                 )

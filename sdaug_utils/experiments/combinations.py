@@ -9,7 +9,7 @@ from sdaug_utils.experiments.base import (
     PercentsAllowed,
     Runs,
     counts_of,
-    numbers_made,
+    images_needed,
     synthetic,
 )
 from sdaug_utils.params import Augmentation, Count, Percent, Technique
@@ -24,10 +24,12 @@ class Combinations(Runs):
     notebook = "07-combinations"
 
     augmentation: Augmentation
-    rows: list[tuple[Technique, Percent, Count]] = Field(min_length=1)  # synthetic % of the real
+    rows: list[tuple[Technique, Percent, Count]] = Field(
+        min_length=1
+    )  # synthetic images in % of the real ones
 
     def arms(self, study: Study) -> list[Arm]:
-        """Two for each row."""
+        """Each row without and with the augmentation."""
         arms = []
         for technique, real, percent in self.rows:
             [row] = synthetic([technique], counts_of(study, {real: [percent]}))
@@ -36,7 +38,7 @@ class Combinations(Runs):
 
     def fitted(self, study: Study) -> dict[str, Any]:
         """Rows whose real percentage leaves too few images of a class are left out."""
-        allowed = PercentsAllowed(study, numbers_made(self.grid(study)))
+        allowed = PercentsAllowed(study, images_needed(self.grid(study)))
         technique, _, percent = self.rows[0]
         kept = [row for row in self.rows if row[1] in allowed] or [(technique, 100.0, percent)]
         return {} if kept == self.rows else {"rows": [list(row) for row in kept]}

@@ -24,7 +24,7 @@ class WithControlNet(Runs):
 
     notebook = "06-controlnet"
     percents = ("synthetic_percents",)
-    percent_of_them = ("rivals_at_percent", "outside_at_percent")
+    percents_of_grid = ("rivals_at_percent", "outside_at_percent")
 
     synthetic_percents: dict[Percent, Numbers] = Field(min_length=1)  # of the real images
     compared_with: list[Technique]
@@ -51,6 +51,6 @@ class WithControlNet(Runs):
 
     def check(self, study: Study) -> None:
         """Check that rivals and outside controls are tried where there are runs."""
-        for key in self.percent_of_them:
+        for key in self.percents_of_grid:
             require_among(key, getattr(self, key), self.synthetic_percents)
         super().check(study)

@@ -36,7 +36,7 @@ class DifferentSubjects(Subjects):
 
     @field_validator("kinds")
     @classmethod
-    def _with_every_class_once(cls, value: list[list[str]]) -> list[list[str]]:
+    def _no_class_twice(cls, value: list[list[str]]) -> list[list[str]]:
         names = [name for kind in value for name in kind]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"'{twice[0]}' is of two kinds")
@@ -62,7 +62,7 @@ class DifferentSubjects(Subjects):
         )
 
     def fitted(self, study: Study) -> dict[str, Any]:
-        """Kinds without the classes that the data have not got."""
+        """Classes that the data lack are dropped; a kind of which none is known stays."""
         known = set(study.data.class_names)
         kinds = [[name for name in kind if name in known] or kind for kind in self.kinds]
         changes = {} if kinds == self.kinds else {"kinds": kinds}

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sdaug_utils.data.shifts import SHIFTS
 from sdaug_utils.errors import InputError
-from sdaug_utils.experiments.base import AtPercentages, baselines, numbers_made, require_among
+from sdaug_utils.experiments.base import AtPercentages, baselines, images_needed, require_among
 from sdaug_utils.params import Augmentation, Percent
 from sdaug_utils.registry import register_experiment, techniques
 from sdaug_utils.study import Study
@@ -39,7 +39,7 @@ class Rivals(AtPercentages):
 
     def fitted(self, study: Study) -> dict[str, Any]:
         """Only techniques that the data allow, only percentages that there are."""
-        new, numbers = super().fitted(study), numbers_made(self.grid(study))
+        new, numbers = super().fitted(study), images_needed(self.grid(study))
         there_are = [name for name in self.techniques if _can_have(study, name, numbers[name])]
         among = new.get("real_percents", self.real_percents)
         shifted = [percent for percent in self.shifted_percents if percent in among] or among[-1:]

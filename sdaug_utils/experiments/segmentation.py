@@ -17,8 +17,7 @@ class Segmentation(Runs):
     needs_trimaps = True
     percents = ("synthetic_percents",)
 
-    # After which the setting with the most images is looked at:
-    update_numbers: Numbers
+    update_numbers: Numbers  # after which the setting with the most images is tested
     synthetic_percents: dict[Percent, Numbers] = Field(min_length=1)  # of the real images
 
     def arms(self, study: Study) -> list[Arm]:

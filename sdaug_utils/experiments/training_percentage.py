@@ -18,7 +18,7 @@ class TrainingPercentage(AtPercentages):
 
     notebook = "03-training-percentage"
     percents = ("real_percents", "pixels_at_percents")
-    percent_of_them = ("protocols_at_percent",)
+    percents_of_grid = ("protocols_at_percent",)
     compared: ClassVar[str] = "stable-diffusion-prompt"  # with the baseline, by ways of training
 
     pixels_at_percents: list[Percent]  # where a second classifier is tried
@@ -35,7 +35,7 @@ class TrainingPercentage(AtPercentages):
             *self.on_pixels(),
             *self.by_length(study),
             *self.by_views(study),
-            *self.at_both_rates(study),
+            *self.at_both_learning_rates(study),
         ]
 
     def on_pixels(self) -> list[Run]:
@@ -78,7 +78,7 @@ class TrainingPercentage(AtPercentages):
         ]
 
     def by_views(self, study: Study) -> list[Run]:
-        """Augmented arms there with other numbers of views of each image, up to their own."""
+        """Augmented arms, with most and least real images, with fewer views of each image."""
         augmented = [run for run in self._at_ends(study) if run.augmentation != "none"]
         return [
             run.changed(
@@ -95,11 +95,11 @@ class TrainingPercentage(AtPercentages):
 
     @staticmethod
     def num_views(run: Run) -> int:
-        """The number of views of each image in one of those runs."""
+        """Views per image in a run of :meth:`by_views`."""
         return int(dict(run.overrides)[f"{RECIPE}.min_views"])
 
-    def at_both_rates(self, study: Study) -> list[Run]:
-        """Baseline and plain prompts after some updates, at both protocols' rates."""
+    def at_both_learning_rates(self, study: Study) -> list[Run]:
+        """Baseline and plain prompts after some updates, at each protocol's learning rate."""
         theirs = {f"{RECIPE}.learning_rate": study.settings.classifier.published.learning_rate}
         steps = sorted({*self.curve_steps, *self.budgets(study)})
         return [

@@ -56,7 +56,7 @@ class Technique:
     marker: ClassVar[str]
     section: ClassVar[tuple[str, type[Parameters]] | None] = None  # of the settings, and its model
     inputs: ClassVar[Literal["none", "first", "all"]] = "none"
-    """Which images of a cell's real subset it may see: the first are learnt from; where it is all,
+    """Which images of a run's real subset it may see: the first are learnt from; where it is all,
     image i follows one of them, in turn."""
     learns: ClassVar[bool] = False  # a model for each set of inputs: see personalisation.py
     kind: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class that makes its images, or ""
@@ -244,11 +244,11 @@ def technique_requests(
     """``count`` images of each class by a technique, for one draw of the real subset.
 
     Only the draw's subset of ``real_percent`` is seen, and only as much of it as the technique says
-    that it looks at: nothing from outside a cell's subset leaks in. Where every subset holds all
+    that it looks at: nothing from outside a run's subset leaks in. Where every subset holds all
     the inputs of a model, it learns the same at every percentage.
 
     A pool that follows real images goes round all N of them in the draw's order. Of p % of them,
-    for one class the first n, a cell takes the rounds over those only: images 0 to n - 1, N to
+    for one class the first n, a run takes the rounds over those only: images 0 to n - 1, N to
     N + n - 1, and so on. So runs of other percentages share what they have in common.
     """
     technique = techniques()[technique_name]
@@ -290,7 +290,7 @@ def _of_classes(study: Study, technique: Any, draw: int, real_percent: float) ->
 
 
 def inputs_percent(study: Study, technique: Any, real_percent: float) -> float:
-    """The real percentage that a cell's images depend on; 100 where any gives the same."""
+    """The real percentage that a run's images depend on; 100 where any gives the same."""
     if technique.inputs == "first" and real_percent:
         smallest = int(np.bincount(study.data.splits["train"].labels).min())
         _, number = technique.num_inputs(study.settings)

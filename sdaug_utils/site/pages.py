@@ -22,7 +22,7 @@ from sdaug_utils import params
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import claims, report
-from sdaug_utils.params import run_of
+from sdaug_utils.params import invocation_of
 from sdaug_utils.registry import experiments
 from sdaug_utils.site.gallery import write_gallery
 from sdaug_utils.store import Store
@@ -103,7 +103,7 @@ def write_site(runs: Path) -> Path:
     if not executed or not record_file.exists():
         raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
     record = json.loads(record_file.read_text())
-    profile, name = str(runs / CONFIG), run_of(str(runs / CONFIG)).name
+    profile, name = str(runs / CONFIG), invocation_of(str(runs / CONFIG)).name
     os.environ.update(record["environment"])  # as that run was asked for
     site = Site(runs / "report.partial", executed)
     questions = site.write_notebooks()

@@ -1,7 +1,7 @@
-"""Which of a pool's images to keep: rules that see features, and the cell's own real images.
+"""Which of a pool's images to keep: rules that see features, and the run's own real images.
 
 The thesis leaves it to future work (chapter 6). A rule gets a class's candidates and says which of
-them it keeps; no image from outside a cell's real subset judges.
+them it keeps; no image from outside a run's real subset judges.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Candidates:
     """One class's synthetic images, and what may judge them."""
 
     features: np.ndarray  # (n, d) of the images
-    probabilities: np.ndarray  # (n, classes), by a classifier trained on the cell's real images
+    probabilities: np.ndarray  # (n, classes), by a classifier trained on the run's real images
     label: int
     real: np.ndarray  # (m, d) features of the class's real images
     rng: np.random.Generator  # for what is left to chance
