@@ -327,7 +327,7 @@ class Planner:
         made: dict[Run, Unit] = {}
         for notebook, own in by_notebook.items():
             for some in trainer.stacks(own):
-                partners = {made[run.partner].key for run in some if run.partner}
+                partners = {made[run.partner].key for run in some if run.partner in made}
                 unit = Unit(
                     name=f"{len(some)} runs from {some[0].arm}, {some[0].real_percent:g} % real, "
                     f"draw {some[0].draw}",

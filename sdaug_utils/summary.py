@@ -56,9 +56,7 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
         print(f"treatment: {settings.treatment}")
     if at_scale:
         hours = table["thesis, hours"].sum()
-        print(
-            f"the thesis's logs: {hours:.0f} hours, one run per setting; a run without a time counts as 0"
-        )
+        print(f"the thesis's logs: {hours:.0f} hours, one run per setting, if it is timed")
     total = work.counts()["images"][1]
     unshared = sum(what.unshared for what in needed.values())
     print(

@@ -4,7 +4,7 @@ An experiment is a subclass in a file of this folder and is registered. The plan
 figures, the report and the site ask the registry; none of them names an experiment.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -70,9 +70,14 @@ class Experiment(Parameters):
         """The techniques that it needs."""
         return ()
 
+    def values_allowed(self, study: Study) -> dict[str, Any]:
+        """Parameters that the data may not allow, and the nearest values that they do."""
+        return {}
+
     def fitted(self, study: Study) -> dict[str, Any]:
         """The parameters that must change for the data to allow them, and their new values."""
-        return {}
+        new, old = self.values_allowed(study), dict(self)
+        return {key: value for key, value in new.items() if value != old[key]}
 
     def check(self, study: Study) -> None:
         """Check the parameters against the data; no work starts.
@@ -136,10 +141,9 @@ class Subjects(Experiment):
         """Those that personalise."""
         return self.techniques
 
-    def fitted(self, study: Study) -> dict[str, Any]:
+    def values_allowed(self, study: Study) -> dict[str, Any]:
         """No more subjects than classes."""
-        fewer = min(self.num_subjects, len(study.data.class_names))
-        return {} if fewer == self.num_subjects else {"num_subjects": fewer}
+        return {"num_subjects": min(self.num_subjects, len(study.data.class_names))}
 
     def check(self, study: Study) -> None:
         """Check that each subject can be of another class."""
@@ -178,16 +182,14 @@ class Runs(Experiment):
         """Those of its runs."""
         return images_needed(self.runs(study))
 
-    def fitted(self, study: Study) -> dict[str, Any]:
+    def values_allowed(self, study: Study) -> dict[str, Any]:
         """Real percentages that leave too few images of a class are left out."""
-        values, new = dict(self), dict[str, Any]()
-        allowed = PercentsAllowed(study, images_needed(self.grid(study)))
-        for key in self.percents:
-            new[key] = allowed.among(values[key])
+        values, names = dict(self), images_needed(self.grid(study))
+        new = {key: allowed(study, values[key], names) for key in self.percents}
         for key in self.percents_of_grid:
             known = new[self.percents[0]]
             new[key] = values[key] if values[key] in known else min(known)
-        return {key: value for key, value in new.items() if value != values[key]}
+        return new
 
     def check(self, study: Study) -> None:
         """Check that each class has the images that each run needs, of the right kind."""
@@ -281,27 +283,27 @@ def images_needed(runs: Iterable[Run]) -> dict[str, int]:
     return most
 
 
-class PercentsAllowed:
-    """Which real percentages leave enough images of each class."""
+def is_fine(check: Callable[..., object], *arguments: Any) -> bool:
+    """Whether a check raises no InputError."""
+    try:
+        check(*arguments)
+    except InputError:
+        return False
+    return True
 
-    def __init__(self, study: Study, names: Iterable[str]) -> None:
-        """``names`` are those of the techniques that learn from these images."""
-        self.study, self.names = study, set(names)
 
-    def __contains__(self, percent: object) -> bool:
-        assert isinstance(percent, float | int)
-        try:
-            check_percents(self.study, [percent], self.names)
-        except InputError:
-            return False
-        return True
+def allowed(study: Study, values: Any, names: Collection[str]) -> Any:
+    """The real percentages of a list, or a dictionary's, that leave enough images; else 100 %.
 
-    def among(self, values: Any) -> Any:
-        """Those of a list that are allowed, or a dictionary's; 100 % if none is."""
-        if isinstance(values, dict):
-            kept = {percent: rest for percent, rest in values.items() if percent in self}
-            return kept or {100.0: next(iter(values.values()))}
-        return [percent for percent in values if percent in self] or [100.0]
+    Args:
+        names: techniques that learn from these images.
+    """
+    kept = [percent for percent in values if is_fine(check_percents, study, [percent], names)]
+    if isinstance(values, dict):
+        return {percent: values[percent] for percent in kept} or {
+            100.0: next(iter(values.values()))
+        }
+    return kept or [100.0]
 
 
 def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
@@ -330,7 +332,7 @@ def require_labels_fit_protocol(study: Study, runs: Iterable[Run]) -> None:
             )
 
 
-def check_percents(study: Study, percents: list[float], names: Iterable[str]) -> None:
+def check_percents(study: Study, percents: list[float], names: Collection[str]) -> None:
     """Check that every real subset has an image of each class and all that models learn from.
 
     Where a class's subset is smaller than the number of inputs asked for, the model learns from all

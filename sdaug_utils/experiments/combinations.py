@@ -6,8 +6,8 @@ from pydantic import Field
 
 from sdaug_utils.experiments.base import (
     Arm,
-    PercentsAllowed,
     Runs,
+    allowed,
     counts_of,
     images_needed,
     synthetic,
@@ -36,9 +36,10 @@ class Combinations(Runs):
             arms += [{**row, "augmentation": name} for name in ("none", self.augmentation)]
         return arms
 
-    def fitted(self, study: Study) -> dict[str, Any]:
+    def values_allowed(self, study: Study) -> dict[str, Any]:
         """Rows whose real percentage leaves too few images of a class are left out."""
-        allowed = PercentsAllowed(study, images_needed(self.grid(study)))
         technique, _, percent = self.rows[0]
-        kept = [row for row in self.rows if row[1] in allowed] or [(technique, 100.0, percent)]
+        names = images_needed(self.grid(study))
+        known = allowed(study, [row[1] for row in self.rows], names)
+        kept = [row for row in self.rows if row[1] in known] or [(technique, 100.0, percent)]
         return {} if kept == self.rows else {"rows": [list(row) for row in kept]}

@@ -61,12 +61,11 @@ class DifferentSubjects(Subjects):
             study, *names, self.num_subjects, self.prompts, self.images_per_prompt
         )
 
-    def fitted(self, study: Study) -> dict[str, Any]:
+    def values_allowed(self, study: Study) -> dict[str, Any]:
         """Classes that the data lack are dropped; a kind of which none is known stays."""
         known = set(study.data.class_names)
         kinds = [[name for name in kind if name in known] or kind for kind in self.kinds]
-        changes = {} if kinds == self.kinds else {"kinds": kinds}
-        return super().fitted(study) | changes
+        return super().values_allowed(study) | {"kinds": kinds}
 
     def check(self, study: Study) -> None:
         """Check that each kind's classes are of the data: all of them, or none."""

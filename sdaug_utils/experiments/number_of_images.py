@@ -28,12 +28,11 @@ class NumberOfImages(Subjects):
         """As many, chosen without a look at an image."""
         return stand_ins(study, self.num_subjects, self.numbers_of_images)
 
-    def fitted(self, study: Study) -> dict[str, Any]:
+    def values_allowed(self, study: Study) -> dict[str, Any]:
         """No more images of a subject than half the smallest class."""
         most = _most(study)
-        allowed = [number for number in self.numbers_of_images if number <= most] or [most]
-        changes = {} if allowed == self.numbers_of_images else {"numbers_of_images": allowed}
-        return super().fitted(study) | changes
+        fewer = [number for number in self.numbers_of_images if number <= most] or [most]
+        return super().values_allowed(study) | {"numbers_of_images": fewer}
 
     def check(self, study: Study) -> None:
         """Check that half of each class suffices: the other half is held back."""

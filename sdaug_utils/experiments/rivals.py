@@ -5,8 +5,13 @@ from typing import Any
 from pydantic import Field
 
 from sdaug_utils.data.shifts import SHIFTS
-from sdaug_utils.errors import InputError
-from sdaug_utils.experiments.base import AtPercentages, baselines, images_needed, require_among
+from sdaug_utils.experiments.base import (
+    AtPercentages,
+    baselines,
+    images_needed,
+    is_fine,
+    require_among,
+)
 from sdaug_utils.params import Augmentation, Percent
 from sdaug_utils.registry import register_experiment, techniques
 from sdaug_utils.study import Study
@@ -37,27 +42,22 @@ class Rivals(AtPercentages):
             if run.real_percent in self.shifted_percents and run.seed == 0
         ]
 
-    def fitted(self, study: Study) -> dict[str, Any]:
+    def values_allowed(self, study: Study) -> dict[str, Any]:
         """Only techniques that the data allow, only percentages that there are."""
-        new, numbers = super().fitted(study), images_needed(self.grid(study))
-        there_are = [name for name in self.techniques if _can_have(study, name, numbers[name])]
-        among = new.get("real_percents", self.real_percents)
-        shifted = [percent for percent in self.shifted_percents if percent in among] or among[-1:]
-        own = {"techniques": there_are, "shifted_percents": shifted}
-        return new | {key: value for key, value in own.items() if value != getattr(self, key)}
+        new, needed = super().values_allowed(study), images_needed(self.grid(study))
+        known = techniques()
+        new["techniques"] = [
+            name
+            for name in self.techniques
+            if is_fine(known[name].require, study, needed[name])
+            and not known[name].missing_setting(study.settings)
+        ]
+        among = new["real_percents"]
+        shifted = [percent for percent in self.shifted_percents if percent in among]
+        return new | {"shifted_percents": shifted or among[-1:]}
 
     def check(self, study: Study) -> None:
         """Check that shifted images are tried where there are runs."""
         for percent in self.shifted_percents:
             require_among("shifted_percents", percent, self.real_percents)
         super().check(study)
-
-
-def _can_have(study: Study, name: str, count: int) -> bool:
-    """Whether there can be so many images of each class by a technique."""
-    technique = techniques()[name]
-    try:
-        technique.require(study, count)
-    except InputError:
-        return False
-    return not technique.missing_setting(study.settings)
