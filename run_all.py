@@ -37,48 +37,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--only": {"nargs": "+", "metavar": "NN", "help": "numbers of notebooks, as in 03"},
     "--protocol": {"choices": ["published", "controlled"], "help": "how to train"},
     "--dataset": {"type": Path, "help": "a folder of class folders, for the main data"},
-    "--dry-run": {"action": "store_true", "help": "print the plan; start nothing"},
-    "--download-only": {
-        "action": "store_true",
-        "help": "fetch models and data; start no notebook",
-    },
-    "--keep-going": {
-        "action": argparse.BooleanOptionalAction,
-        "default": True,
-        "help": "go on with the next notebook when one fails (the default)",
-    },
-    "--gpus": {
-        "type": positive,
-        "nargs": "+",
-        "metavar": "N",
-        "help": "with --dry-run: hours on so many GPUs",
-    },
-    "--workers": {
-        "type": lambda text: None if text == "auto" else positive(text),
-        "metavar": "N",
-        "help": "number of worker processes, or of cluster jobs; auto: one per GPU or core",
-    },
-    "--cluster": {
-        "choices": ["slurm", "lsf", "pbs", "sge"],
-        "help": "run the workers as jobs of this queue; its options: the profile's or Dask's YAML",
-    },
-    "--scheduler": {"metavar": "ADDRESS", "help": "use a Dask cluster that is already running"},
-    "--timeout": {
-        "type": positive,
-        "default": 600,
-        "metavar": "MINUTES",
-        "help": "a unit that takes longer is stopped, and tried again",
-    },
-    "--verify": {
-        "action": "store_true",
-        "help": "compare every image with its digest, not its size",
-    },
-    "--force": {"action": "store_true", "help": "run every notebook again"},
-    "--from-results": {
-        "action": "store_true",
-        "help": "redraw figures and tables from shipped runs; make nothing",
-    },
     "--output": {"type": Path, "help": "folder of the executed notebooks"},
+    "--keep-going": {"action": argparse.BooleanOptionalAction, "default": True}
+    | {"help": "go on with the next notebook when one fails (the default)"},
+    "--gpus": {"type": positive, "nargs": "+", "metavar": "N"}
+    | {"help": "with --dry-run: hours on so many GPUs"},
+    "--workers": {"type": lambda text: None if text == "auto" else positive(text), "metavar": "N"}
+    | {"help": "number of worker processes, or of cluster jobs; auto: one per GPU or core"},
+    "--cluster": {"choices": ["slurm", "lsf", "pbs", "sge"]}
+    | {"help": "run the workers as jobs of this queue; its options: the profile's or Dask's YAML"},
+    "--scheduler": {"metavar": "ADDRESS", "help": "use a Dask cluster that is already running"},
+    "--timeout": {"type": positive, "default": 600, "metavar": "MINUTES"}
+    | {"help": "a unit that takes longer is stopped, and tried again"},
+}
+SWITCHES = {
+    "--dry-run": "print the plan; start nothing",
+    "--download-only": "fetch models and data; start no notebook",
+    "--verify": "compare every image with its digest, not its size",
+    "--force": "run every notebook again",
+    "--from-results": "redraw figures and tables from shipped runs; make nothing",
 }
 
 
@@ -95,6 +72,8 @@ def command_line() -> argparse.Namespace:
     )
     for name, option in OPTIONS.items():
         parser.add_argument(name, **option)
+    for name, text in SWITCHES.items():
+        parser.add_argument(name, action="store_true", help=text)
     return parser.parse_args()
 
 

@@ -107,7 +107,11 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(DASK))
         if workers.scheduler:
-            client = _client_of(workers.scheduler)
+            try:
+                client = Client(workers.scheduler, timeout=10)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f"--scheduler {workers.scheduler}: {reason}") from error
         else:
             security, start = Security.temporary(), _jobs if workers.cluster else _processes
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
@@ -126,15 +130,6 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _client_of(scheduler: str) -> Client:
-    from distributed import Client
-
-    try:
-        return Client(scheduler, timeout=10)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--scheduler {scheduler}: {' '.join(str(error).split())}") from error
 
 
 def _processes(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
@@ -343,21 +338,16 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
             number = work.left[unit.key]
             outcome.made[unit.kind] = outcome.made.get(unit.kind, 0) + number
             progress.update(unit.kind, number)
-    for unit in work.waiting:
-        if unit.key not in failed:
-            continue
+    for unit in [unit for unit in work.waiting if unit.key in failed]:
         if unit.needs & failed:  # Dask fails it with the error of what it needs
             outcome.left_out.append(unit.name)
-        else:
-            outcome.failures[unit.name] = _reason(futures[unit.key].exception())
-            tqdm.write(f"{unit.name}: {outcome.failures[unit.name]}")
+            continue
+        error = futures[unit.key].exception()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        outcome.failures[unit.name] = reason
+        tqdm.write(f"{unit.name}: {reason}")
     outcome.seconds += time.monotonic() - began
     outcome.workers = len(client.nthreads())
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}"
 
 
 class Progress(contextlib.ExitStack):
