@@ -111,6 +111,8 @@ def chosen(only: list[str] | None) -> list[Path]:
         InputError: no notebook's name begins with one of them.
     """
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+    if nameless := [path.name for path in every if path.stem not in experiments()]:
+        raise InputError(f"notebooks/{nameless[0]}: no experiment names this notebook")
     for prefix in only or []:
         if not any(path.stem.startswith(prefix) for path in every):
             known = ", ".join(path.stem for path in every)

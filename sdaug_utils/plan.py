@@ -157,14 +157,15 @@ class Planner:
         # Pools that a unit may make together: of one technique, its settings and its model.
         together: dict[tuple[str, Study, str], list[Request]] = {}
         kept: dict[tuple[str, Study], dict[str, list[Request]]] = {}  # models, with their pools
+        owners: dict[str, tuple[str, Study]] = {}  # each model is learnt by one
         for key, request in self.wanted.requests.items():
             whole = replace(request, indices=sorted(self.wanted.images[key]))
             technique, study = request.technique, request.study
             model = digest(request.model) if request.model else ""
             together.setdefault((technique.name, study, model), []).append(whole)
             if model and technique.keeps_models(study.settings):
-                of_folder = kept.setdefault((technique.model_folder, study), {})
-                of_folder.setdefault(model, []).append(whole)
+                owner = owners.setdefault(model, (technique.model_folder, study))
+                kept.setdefault(owner, {}).setdefault(model, []).append(whole)
         made, learnt = list[Unit](), dict[str, Unit]()
         for (model_folder, study), models in kept.items():
             made += self.models(model_folder, study, models, learnt)
@@ -283,17 +284,24 @@ class Planner:
         first = requests[0]
         return self.wanted.images[self.pool_of(first)][first.indices[0]]
 
+    def _key(self, kind: str, some: Sequence[Run]) -> str:
+        known = {"domain": self.study.domain, kind: [run.model_dump() for run in some]}
+        return f"{kind}-{digest(known)}"
+
     def training(self) -> list[Unit]:
         """Units for features and training runs."""
         data: dict[tuple[Any, ...], Unit] = {}  # features of the data set
         needs: dict[Run, set[str]] = {}
         for run, notebook in self.wanted.runs.items():
             own = runs.study_of(self.study, run)
-            features = (*runs.features_by(own), run.test_sets)
-            if features not in data:
-                data[features] = features_of_data(own, notebook, run.test_sets)
+            units = []
+            for test_sets in dict.fromkeys([(), run.test_sets]):
+                features = (*runs.features_by(own), test_sets)
+                if features not in data:
+                    data[features] = features_of_data(own, notebook, test_sets)
+                units.append(data[features].key)
             makers = (self.makers.get(key, set()) for key in runs.pool_keys(self.study, run))
-            needs[run] = {data[features].key}.union(*makers)
+            needs[run] = set(units).union(*makers)
         shared = self._features(needs)
         return [*data.values(), *shared, *dict.fromkeys(self._runs(needs).values())]
 
@@ -304,7 +312,7 @@ class Planner:
             number = rates.num_views(self.study, group, views)
             unit = Unit(
                 name=f"features of {group[0].arm}, draw {group[0].draw}",
-                key=f"features-{digest({'features': [run.model_dump() for run in group]})}",
+                key=self._key("features", group),
                 kind="features",
                 items=number,
                 left=partial(features_left, self.study, group, number),
@@ -331,7 +339,7 @@ class Planner:
                 unit = Unit(
                     name=f"{len(some)} runs from {some[0].arm}, {some[0].real_percent:g} % real, "
                     f"draw {some[0].draw}",
-                    key=f"runs-{digest({'runs': [run.model_dump() for run in some]})}",
+                    key=self._key("runs", some),
                     kind="runs",
                     items=len(some),
                     left=partial(runs_left, self.study, some),

@@ -123,7 +123,7 @@ FAULTS = (
         "pools left out of a run's key",
         f"{TRAINING}/runs.py",
         "return pool_digests(own, run.technique, run.draw, pool_percent(own, run))",
-        "[]",
+        "return []",
         "a_key_knows",
     ),
     Fault(
@@ -143,8 +143,8 @@ FAULTS = (
     Fault(
         "the real subset of another draw",
         f"{TRAINING}/runs.py",
-        "return _subset(study, run.real_percent, run.draw)",
-        "return _subset(study, run.real_percent, 0)",
+        "return _subset(study.data, run.real_percent, run.draw)",
+        "return _subset(study.data, run.real_percent, 0)",
         "draws_subset",
     ),
     Fault(

@@ -9,13 +9,16 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 
 from sdaug_utils import plan, units
+from sdaug_utils.errors import InputError
+from sdaug_utils.experiments import base
 from sdaug_utils.registry import experiments
 from sdaug_utils.store import digest
 from sdaug_utils.study import ROOT, open_study
 from sdaug_utils.training import classifier, runs
-from sdaug_utils.training.trainer import accuracies, results_of
+from sdaug_utils.training.trainer import Trainer, accuracies, results_of
 from tests.test_plan import parameters
 
 NAME = "03-training-percentage"
@@ -30,7 +33,8 @@ def test_every_notebook_has_an_experiment_and_only_its_own_file_names_it():
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     assert list(experiments()) == names
     for path in (ROOT / "sdaug_utils").rglob("*.py"):
-        own = [name for name, one in experiments().items() if path.stem in one.__module__]
+        module = f"experiments.{path.stem}"
+        own = [name for name, one in experiments().items() if one.__module__.endswith(module)]
         for name in names:
             assert name in own or name not in path.read_text(), f"{path} names {name}"
         assert not re.findall(r'"(?:0[1-9]|1[0-2])"', path.read_text()), f"{path} names a number"
@@ -73,7 +77,10 @@ def test_a_frozen_twin_has_the_same_updates_at_the_same_rate(world, monkeypatch)
         return train(sets, validation, test_features, recipe, num_classes)
 
     monkeypatch.setattr(classifier, "train_controlled", recorded)
+    world = world.changed({"classifier.published.image_size": 40})
     asked = parameters(NAME).by_protocol(world)
+    sizes = [runs.study_of(world, run).settings.classifier.image_size for run in asked]
+    assert sizes == [32] * 4 + [40] * 4  # twins see what their partners see
     results = results_of(world, asked[len(asked) // 2 :] + asked[: len(asked) // 2])
     twins, published = results[:4], results[4:]  # twins were asked for first
     assert set(published["protocol"]) == {"published"}
@@ -92,23 +99,56 @@ def test_a_run_after_some_updates_is_the_beginning_of_a_longer_one(world):
     some = [run for run in p.by_length(world) if run.arm == "baseline"][:3]
     curve = accuracies(world, some)
     assert curve["step"].tolist() == [5, 10, 20]  # and the profile's own
-    assert curve["test_accuracy"].between(0, 1).all()
-    seen = []
-    [whole] = [run for run in p.grid(world) if run.arm == "baseline"][:1]
-    for update in (5, 10, 20):
-        own = dict(some[0].overrides) | dict.fromkeys(runs.LENGTH, update)
-        seen.append(results_of(world, [whole.changed(own)])["test_score"].item())
-    assert curve["test_accuracy"].tolist() == seen
+    [whole, *_] = [run for run in p.grid(world) if run.arm == "baseline"]
+    trainer, looks = Trainer(world), []
+    [data] = trainer.head_sets([whole])
+    held_out = trainer.tested(whole), torch.from_numpy(world.data.splits["test"].labels)
+
+    def look(step, head):
+        looks.append((step, classifier.accuracy(head, *held_out)))
+
+    classifier.train_head(data, world.settings.classifier.controlled, 2, 5, look)
+    seen = dict(looks)
+    assert curve["test_accuracy"].tolist() == [seen[5], seen[10], seen[20]]
 
 
 def test_segmenters_are_trained_for_other_numbers_of_updates(world):
     p = parameters("08-segmentation")
     found = results_of(world, p.by_updates(world))
     assert found["num_updates"].tolist() == [3, 3, 6, 6]
-    own = results_of(
-        world, [run.model_copy(update={"overrides": ()}) for run in p.by_updates(world)]
-    )
-    assert (found["scores"][2] == own["scores"][0]).all()  # six are the profile's own
+    [baseline, *_] = p.by_updates(world)
+    plain = baseline.model_copy(update={"overrides": ()})
+    said = plain.changed({"segmenter.max_train_steps": 6})  # the profile's own, but said
+    own, same = results_of(world, [plain, said])["scores"]
+    assert (own == same).all()
+    assert (found["scores"][2] == own).all()
+    assert found["scores"][0].shape == own.shape
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"protocol": "published", "test_sets": ("none", "blur")}, "test_sets"),
+        ({"protocol": "published", "updates_as": "published"}, "updates_as"),
+        ({"protocol": "pixels", "augmentation": "custom"}, "an augmentation"),
+        ({"task": "segmentation", "rule": "chance", "chosen_from": 2}, "a rule"),
+        ({"overrides": (("data.main.folder", "x"),)}, "other data"),
+    ],
+)
+def test_what_a_run_would_ignore_is_refused(world, more, message):
+    run = runs.Run(**{"protocol": "controlled", "real_percent": 50, "draw": 0, "seed": 0} | more)
+    with pytest.raises(InputError, match=message):
+        base.require_trainable(world, [run])
+
+
+def test_extra_runs_are_of_the_controlled_protocol_whatever_the_main_table_is(world):
+    p = changed(parameters(NAME), protocol="published")
+    assert {run.protocol for run in p.grid(world)} == {"published"}
+    extra = [*p.by_length(world), *p.by_views(world)]
+    assert {run.protocol for run in extra} == {"controlled"}
+    keys = {digest(runs.spec(world, run)) for run in extra}
+    assert len(keys) == len(set(extra))
+    p.check(world)
 
 
 EXPERIMENT = '''"""Experiment 12: does the prompt's wording matter?"""

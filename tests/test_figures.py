@@ -118,3 +118,14 @@ def test_nothing_of_a_shipped_figure_is_cut_off(path):
     grey = np.asarray(Image.open(path).convert("L"))
     border = np.concatenate([grey[:2].ravel(), grey[-2:].ravel(), grey[:, :2].ravel()])
     assert min(border.min(), grey[:, -2:].min()) > 250
+
+
+def test_variants_have_labels_and_markers_of_their_own():
+    arms = ["baseline", "baseline+slow", "randaugment+slow", "stable-diffusion-prompt+a {}"]
+    labels = [figures.label_of(arm) for arm in arms]
+    assert labels == [
+        *("Baseline", "Baseline + slow", "RandAugment + slow", "Stable Diffusion prompt + a {}")
+    ]
+    styles = {figures.arm_style(f"stable-diffusion-prompt+{name}")[2] for name in "abc"}
+    assert len(styles) > 1
+    assert figures.in_order(arms) == arms

@@ -59,8 +59,8 @@ def test_mixed_labels_are_refused_where_they_cannot_be(world):
         (run(augmentation="cutmix", task="segmentation"), "cutmix"),
     ):
         with pytest.raises(InputError, match=f"{arm}: its labels are mixed"):
-            base.require_labels_fit_protocol(world, [own])
-    base.require_labels_fit_protocol(world, [run(technique="diff-mix"), run(augmentation="mixup")])
+            base.require_trainable(world, [own])
+    base.require_trainable(world, [run(technique="diff-mix"), run(augmentation="mixup")])
 
 
 def test_mixup_mixes_features_and_labels_alike():

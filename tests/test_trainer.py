@@ -212,3 +212,40 @@ def test_another_prompt_gives_other_images(world):
     assert results["arm"].tolist() == [plain.arm, f"{plain.arm}+short"]
     [pool, _] = Trainer(runs.study_of(world, other)).pools_of(other)
     assert "a trouser" in (pool.files[0].parent / "metadata.csv").read_text()
+
+
+def test_keys_tell_runs_apart_and_labels_do_not(world, grid):
+    plain = grid[0]
+    assert runs.folder_of(world, plain) == runs.folder_of(
+        world, plain.model_copy(update={"variant": "another name"})
+    )
+    ways = [(("a", 1), ("b", 2)), (("b", 2), ("a", 1))]
+    first, second = (runs.Run(**{**dict(plain), "overrides": way}) for way in ways)
+    assert first == second
+    with pytest.raises(ValueError, match="no test images are called"):
+        runs.Run(**{**dict(plain), "test_sets": ("fog",)})
+    chosen = plain.model_copy(
+        update={
+            "protocol": "published",
+            "technique": "stable-diffusion-prompt",
+            "synthetic_per_class": 1,
+            "rule": "confidence",
+            "chosen_from": 2,
+        }
+    )
+    longer = world.changed({"classifier.controlled.max_train_steps": 30})  # of what judges
+    assert runs.folder_of(longer, chosen) != runs.folder_of(world, chosen)
+
+
+def test_a_run_that_is_listed_twice_is_trained_once(world, grid):
+    results = results_of(world, [grid[0], grid[1], grid[0]])
+    assert results["test_score"][0] == results["test_score"][2]
+
+
+def test_a_partner_sees_the_same_images(world, grid):
+    twin = grid[0].changed({"sampling.prompt": "a {}", "classifier.image_size": 40})
+    twin = twin.model_copy(update={"updates_as": "published"})
+    assert dict(twin.partner.overrides) == {"sampling.prompt": "a {}"}
+    assert twin.partner.protocol == "published"
+    longer = world.changed({"classifier.controlled.max_train_steps": 30})
+    assert runs.folder_of(longer, twin) == runs.folder_of(world, twin)  # its partner decides

@@ -6,6 +6,7 @@ The claims are data (``tables/claims.yaml``), as are the thesis's own results
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +59,7 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
     A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``;
     those that decide it are ``primary``, the others are shown beside.
     """
-    data = yaml.safe_load((TABLES / "claims.yaml").read_text())
-    claims = []
+    data, claims = _claims_file(), []
     for claim in data["claims"]:
         number = claim["id"].split("-")[0]
         of_notebook = number.isdigit() and experiment.startswith(f"{number}-")
@@ -76,7 +76,12 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
 def notebook_of(claim: str) -> str:
     """The number of the notebook that decides a claim, by the claim's id."""
     number = claim.split("-")[0]
-    return yaml.safe_load((TABLES / "claims.yaml").read_text())["decided_in"].get(number, number)
+    return _claims_file()["decided_in"].get(number, number)
+
+
+@cache
+def _claims_file() -> dict[str, Any]:
+    return yaml.safe_load((TABLES / "claims.yaml").read_text())
 
 
 def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -338,10 +343,12 @@ def gains(
         )
 
     for values, group in results.groupby([*by], sort=False):
-        setting = dict(zip(by, values, strict=True))
+        setting: dict[str, Any] = dict(zip(by, values, strict=True))
         other = chosen(results, **(setting | dict(against)))
         value, reference = published(group), published(other)
         score, change, relative = metrics.estimate(scores(group)), NOTHING, np.nan
+        if other.empty and setting.get("real_percent", 1) > 0:
+            raise KeyError(f"nothing to compare {setting} with: no run with {dict(against)}")
         if len(other):
             change = metrics.paired_difference(scores(group), scores(other))
             relative = 100 * change.mean / scores(other).mean()

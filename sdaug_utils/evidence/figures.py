@@ -1,6 +1,7 @@
 """One style for every figure; sample sheets; curves; published beside reproduced."""
 
 import io
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ RULES = {
 
 
 NOT_TECHNIQUES = REAL_ARMS | RULES
+VARIANTS = "osD^v<>Pp*hX"  # markers
 
 
 def arm_style(arm: str) -> tuple[str, str, str]:
@@ -56,11 +58,16 @@ def arm_style(arm: str) -> tuple[str, str, str]:
     """
     first, *more = arm.split("+")
     if first in NOT_TECHNIQUES:
-        return NOT_TECHNIQUES[first]
-    known = techniques()[first]
-    added = [", controls from outside" if x == "outside" else f" + {label_of(x)}" for x in more]
-    colour = to_hex(1 - (1 - np.array(to_rgb(known.colour))) * 0.5 ** len(more))
-    return known.label + "".join(added), colour, known.marker
+        label, colour, marker = NOT_TECHNIQUES[first]
+    else:
+        known = techniques()[first]
+        label, colour, marker = known.label, known.colour, known.marker
+    for name in more:
+        label += ", controls from outside" if name == "outside" else f" + {label_of(name)}"
+        colour = to_hex(1 - (1 - np.array(to_rgb(colour))) * 0.5)
+        if label_of(name) == name:  # a variant: they are told apart by markers
+            marker = VARIANTS[zlib.crc32(name.encode()) % len(VARIANTS)]
+    return label, colour, marker
 
 
 def label_of(arm: str) -> str:
@@ -156,7 +163,8 @@ def _ticks(axes: Axes, values: pd.Series) -> None:
 
 def reference(axes: Axes, row: pd.Series, label: str, value: str = "score") -> None:
     """A horizontal line with its interval, if there is one, to compare curves with."""
-    style = ("-", "--", ":")[sum(line.get_gid() == "reference" for line in axes.lines)]
+    drawn = [line for line in axes.lines if line.get_gid() == "reference"]
+    style = ("-", "--", ":", "-.")[len(drawn) % 4]
     axes.axhline(row[value], ls=style, color="black", lw=1.3, label=label, gid="reference")
     if f"{value}_low" in row:
         axes.axhspan(row[f"{value}_low"], row[f"{value}_high"], color="black", alpha=0.08, lw=0)

@@ -30,7 +30,7 @@ from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.features import have_features
 from sdaug_utils.training.mixing import ALPHAS
-from sdaug_utils.training.runs import Run, label_weight, repeated
+from sdaug_utils.training.runs import Run, label_weight, repeated, study_of
 
 FEWEST_INPUTS = 3
 Arm = dict[str, Any]  # fields of a run, but for protocol, draw and seed
@@ -66,9 +66,9 @@ class Experiment(Parameters):
         """All its training runs."""
         return []
 
-    def technique_names(self, study: Study) -> Iterable[str]:
-        """The techniques that it needs."""
-        return ()
+    def technique_names(self, study: Study) -> list[tuple[Study, str]]:
+        """The techniques that it needs, each with the settings that it is used with."""
+        return []
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
         """Parameters that the data may not allow, and the nearest values that they do."""
@@ -92,10 +92,10 @@ class Experiment(Parameters):
         Raises:
             InputError: a setting is missing (a plan can do without it), or does not fit the model.
         """
-        for name in self.technique_names(study):
-            if missing := techniques()[name].missing_setting(study.settings):
+        for own, name in self.technique_names(study):
+            if missing := techniques()[name].missing_setting(own.settings):
                 raise InputError(f"{missing}, or do without '{name}'")
-            techniques()[name].check(study.settings)
+            techniques()[name].check(own.settings)
 
 
 class Subjects(Experiment):
@@ -137,9 +137,9 @@ class Subjects(Experiment):
             )
         ]
 
-    def technique_names(self, study: Study) -> list[str]:
+    def technique_names(self, study: Study) -> list[tuple[Study, str]]:
         """Those that personalise."""
-        return self.techniques
+        return [(study, name) for name in self.techniques]
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
         """No more subjects than classes."""
@@ -178,9 +178,10 @@ class Runs(Experiment):
         """All its runs: by default those of the main table."""
         return self.grid(study)
 
-    def technique_names(self, study: Study) -> Iterable[str]:
+    def technique_names(self, study: Study) -> list[tuple[Study, str]]:
         """Those of its runs."""
-        return images_needed(self.runs(study))
+        found = by_settings(study, self.runs(study))
+        return [(own, name) for own, runs in found.items() for name in images_needed(runs)]
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
         """Real percentages that leave too few images of a class are left out."""
@@ -197,10 +198,12 @@ class Runs(Experiment):
         percents = [run.real_percent for run in grid if run.real_percent]
         percents += [percent for key in self.percents for percent in getattr(self, key)]
         check_percents(study, percents, images_needed(grid))
-        runs = self.runs(study)
-        require_labels_fit_protocol(study, runs)
-        for name, most in images_needed(runs).items():
-            techniques()[name].require(study, most)
+        for own, runs in by_settings(study, self.runs(study)).items():
+            require_trainable(own, runs)
+            needed = images_needed(runs)
+            check_percents(own, percents, needed)
+            for name, most in needed.items():
+                techniques()[name].require(own, most)
 
 
 class AtPercentages(Runs):
@@ -303,7 +306,7 @@ def allowed(study: Study, values: Any, names: Collection[str]) -> Any:
         return {percent: values[percent] for percent in kept} or {
             100.0: next(iter(values.values()))
         }
-    return kept or [100.0]
+    return kept or ([100.0] if values else [])
 
 
 def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
@@ -317,19 +320,42 @@ def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
         raise InputError(f"{key}: {percent:g} is not among {known}")
 
 
-def require_labels_fit_protocol(study: Study, runs: Iterable[Run]) -> None:
-    """Check that soft labels (mixing) are used only for classifiers of the controlled protocol.
+def by_settings(study: Study, runs: Iterable[Run]) -> dict[Study, list[Run]]:
+    """Runs by the study with the settings that they override.
 
     Raises:
-        InputError: they are mixed elsewhere.
+        InputError: unknown setting, or an ill-typed value.
+    """
+    found: dict[Study, list[Run]] = {}
+    for run in runs:
+        found.setdefault(study_of(study, run), []).append(run)
+    return found
+
+
+def require_trainable(study: Study, runs: Iterable[Run]) -> None:
+    """Check that nothing is asked of a run that its way of training does not know.
+
+    Raises:
+        InputError: something would be ignored.
     """
     for run in runs:
+        is_head = (run.task, run.protocol) == ("classification", "controlled")
         is_mixed = label_weight(study, run) < 1 or run.augmentation in ALPHAS
-        if is_mixed and (run.task, run.protocol) != ("classification", "controlled"):
-            raise InputError(
-                f"{run.arm}: its labels are mixed, which is for classifiers of the controlled "
-                "protocol alone"
-            )
+        wrong = {
+            "its labels are mixed": is_mixed and not is_head,
+            "updates_as": run.updates_as is not None and (not is_head or run.rule is not None),
+            "test_sets": bool(run.test_sets) and not is_head,
+            "a rule": run.rule is not None and run.task == "segmentation",
+            "an augmentation": run.augmentation != "none"
+            and (run.task == "segmentation" or run.protocol == "pixels"),
+            "other data": any(path.startswith("data") for path, _ in run.overrides),
+        }
+        for what, is_wrong in wrong.items():
+            if is_wrong:
+                raise InputError(
+                    f"{run.arm}: {what}, which a {run.task} run of protocol '{run.protocol}' does "
+                    "not know"
+                )
 
 
 def check_percents(study: Study, percents: list[float], names: Collection[str]) -> None:

@@ -37,7 +37,7 @@ class Rivals(AtPercentages):
         arms = baselines(self.shifted_percents, self.shifted_augmentations)
         both = self.grid(study) + repeated(arms, self.protocol, self.num_draws, 1)
         return [
-            run.model_copy(update={"test_sets": ("none", *SHIFTS)})
+            run.model_copy(update={"protocol": "controlled", "test_sets": ("none", *SHIFTS)})
             for run in both
             if run.real_percent in self.shifted_percents and run.seed == 0
         ]

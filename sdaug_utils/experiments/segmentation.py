@@ -35,7 +35,7 @@ class Segmentation(Runs):
         grid = self.grid(study)
         largest = max(grid, key=lambda run: run.real_percent + run.synthetic_per_class)
         pair = [
-            run
+            run.model_copy(update={"protocol": "controlled"})
             for run in grid
             if run.draw == 0
             and run.real_percent == largest.real_percent

@@ -71,7 +71,7 @@ class TrainingPercentage(AtPercentages):
         last = study.settings.classifier.controlled.max_train_steps
         steps = [step for step in self.curve_steps if step < last] + [last]
         return [
-            after(run, step)
+            after(run.model_copy(update={"protocol": "controlled"}), step)
             for run in self._at_ends(study)
             if run.draw == run.seed == 0
             for step in steps
@@ -79,7 +79,8 @@ class TrainingPercentage(AtPercentages):
 
     def by_views(self, study: Study) -> list[Run]:
         """Augmented arms, with most and least real images, with fewer views of each image."""
-        augmented = [run for run in self._at_ends(study) if run.augmentation != "none"]
+        ends = [run.model_copy(update={"protocol": "controlled"}) for run in self._at_ends(study)]
+        augmented = [run for run in ends if run.augmentation != "none"]
         return [
             run.changed(
                 {

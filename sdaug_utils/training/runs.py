@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import subset
@@ -49,6 +49,18 @@ class Run(Parameters):
     test_sets: tuple[str, ...] = ()  # shifts of the test images; none: as they are, alone
     variant: str = ""  # what figures call its overrides
 
+    @field_validator("overrides")
+    @classmethod
+    def _in_one_order(cls, value: Overrides) -> Overrides:
+        return tuple(sorted(value))
+
+    @field_validator("test_sets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(value) - {"none", *shifts.SHIFTS}:
+            raise ValueError(f"no test images are called {sorted(unknown)}")
+        return value
+
     @property
     def arm(self) -> str:
         """The name under which figures and tables show it."""
@@ -57,9 +69,9 @@ class Run(Parameters):
             self.augmentation if self.augmentation != "none" else None,
             "outside" if self.controls_from_outside else None,
             self.rule,
-            self.variant,
         ]
-        return "+".join(part for part in parts if part) or "baseline"
+        known = [part for part in parts if part] or ["baseline"]
+        return "+".join([*known, self.variant] if self.variant else known)
 
     @property
     def num_made(self) -> int:
@@ -71,16 +83,17 @@ class Run(Parameters):
 
         Their keys are paths in its section ``common``, as in ``segmenter.max_train_steps``.
         """
-        merged = tuple(sorted({**dict(self.overrides), **overrides}.items()))
-        return self.model_copy(update={"overrides": merged})
+        merged = {**dict(self.overrides), **overrides}
+        return Run.model_validate({**dict(self), "overrides": tuple(merged.items())})
 
     @property
     def partner(self) -> Run | None:
-        """The run that decides its number of updates, if there is one."""
+        """The run that decides its number of updates, if there is one: on the same images."""
         if self.updates_as is None:
             return None
-        own = {"protocol": self.updates_as, "updates_as": None, "overrides": (), "test_sets": ()}
-        return self.model_copy(update=own)
+        kept = tuple(one for one in self.overrides if not one[0].startswith("classifier."))
+        own = {"protocol": self.updates_as, "updates_as": None, "overrides": kept, "test_sets": ()}
+        return self.model_copy(update={**own, "variant": self.variant if kept else ""})
 
     def fields(self) -> dict[str, Any]:
         """What a row of results says of it; of a rule or a variant only if there is one."""
@@ -145,13 +158,16 @@ def spec(study: Study, run: Run) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if label_weight(own, run) < 1:
         more["share"] = label_weight(own, run)
+    if run.rule and run.protocol != "controlled":  # what judges the images is trained by it
+        more["chosen by"] = [settings.controlled.model_dump(), settings.image_size]
     if run.partner:
+        del recipe["max_train_steps"], recipe["validation_steps"]
         more["updates of"] = digest(spec(study, run.partner))
     if run.test_sets:
         more["test sets"] = [shifts.CODE_VERSION, *run.test_sets]
     return {
         "version": versions,
-        "run": run.fields(),
+        "run": {key: value for key, value in run.fields().items() if key != "variant"},
         "data": data_digest(study.data, run.task == "segmentation"),
         "rows": real_rows(study, run).tolist(),
         "backbone": features.BACKBONES[backbone],

@@ -126,7 +126,7 @@ def stacks(runs: Sequence[Run]) -> list[list[Run]]:
 
 def make(study: Study, runs: Sequence[Run]) -> None:
     """Train what is not in the store yet, and the partners that decide numbers of updates."""
-    missing = [run for run in runs if not is_made(study, run)]
+    missing = [run for run in dict.fromkeys(runs) if not is_made(study, run)]
     if partners := [run.partner for run in missing if run.partner]:
         make(study, partners)
     # The largest pools first: a model that is not kept makes all its images at once.
