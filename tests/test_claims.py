@@ -8,7 +8,7 @@ from sdaug_utils.training import runs
 PETS = "oxford-iiit-pet"
 NAME = "03-training-percentage"
 COLUMNS = {
-    *(*runs.SETTING, *claims.OF_SUBJECTS),
+    *(*runs.SETTING, *claims.MORE_KEYS),
     *("augmentation", "technique", "rule", "weight", "reduce"),
 }
 ARMS = (

@@ -18,7 +18,7 @@ from sdaug_utils.evidence import metrics
 from sdaug_utils.training.runs import SETTING, chosen, scores
 
 TABLES = Path(__file__).parent / "tables"
-OF_SUBJECTS = ("num_inputs", "input_set", "measure", "budget", "shift")
+MORE_KEYS = ("num_inputs", "input_set", "measure", "budget", "shift")
 NOTHING = metrics.Estimate(  # of what has no runs
     np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan)
 )
@@ -44,7 +44,7 @@ def published_results(dataset: str) -> pd.DataFrame:
     table = pd.read_csv(TABLES / "published_results.csv", dtype={"run": str})
     flagged = table["flags"].fillna("").str.contains(NOT_EVIDENCE)
     table = table[~flagged & (table["dataset"] == dataset)].drop_duplicates("run")
-    # The text says segmentation maps, the code took Canny edges: the same question all the same.
+    # The thesis's text says segmentation maps, its code used Canny edges: listed as the former.
     segmented = (table["task"] == "segmentation") & (table["technique"] == "controlnet-canny")
     return table.assign(
         technique=table["technique"].mask(segmented, "controlnet-segmentation"),
@@ -121,11 +121,11 @@ def verdict(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -
     lower, upper = region(expect, margin)
     if found.high < lower or found.low > upper:
         return "contradicted"
-    return "supported" if inside(found, expect, margin) <= 0.05 else "inconclusive"
+    return "supported" if p_supported(found, expect, margin) <= 0.05 else "inconclusive"
 
 
-def inside(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
-    """p-value of the test that supports a claim; two-sided but for two one-sided ones."""
+def p_supported(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
+    """p-value for a claim: two-sided; of "within" and "at most" the larger one-sided one."""
     lower, upper = region(expect, margin)
     each = [found.p_value(b, side) for b, side in ((lower, 1), (upper, -1)) if np.isfinite(b)]
     return max(each) if expect in EQUIVALENCE else min(1.0, 2 * max(each))
@@ -135,12 +135,15 @@ def p_value(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -
     """The smaller p-value of the two tests that decide: that of support, that of contradiction."""
     lower, upper = region(expect, margin)
     outside = [found.p_value(b, side) for b, side in ((lower, -1), (upper, 1)) if np.isfinite(b)]
-    return min(inside(found, expect, margin), 2 * min(outside))
+    return min(p_supported(found, expect, margin), 2 * min(outside))
 
 
 def power(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
-    """What an open comparison lacks: the distance from its bound that would have been shown with
-    80 % power, and how many draws would show the distance that was found (inf: none).
+    """What would decide an inconclusive comparison.
+
+    Returns:
+        The smallest distance from its bound that is shown with 80 % power, and the number of draws
+        that would show the distance that was found (inf: no number would).
     """
     bounds = [bound for bound in region(expect, margin) if np.isfinite(bound)]
     distance = min(abs(found.mean - bound) for bound in bounds)
@@ -179,7 +182,7 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
         if missing := set(values) - set(rows[column]):
             raise NotRun(f"no run with {column} {missing}")
         rows = rows[rows[column].isin(values)]
-    keys = [column for column in (*SETTING, *OF_SUBJECTS) if column in rows]
+    keys = [column for column in (*SETTING, *MORE_KEYS) if column in rows]
     groups = [group for _, group in rows.groupby(keys)]
     if not groups:
         raise NotRun(f"no run of {selector}")
@@ -225,7 +228,7 @@ def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> metrics.Estim
 
 
 def _at_chance(results: pd.DataFrame, comparison: dict[str, Any]) -> bool:
-    """Whether a classifier that a comparison takes as baseline has learnt nothing that shows."""
+    """Whether a baseline of a comparison is at chance: its interval reaches 1 / classes."""
     if "predictions" not in results:
         return False
     chance = 1 / (1 + max(int(values.max()) for values in results["predictions"]))
@@ -241,8 +244,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     ``difference``, ``low``, ``high`` (absolute, 95 % interval), the number of draws (or subjects),
     of runs per setting and of test images behind them, ``p_value``, what an inconclusive one lacks
     (:func:`power`: ``detectable``, ``draws_needed``), ``comparison_verdict``, and ``verdict``, of
-    the claim, by its primary comparison. What a profile has no runs for is ``not tested``, nor is
-    what would be compared with a baseline whose interval includes chance.
+    the claim, by its primary comparison. Without runs it is ``not tested``, and so it is where a
+    baseline's interval includes chance.
     """
     rows = []
     for claim in read_claims(experiment):
@@ -259,7 +262,8 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
                 pass
             if outcome == "inconclusive":
                 to_decide = power(found, expect, margin)
-            outcomes += [outcome] if comparison["primary"] else []
+            if comparison["primary"]:
+                outcomes.append(outcome)
             parts.append(
                 {
                     **{key: claim[key] for key in ("id", "section", "claim")},
@@ -286,9 +290,9 @@ def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
 def holm(judged: pd.DataFrame) -> pd.DataFrame:
     """All claims' verdicts with columns ``p_holm`` and ``verdict_holm``, which allow for many.
 
-    Holm (1979): with at most 5 % probability a single one of the claims that stay decided is wrong,
-    not one in twenty. Of a claim's own parts all must hold (their largest p-value counts), or one
-    must fall (the smallest, times their number).
+    Holm (1979): the probability that any of the claims that stay decided is wrong is at most 5 %.
+    Of a claim's own parts all must hold (their largest p-value counts), or one must fall (the
+    smallest, times their number).
     """
     p_values: dict[str, float] = {}
     for name, parts in judged[judged["primary"]].groupby("id", sort=False):
@@ -320,12 +324,12 @@ def gains(
     against: Mapping[str, Any] = BASELINE,
     dataset: str = "",
 ) -> pd.DataFrame:
-    """The score of each setting, and its gain over another: a row for each, in their order.
+    """One row per setting: its score, and its gain over a reference setting.
 
     Args:
         results: runs, one per draw and seed of each setting.
         by: columns that tell settings from each other.
-        against: what a setting is compared with: the same, but for these columns' values.
+        against: column values that turn a setting into its reference; all else stays equal.
         dataset: of the thesis, whose single runs stand beside; by default none does.
 
     Returns:
@@ -334,6 +338,10 @@ def gains(
         with its 95 % interval); ``gain_points``, ``gain_points_low``, ``gain_points_high``
         (absolute points), ``gain_relative`` (per cent), all empty where there is nothing to
         compare with; ``num_draws``, ``num_seeds``, ``num_test_images``.
+
+    Raises:
+        KeyError: a setting with real images has no reference.
+        ValueError: a setting has not one run per draw and seed.
     """
     theirs, rows = _published_values(dataset), []
 
@@ -376,7 +384,7 @@ def gains(
 def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
     """Runs of three ``budget``s, as claims read them, from accuracy against updates.
 
-    In ``many`` and ``few`` every arm has so many updates; in ``own`` the baseline alone has few.
+    ``few``, ``many``: so many updates for each arm; ``own``: few for the baseline, many for others.
 
     Args:
         curve: test accuracy in 0 to 1 by ``arm``, ``draw`` and ``step``, at one learning rate.

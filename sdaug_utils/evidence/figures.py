@@ -291,7 +291,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_decide(judged: pd.DataFrame) -> list[str]:
-    """What would decide each open comparison: a difference, or a number of draws; else nothing.
+    """What would decide each comparison: a difference, or a number of draws; "" if decided.
 
     The distance from its bound that would have been shown with 80 % power, and how many draws (or
     subjects) would show, with the same power, the distance that was found; more test images, if no
@@ -302,8 +302,8 @@ def to_decide(judged: pd.DataFrame) -> list[str]:
         unit = repeats_of(notebook_of(row["id"]))
         number = row["draws_needed"]
         more = "more test images" if np.isinf(number) else f"{number:.0f} {unit}"
-        open_one = not np.isnan(row["detectable"])
-        found.append(f"{100 * row['detectable']:.1f} points, {more}" * open_one)
+        missing = f"{100 * row['detectable']:.1f} points, {more}"
+        found.append("" if np.isnan(row["detectable"]) else missing)
     return found
 
 

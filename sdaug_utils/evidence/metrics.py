@@ -24,16 +24,17 @@ MOST_DRAWS = 999
 
 @dataclass(frozen=True)
 class Spread:
-    """What makes a mean uncertain: the variance of the draws' means, and that of the test images.
+    """Variances of a mean score, by what makes it uncertain.
 
-    Both are variances of a mean over all test images; the first holds what is left over, too.
+    ``of_draws``: of the draws' means over all test images (it includes the residual / n).
+    ``of_images``: the variance component of the n test images, / n.
     """
 
     of_draws: float
     of_images: float
 
     def error(self, num_draws: int) -> tuple[float, float]:
-        """Standard error of a mean over so many draws, and its degrees of freedom."""
+        """Standard error of a mean of so many draws, and its degrees of freedom (Hillis, 2007)."""
         whole = self.of_draws + num_draws * self.of_images
         freedom = (num_draws - 1) * (whole / self.of_draws) ** 2 if self.of_draws else np.inf
         return float(np.sqrt(whole / num_draws)), float(freedom)
@@ -52,10 +53,11 @@ class Estimate:
     spread: Spread
 
     def p_value(self, bound: float, side: int = 0) -> float:
-        """Of a test whether the mean is ``bound``; ``side`` 1: whether it is larger, −1 smaller."""
+        """p-value of the t test that the mean is ``bound``; ``side`` 1: larger, −1: smaller."""
         error, freedom = self.spread.error(self.num_draws)
         distance = self.mean - bound
-        t = distance / error if error else np.sign(distance) * np.inf if distance else 0.0
+        limit = np.copysign(np.inf, distance) if distance else 0.0
+        t = distance / error if error else limit
         if side:
             return float(scipy.stats.t.sf(side * t, freedom))
         return float(2 * scipy.stats.t.sf(abs(t), freedom))

@@ -153,9 +153,12 @@ def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
         ]
         first = parts.iloc[0]
         found, strict = first["verdict"], first["verdict_holm"]
-        remark = {"inconclusive": "; ".join(filter(None, to_decide(parts))), "not tested": ""}.get(
-            found, "the same" if strict == found else f"{strict} (p = {first['p_holm']:.2f})"
-        )
+        if found == "inconclusive":
+            remark = "; ".join(filter(None, to_decide(parts)))
+        elif found == "not tested":
+            remark = ""
+        else:
+            remark = "the same" if strict == found else f"{strict} (p = {first['p_holm']:.2f})"
         shown = {"difference": "; ".join(differences), "verdict": found, "holm": remark}
         rows.append({"id": str(name), "claim": str(claim), **shown})
     return rows

@@ -30,7 +30,7 @@ from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import TrainingSet, train_reference_head
 from sdaug_utils.training.features import feature_arrays, image_features
 
-HYPERNYM = "hypernym"  # the arm of images that a kind's bare name gives
+HYPERNYM = "hypernym"  # the arm whose prompts name the kind alone ("animal"), not a subject
 MEASURES = (
     *("fidelity", "prompt_fidelity", "in_context", "diversity", "nearest_input"),
     *("in_class", "in_kind", "among_inputs"),
@@ -235,7 +235,7 @@ class Judge:
         Not a number if there is but one.
         """
         rows = self._yardstick(subject)
-        return 1 - diversity(self.real[rows]) if rows[1:] else np.nan
+        return 1 - diversity(self.real[rows]) if len(rows) > 1 else np.nan
 
 
 def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
