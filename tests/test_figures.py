@@ -126,6 +126,8 @@ def test_variants_have_labels_and_markers_of_their_own():
     assert labels == [
         *("Baseline", "Baseline + slow", "RandAugment + slow", "Stable Diffusion prompt + a {}")
     ]
+    outside = figures.arm_style("controlnet-canny+outside")
+    assert outside[2] == figures.arm_style("controlnet-canny")[2]
     styles = {figures.arm_style(f"stable-diffusion-prompt+{name}")[2] for name in "abc"}
     assert len(styles) > 1
     assert figures.in_order(arms) == arms

@@ -65,7 +65,7 @@ def arm_style(arm: str) -> tuple[str, str, str]:
     for name in more:
         label += ", controls from outside" if name == "outside" else f" + {label_of(name)}"
         colour = to_hex(1 - (1 - np.array(to_rgb(colour))) * 0.5)
-        if label_of(name) == name:  # a variant: they are told apart by markers
+        if name not in (*NOT_TECHNIQUES, *techniques(), "outside"):  # a variant
             marker = VARIANTS[zlib.crc32(name.encode()) % len(VARIANTS)]
     return label, colour, marker
 
