@@ -273,12 +273,12 @@ def scaling(study: Study, folder: str) -> dict[str, dict[int, float]]:
     """Seconds by number of images, classes and training runs, everything else equal."""
     trained, arms = afresh(study, folder), [{"real_percent": 100.0}]
 
-    def runs(first: int, count: int) -> None:
+    def train(first: int, count: int) -> None:
         grid = runs.repeated(arms, "controlled", 1, first + count)
         results_of(trained, grid[first:])
 
     make_images(afresh(study, folder), 20, 1)  # whoever is first reads the model's files
-    runs(0, 1)
+    train(0, 1)
     images, classes, trainings = (100, 200, 400, 800), (2, 4, 6, 8, 10), (18, 36, 72, 144)
     firsts = [1, *np.cumsum(trainings) + 1]  # what is in the store already would cost nothing
     return {

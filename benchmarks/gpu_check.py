@@ -215,7 +215,7 @@ def _few_images(check: Check, study: Study, technique: Any) -> dict[str, Any]:
     else:
         memory, (seconds, made) = check.with_memory(fill)
     if technique.name == "controlnet-canny":
-        check.source_rows = {name: getattr(pipeline, name) for name in ("controlnet", "scheduler")}
+        check.followed = {name: getattr(pipeline, name) for name in ("controlnet", "scheduler")}
     images = [image for pool in made for image in pool.images()]
     attempts = [attempt for pool in made for attempt in pool.attempts]
     return {
@@ -370,7 +370,7 @@ def _pass(folder: Path, sizes: Sizes, device: str) -> tuple[float, float]:
 
 
 def controlnet(check: Check) -> Found:
-    parts = {**check.pipeline.components, **check.source_rows}
+    parts = {**check.pipeline.components, **check.followed}
     pipeline = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     sampler = partial(check.sampler, pipeline, technique="controlnet-canny")
@@ -448,7 +448,7 @@ def sameness(check: Check) -> Found:
 def stable_diffusion_xl(check: Check) -> Found:
     """Its images, four at a time, by AutoPipeline."""
     pools.loaded_pipelines.clear()
-    check.source_rows.clear()
+    check.followed.clear()
     free_memory()
     folder = check.folder / "xl"
     build_xl(folder, check.sizes, check.device.type)

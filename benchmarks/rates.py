@@ -31,7 +31,7 @@ from sdaug_utils.store import Store
 from sdaug_utils.study import open_study
 from sdaug_utils.training import classifier, segmenter
 from sdaug_utils.training.features import folded_backbone, load_backbone
-from sdaug_utils.training.runs import STACK
+from sdaug_utils.training.trainer import STACK
 
 RESULT = Path(__file__).parent / "results" / "rates.json"
 ROUNDS = 3
