@@ -38,6 +38,7 @@ from sdaug_utils.store import Store
 from sdaug_utils.study import Study, open_study
 from sdaug_utils.training import classifier
 from sdaug_utils.training.features import image_features, load_backbone, normalise, to_pixels
+from sdaug_utils.training.runs import repeated
 from sdaug_utils.training.trainer import STACK, results_of
 
 ROOT = Path(__file__).parents[1]
@@ -274,7 +275,7 @@ def scaling(study: Study, folder: str) -> dict[str, dict[int, float]]:
     trained, arms = afresh(study, folder), [{"real_percent": 100.0}]
 
     def train(first: int, count: int) -> None:
-        grid = runs.repeated(arms, "controlled", 1, first + count)
+        grid = repeated(arms, "controlled", 1, first + count)
         results_of(trained, grid[first:])
 
     make_images(afresh(study, folder), 20, 1)  # whoever is first reads the model's files
@@ -289,7 +290,7 @@ def scaling(study: Study, folder: str) -> dict[str, dict[int, float]]:
             count: seconds(1, make_images, afresh(study, folder), 40, count) for count in classes
         },
         "runs": {
-            count: seconds(1, runs, first, count)
+            count: seconds(1, train, first, count)
             for first, count in zip(firsts, trainings, strict=False)
         },
     }
