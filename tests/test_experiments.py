@@ -151,6 +151,17 @@ def test_extra_runs_are_of_the_controlled_protocol_whatever_the_main_table_is(wo
     p.check(world)
 
 
+def test_runs_that_a_figure_could_not_tell_apart_are_refused(world):
+    class Doubled(type(parameters("04-generation-percentage"))):
+        def arms(self, study):
+            arms = super().arms(study)
+            return arms + [{**arm, "overrides": (("sampling.prompt", "a {}"),)} for arm in arms]
+
+    p = Doubled.model_validate(dict(parameters("04-generation-percentage")))
+    with pytest.raises(InputError, match="need a 'variant' each"):
+        p.check(world)
+
+
 EXPERIMENT = '''"""Experiment 12: does the prompt's wording matter?"""
 
 from pydantic import Field

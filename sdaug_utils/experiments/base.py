@@ -195,6 +195,11 @@ class Runs(Experiment):
     def check(self, study: Study) -> None:
         """Check that each class has the images that each run needs, of the right kind."""
         grid = self.grid(study)
+        names = [(x.arm, x.real_percent, x.synthetic_per_class, x.draw, x.seed) for x in grid]
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"{self.notebook}: runs that differ in overrides need a 'variant' each"
+            )
         percents = [run.real_percent for run in grid if run.real_percent]
         percents += [percent for key in self.percents for percent in getattr(self, key)]
         check_percents(study, percents, images_needed(grid))

@@ -61,6 +61,10 @@ class DifferentSubjects(Subjects):
             study, *names, self.num_subjects, self.prompts, self.images_per_prompt
         )
 
+    def technique_names(self, study: Study) -> list[tuple[Study, str]]:
+        """Those that personalise, and the one that makes images of the bare name."""
+        return [*super().technique_names(study), (study, self.bare_technique)]
+
     def values_allowed(self, study: Study) -> dict[str, Any]:
         """Classes that the data lack are dropped; a kind of which none is known stays."""
         known = set(study.data.class_names)
