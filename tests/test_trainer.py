@@ -10,7 +10,7 @@ from sdaug_utils.data import augment
 from sdaug_utils.errors import InputError
 from sdaug_utils.experiments import base
 from sdaug_utils.training import classifier, features, runs, segmenter
-from sdaug_utils.training.trainer import Trainer, overview, results_of
+from sdaug_utils.training.trainer import Trainer, overview, results_of, stacks
 
 
 @pytest.fixture
@@ -249,3 +249,10 @@ def test_a_partner_sees_the_same_images(world, grid):
     assert twin.partner.protocol == "published"
     longer = world.changed({"classifier.controlled.max_train_steps": 30})
     assert runs.folder_of(longer, twin) == runs.folder_of(world, twin)  # its partner decides
+
+
+def test_a_run_comes_after_its_partner(grid):
+    partner = grid[0]
+    twin = partner.changed({"classifier.image_size": 40})
+    twin = twin.model_copy(update={"updates_as": "controlled"})
+    assert stacks([twin, partner]) == [[partner], [twin]]

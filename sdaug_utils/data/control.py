@@ -22,19 +22,14 @@ mostly fur and accessories, is the subject's, and "wall" is the most neutral of 
 """
 
 
-def canny(
-    image: np.ndarray,
-    resolution: int | None = None,
-    low_threshold: int = 100,
-    high_threshold: int = 200,
-) -> np.ndarray:
-    """Canny edges, white on black (thesis, section 4.3.6; OpenCV's thresholds as in its code).
+def canny(image: np.ndarray, resolution: int | None = None) -> np.ndarray:
+    """Canny edges, white on black (thesis, section 4.3.6, with the thresholds of its code).
 
     With a ``resolution`` the image is made a square of that many pixels first.
     """
     if resolution and image.shape[:2] != (resolution, resolution):
         image = cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
-    edges = cv2.Canny(image, low_threshold, high_threshold)
+    edges = cv2.Canny(image, 100, 200)
     return np.repeat(edges[..., None], 3, axis=2)
 
 

@@ -46,10 +46,10 @@ def naming(corpus: str, class_name: str) -> Images:
         number, load = len(files), lambda i: read_rgb(files[i])
     name = f"corpus, {class_name}"
 
-    def digest_of(i: int) -> str:
+    def image_digest(i: int) -> str:
         return array_digest(load(i))
 
-    return Images(tuple(ImageSource(load, digest_of, i, name) for i in range(number)))
+    return Images(tuple(ImageSource(load, image_digest, i, name) for i in range(number)))
 
 
 @cache

@@ -49,12 +49,11 @@ def load(
     Raises:
         InputError: unknown data set, class or split; a file is missing or corrupt.
     """
-    if folder is not None:
-        whole = photos.LOADERS[name](PROJECT / folder, download)
-        return restricted(whole, classes, max_images_per_class)
-    if name not in LOADERS:
-        raise InputError(f"data set '{name}' is unknown: choose from {', '.join(LOADERS)}")
-    return restricted(LOADERS[name](), classes, max_images_per_class)
+    known = [*(photos.LOADERS if folder else LOADERS)]
+    if name not in known:
+        raise InputError(f"data set '{name}' is unknown: choose from {', '.join(known)}")
+    whole = photos.LOADERS[name](PROJECT / folder, download) if folder else LOADERS[name]()
+    return restricted(whole, classes, max_images_per_class)
 
 
 def restricted(

@@ -21,7 +21,7 @@ from sdaug_utils.store import digest_of, sha256, verify_checksums
 
 Pipeline = Any  # of diffusers: StableDiffusionPipeline or one of its kind
 COMPILERS = ("g++", "clang++", "c++", "cl")  # that torch.compile looks for
-GRAPHS = 64  # that may be compiled: one for each shape and kind of pass; torch stops at eight
+RECOMPILE_LIMIT = 64  # torch's default is 8; each shape and kind of pass needs one
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 PROJECT = Path(__file__).parents[2]
 MINIATURE_WEIGHTS = PROJECT / "miniature" / "weights"
@@ -202,7 +202,7 @@ def compiled(settings: Settings, network: Any) -> Any:
     made for the first.
     """
     if settings.compile:
-        torch._dynamo.config.recompile_limit = GRAPHS
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         network.compile(dynamic=False)
     return network
 

@@ -34,7 +34,7 @@ class Request:
     technique: Any  # an instance of Technique
     model: Spec  # what determines the personalised model; empty if there is none
     inputs: Sequence[np.ndarray]  # real images that it learns from
-    rows: np.ndarray | None  # of the train split, which image 0, 1, ... follow in turn
+    rows: np.ndarray | None  # (N,) of the train split: image i is made from rows[i % N]
 
     def source_rows(self, indices: Sequence[int]) -> tuple[int, ...]:
         """The row of the train split that each image is made from; none if there is none."""
@@ -60,7 +60,6 @@ class Technique:
     image i follows one of them, in turn."""
     learns: ClassVar[bool] = False  # a model for each set of inputs: see personalisation.py
     kind: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class that makes its images, or ""
-    network: ClassVar[str] = "the U-Net"  # that makes them, for what it takes to compile it
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
 
     @property
@@ -78,7 +77,7 @@ class Technique:
         return getattr(settings, self.section[0]) if self.section else None
 
     def sampling(self, settings: Settings) -> Sampling:
-        """How its images are drawn."""
+        """The settings by which its images are sampled."""
         return settings.sampling
 
     def subject_word(self, settings: Settings, class_name: str) -> str:
@@ -143,7 +142,7 @@ class Technique:
         return lambda indices: {"height": resolution, "width": resolution}
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
-        """A pipeline to draw with, by what was learnt in ``folder``; ``pipeline`` stays."""
+        """A pipeline that samples with the model in ``folder``; ``pipeline`` is not changed."""
         return with_shared_components(pipeline)
 
 
@@ -247,9 +246,9 @@ def technique_requests(
     that it looks at: nothing from outside a run's subset leaks in. Where every subset holds all
     the inputs of a model, it learns the same at every percentage.
 
-    A pool that follows real images goes round all N of them in the draw's order. Of p % of them,
-    for one class the first n, a run takes the rounds over those only: images 0 to n - 1, N to
-    N + n - 1, and so on. So runs of other percentages share what they have in common.
+    Where images are made from real ones, image i of a pool follows source row i mod N of the N rows
+    that the pool goes through. A run may use those i whose source row is in its subset, in rising
+    order, so that runs at other percentages share images.
     """
     technique = techniques()[technique_name]
     # What else is asked of the same models and pools need not be worked out again.

@@ -1,4 +1,4 @@
-"""The classifier: a frozen backbone with a new linear head, under two protocols.
+"""The classifier: a frozen backbone with a new linear head, trained in one of three ways.
 
 ``controlled``: backbone in evaluation mode, so features are computed once per image and view and
 kept; the same number of updates for every arm; best validation weights.
@@ -33,7 +33,7 @@ class Outcome:
     validation_score: float  # of the weights that made the predictions
     num_updates: int
     selected_step: int  # the update after which those weights were taken
-    confidences: np.ndarray | None = None  # (n_test,) probability that a class is given, in 0 to 1
+    confidences: np.ndarray | None = None  # (n_test,) softmax of the class predicted
     curve: Sequence[tuple[int, float]] = ()  # validation accuracy by number of updates
 
 

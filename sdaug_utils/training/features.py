@@ -122,7 +122,7 @@ def _fold(module: torch.nn.Module, before: str, after: str) -> None:
 def folded_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """As :func:`load_backbone`, with each BatchNorm folded into the convolution before it.
 
-    In evaluation mode it is the same function, but for rounding, and half as fast again.
+    In evaluation mode it is the same function up to rounding, 1.5 times as fast.
     """
     model = copy.deepcopy(load_backbone(name, output_stride))
     for module in list(model.modules()):
@@ -141,7 +141,7 @@ def normalise(pixels: torch.Tensor, backbone: torch.nn.Module) -> torch.Tensor:
 
 
 def filled(items: list[Item]) -> list[Item]:
-    """As many as a pass through a backbone has: rounding depends on its shape."""
+    """A batch padded with its last item: rounding depends on a batch's shape."""
     return items + items[-1:] * (FEATURE_BATCH - len(items))
 
 
@@ -315,7 +315,7 @@ def _compute(
     classifier, device = study.settings.classifier, device_of(study.settings)
     backbone = folded_backbone(classifier.backbone).to(device)
     transform = augment.build(augmentation, classifier.image_size)
-    # Seeds keep to the first characters of the weights' name: views do not change with the key.
+    # Only 20 characters of the weights' name enter a view's seed: more would change all views.
     recipe = (
         f"{CODE_VERSION}-{augment.CODE_VERSION}-{BACKBONES[classifier.backbone][:20]}-"
         f"{classifier.image_size}"

@@ -24,7 +24,10 @@ from sdaug_utils.training import classifier, features, segmenter
 
 CODE_VERSION = 4
 RECIPE = "classifier.controlled"  # a section of the settings
-LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")  # both: last weights count
+LENGTH = (
+    f"{RECIPE}.max_train_steps",
+    f"{RECIPE}.validation_steps",
+)  # alike: last weights count
 Overrides = tuple[tuple[str, str | int | float], ...]  # paths in the settings, and values
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""
@@ -46,7 +49,7 @@ class Run(Parameters):
     chosen_from: int = 0  # ... from so many of each class
     overrides: Overrides = ()  # settings that differ from the profile's, by path
     updates_as: Protocol | None = None  # as many updates as the same run of this protocol had
-    test_sets: tuple[str, ...] = ()  # shifts of the test images; none: as they are, alone
+    test_sets: tuple[str, ...] = ()  # names of test sets; (): the images as they are, alone
     variant: str = ""  # what figures call its overrides
 
     @field_validator("overrides")
@@ -88,7 +91,7 @@ class Run(Parameters):
 
     @property
     def partner(self) -> Run | None:
-        """The run that decides its number of updates, if there is one: on the same images."""
+        """The run on the same images whose number of updates this one takes, or None."""
         if self.updates_as is None:
             return None
         kept = tuple(one for one in self.overrides if not one[0].startswith("classifier."))
@@ -108,7 +111,7 @@ def study_of(study: Study, run: Run) -> Study:
 
 
 def features_by(study: Study) -> tuple[str, int]:
-    """What tells the features of an image from others of it: the backbone, the image's size."""
+    """What an image's features depend on besides the image: the backbone and its input size."""
     return study.settings.classifier.backbone, study.settings.classifier.image_size
 
 
@@ -158,7 +161,7 @@ def spec(study: Study, run: Run) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if label_weight(own, run) < 1:
         more["share"] = label_weight(own, run)
-    if run.rule and run.protocol != "controlled":  # what judges the images is trained by it
+    if run.rule and run.protocol != "controlled":  # the classifier that chooses is trained by it
         more["chosen by"] = [settings.controlled.model_dump(), settings.image_size]
     if run.partner:
         del recipe["max_train_steps"], recipe["validation_steps"]
@@ -196,7 +199,7 @@ def _subset(data: Dataset, percent: float, draw: int) -> np.ndarray:
 
 
 def training_seed(run: Run) -> int:
-    """The same for all arms of a draw and seed, and another for every draw."""
+    """The seed of a run's training: equal for all arms of a draw and seed."""
     return 1000 * run.draw + run.seed
 
 
@@ -277,6 +280,6 @@ def scores(results: pd.DataFrame, **setting: Any) -> np.ndarray:
     num_draws, num_seeds = ordered["draw"].nunique(), ordered["seed"].nunique()
     runs = ordered[["draw", "seed"]].drop_duplicates()
     mixed = any(len(set(ordered[column])) > 1 for column in SETTING if column in ordered)
-    if mixed or not len(ordered) == num_draws * num_seeds == len(runs):
+    if mixed or len(ordered) != num_draws * num_seeds or len(runs) != len(ordered):
         raise ValueError(f"runs of {setting} are not of one setting, one per draw and seed")
     return np.stack(ordered["scores"].to_list()).reshape(num_draws, num_seeds, -1)

@@ -47,7 +47,8 @@ def results_of(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
     that of each image, too).
 
     A run with ``test_sets`` has a row for each of them, named in the column ``shift``, with
-    ``predictions``, ``scores`` and ``confidences``, the probabilities of the classes predicted.
+    ``predictions``, ``scores`` and ``confidences``, the probabilities of the classes predicted, in
+    place of the columns from ``num_real`` to ``test_score``.
     """
     make(study, runs)
     return pd.DataFrame([row for run in runs for row in _rows(study, run)])
@@ -119,9 +120,8 @@ def stacks(runs: Sequence[Run]) -> list[list[Run]]:
             heads.setdefault(recipe, []).append(run)
         else:
             parts.append([run])
-    for same in heads.values():
-        parts += [same[i : i + STACK] for i in range(0, len(same), STACK)]
-    return parts
+    stacked = [same[i : i + STACK] for same in heads.values() for i in range(0, len(same), STACK)]
+    return stacked + parts
 
 
 def make(study: Study, runs: Sequence[Run]) -> None:

@@ -57,7 +57,6 @@ class ControlNet(Technique):
     section: ClassVar = ("controlnet", ControlNetSettings)
     inputs: ClassVar = "all"
     kind: ClassVar = "StableDiffusionControlNetPipeline"
-    network: ClassVar = "the U-Net with a ControlNet"
     image_cost: ClassVar = "image with a ControlNet"
     control: ClassVar[str]  # the parameter that names the model
 

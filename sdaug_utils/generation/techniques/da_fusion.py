@@ -1,4 +1,4 @@
-"""DA-Fusion: noisy real images, drawn anew by a learnt word (Trabucco et al., ICLR 2024)."""
+"""DA-Fusion: noisy real images, denoised with a learnt word (Trabucco et al., ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Strength = Annotated[float, Field(gt=0, le=1)]  # of the noise: 1 leaves nothing
 
 
 class DAFusionSettings(Parameters):
-    """What is not here is as in textual inversion's section, whose words it uses."""
+    """Other settings are those of ``textual_inversion``, whose words it shares."""
 
     strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.0], min_length=1)
 
 
 @register
 class DAFusion(TextualInversion):
-    """Image i begins as a real one of the subset, in turn, with as much noise as a die says."""
+    """Image i begins as a real one of the subset, with a strength drawn from ``strengths``."""
 
     name, label, colour, marker = "da-fusion", "DA-Fusion", "#5b7f3a", "H"
     section: ClassVar[tuple[str, type[Parameters]]] = ("da_fusion", DAFusionSettings)

@@ -14,7 +14,7 @@ from sdaug_utils.registry import register
 
 
 class DiffMixSettings(Parameters):
-    """What is not here is as in textual inversion's section, whose words it uses."""
+    """Other settings are those of ``textual_inversion``, whose words it shares."""
 
     strength: Strength = 0.7
     gamma: float = Field(default=0.5, gt=0)  # the image's own class has strength ** gamma
@@ -22,7 +22,7 @@ class DiffMixSettings(Parameters):
 
 @register
 class DiffMix(DAFusion):
-    """Images of the other classes, in turn, drawn anew by the class's learnt word.
+    """Images of the other classes, in turn, denoised with the class's learnt word.
 
     The label is mixed: strength ** gamma of the class, the rest of the one that the image was of
     (the paper's equation 4). The paper learns words and LoRA together; here they are words alone,

@@ -34,8 +34,7 @@ class DreamBoothLoRA(DreamBooth):
     name, label = "dreambooth-lora", "DreamBooth by LoRA"
     colour, marker = "#e59a9c", "<"
     section: ClassVar[tuple[str, type[Parameters]]] = ("dreambooth_lora", LoRA)
-    model_bytes: ClassVar = 0  # of a few megabytes
-    network: ClassVar = "the U-Net with adapters"
+    model_bytes: ClassVar = 0  # a few megabytes: not counted
     latent_cost: ClassVar = "latent, fine-tuning by LoRA"
 
     def recipe(self, settings: Settings) -> DreamBoothSettings:
