@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sdaug_utils.evidence import claims, figures, metrics
+from sdaug_utils.evidence import claims, figures, metrics, report
 from sdaug_utils.training import runs
 
 PETS = "oxford-iiit-pet"
@@ -392,8 +392,8 @@ def test_deviations_tell_draws_from_seeds():
                 setting = {"real_percent": 5, "synthetic_per_class": 3 * (arm != "baseline")}
                 scores = np.full(50, score)
                 rows.append({"arm": arm, **setting, "draw": draw, "seed": seed, "scores": scores})
-    [found] = claims.deviations(pd.DataFrame(rows)).to_dict("records")
+    [found] = report.deviations(pd.DataFrame(rows)).to_dict("records")
     assert found["draw"] == pytest.approx(3, rel=0.3)
     assert found["seed"] == pytest.approx(1, rel=0.2)
     assert found["test images"] == 0
-    assert claims.deviations(pd.DataFrame(rows).assign(real_percent=0)).empty
+    assert report.deviations(pd.DataFrame(rows).assign(real_percent=0)).empty

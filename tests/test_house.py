@@ -110,3 +110,12 @@ def test_a_technique_is_named_in_its_own_file_only(technique):
         ]
         assert technique.name not in strings, f"{name} names {technique.name}"
         assert section not in (*strings, *attributes), f"{name} knows {technique.name}'s section"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_stay_short(name):
+    text = FILES[name].read_text()
+    assert len(text.splitlines()) <= 450
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"

@@ -366,9 +366,7 @@ def gains(
                 "published": value,
                 "published_gain_points": 100 * (value - reference),
                 "published_gain_relative": 100 * (value / reference - 1),
-                "score": score.mean,
-                "score_low": score.low,
-                "score_high": score.high,
+                **{"score": score.mean, "score_low": score.low, "score_high": score.high},
                 "gain_points": 100 * change.mean,
                 "gain_points_low": 100 * change.low,
                 "gain_points_high": 100 * change.high,
@@ -439,27 +437,3 @@ def published_settings(
     chosen = table[(table["task"] == task) & table["technique"].isin(arms)]
     names = {"technique": "arm", "value": "score"}
     return chosen.rename(columns=names)[["arm", "real_percent", "synthetic_per_class", "score"]]
-
-
-def deviations(results: pd.DataFrame) -> pd.DataFrame:
-    """What makes the gain of an arm vary, by real percentage, in points: a standard deviation each.
-
-    The gains are those over the baseline; variances (:func:`metrics.run_deviations`) are averaged
-    over arms and numbers of synthetic images. Empty where there is no baseline.
-    """
-    rows = []
-    for percent, group in results.groupby("real_percent", sort=False):
-        if percent == 0 or "baseline" not in set(group["arm"]):
-            continue
-        baseline = scores(group, arm="baseline").astype(float)
-        arms = [
-            scores(runs) - baseline
-            for (arm, _), runs in group.groupby(["arm", "synthetic_per_class"])
-            if arm != "baseline"
-        ]
-        if not arms:
-            continue
-        found = pd.DataFrame([metrics.run_deviations(gain) for gain in arms])
-        mean = 100 * np.sqrt((found**2).mean())
-        rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(arms)})
-    return pd.DataFrame(rows)

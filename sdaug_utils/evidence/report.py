@@ -19,8 +19,8 @@ import yaml
 
 from sdaug_utils.compute import LIBRARIES, TOOLS, hardware, made_with
 from sdaug_utils.data.datasets import PROJECT
-from sdaug_utils.evidence import prose
-from sdaug_utils.evidence.claims import TABLES, deviations, holm
+from sdaug_utils.evidence import metrics, prose
+from sdaug_utils.evidence.claims import TABLES, holm
 from sdaug_utils.evidence.figures import save_table, to_decide
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
@@ -28,6 +28,7 @@ from sdaug_utils.registry import experiments, techniques
 from sdaug_utils.store import makers
 from sdaug_utils.study import figures_folder, results_folder
 from sdaug_utils.training.features import BACKBONES
+from sdaug_utils.training.runs import scores
 
 TABLE = "<!-- {}: made by 'make notebooks' -->", "<!-- end of {} -->"
 
@@ -113,6 +114,30 @@ def write_claims(profile: str) -> None:
 def _numbers(in_thesis: bool) -> list[str]:
     """The numbers of the thesis's notebooks, or of all others."""
     return [name[:2] for name, one in experiments().items() if one.in_thesis == in_thesis]
+
+
+def deviations(results: pd.DataFrame) -> pd.DataFrame:
+    """What makes the gain of an arm vary, by real percentage, in points: a standard deviation each.
+
+    The gains are those over the baseline; variances (:func:`metrics.run_deviations`) are averaged
+    over arms and numbers of synthetic images. Empty where there is no baseline.
+    """
+    rows = []
+    for percent, group in results.groupby("real_percent", sort=False):
+        if percent == 0 or "baseline" not in set(group["arm"]):
+            continue
+        baseline = scores(group, arm="baseline").astype(float)
+        arms = [
+            scores(runs) - baseline
+            for (arm, _), runs in group.groupby(["arm", "synthetic_per_class"])
+            if arm != "baseline"
+        ]
+        if not arms:
+            continue
+        found = pd.DataFrame([metrics.run_deviations(gain) for gain in arms])
+        mean = 100 * np.sqrt((found**2).mean())
+        rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(arms)})
+    return pd.DataFrame(rows)
 
 
 def write_deviations(profile: str) -> None:

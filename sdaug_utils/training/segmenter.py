@@ -134,25 +134,21 @@ def train(
         splits: ``validation`` and ``test`` are used.
         which: of the trimaps each image has; by default there are n, one for each.
     """
-    settings, device = maps.settings, maps.device
-    side = settings.label_size
+    settings, device, side = maps.settings, maps.device, maps.settings.label_size
     targets = _targets(trimaps, side)
     of_image = torch.as_tensor(range(len(images)) if which is None else which)
     held_out = {name: maps.held_out(splits[name]) for name in ("validation", "test")}
-    epoch = -(-len(images) // settings.batch_size)
-    if protocol == "controlled":
-        last, every, patience = settings.max_train_steps, settings.validation_steps, None
-    else:
-        last, every, patience = settings.max_epochs * epoch, epoch, settings.patience
+    controlled, epoch = protocol == "controlled", -(-len(images) // settings.batch_size)
+    last = settings.max_train_steps if controlled else settings.max_epochs * epoch
+    every = settings.validation_steps if controlled else epoch
+    patience = 0 if controlled else settings.patience
     features = maps.of(images)
-    num_features = features([0]).shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = new_head(num_features, settings).to(device)
+        head = new_head(features([0]).shape[1], settings).to(device)
     _seed_dropout(head, torch.Generator(device).manual_seed(seed))
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate, fused=True)
-    falls = protocol == "controlled"
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, last) if falls else None
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, last) if controlled else None
     best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
     step, curve = 0, list[tuple[int, float]]()
     for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
@@ -172,10 +168,9 @@ def train(
                 best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
             elif patience and step - best_step >= patience * epoch:
                 break
-    if protocol == "controlled":
+    if controlled:
         head.load_state_dict(best)
-    selected = best_step if protocol == "controlled" else step
-    return _tested(head, held_out, step, selected, curve)
+    return _tested(head, held_out, step, best_step if controlled else step, curve)
 
 
 def _tested(
