@@ -105,7 +105,7 @@ def open_study(
 
     Args:
         profile: its name, or the path of a ``config.yaml`` that was made of one.
-        domain: which of the profile's two data sets: only experiment 09 uses the second.
+        domain: which of the profile's two data sets.
         download: False never downloads the data set, even if the profile allows it.
 
     Raises:

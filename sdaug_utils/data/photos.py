@@ -178,7 +178,7 @@ def _split(
 ) -> Split:
     def trimap(i: int) -> np.ndarray:
         if trimaps is None:
-            raise InputError("this data set has no trimaps: experiment 08 needs them")
+            raise InputError("this data set has no trimaps: segmenters need them")
         return np.asarray(decoded(trimaps[rows[i]]), np.uint8)
 
     return Split(

@@ -1,6 +1,6 @@
 """Subjects: a few real images each, models personalised on them, and how faithful the results are.
 
-Experiments 01 and 02 judge images; the thesis judged by eye.
+What the thesis judged by eye is measured here.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Run(Parameters):
     augmentation: Augmentation = "none"
     technique: Technique | None = None
     synthetic_per_class: int = 0
-    controls_from_outside: bool = False  # as in the thesis: a leak, shown as such in experiment 06
+    controls_from_outside: bool = False  # as in the thesis: a leak, and an arm of its own
     rule: Rule | None = None  # by which the synthetic images are chosen ...
     chosen_from: int = 0  # ... from so many of each class
     overrides: Overrides = ()  # settings that differ from the profile's, by path
