@@ -65,7 +65,7 @@ def test_mixed_labels_are_refused_where_they_cannot_be(world):
 
 def test_mixup_mixes_features_and_labels_alike():
     values = torch.eye(5)
-    drawn = mixing.partners("mixup", 5, 40, seed=0)
+    drawn = mixing.draw_mixture("mixup", 5, 40, seed=0)
     mixed = drawn.mixed(values)
     assert mixed.shape == (5, 40, 5)
     assert torch.allclose(mixed.sum(dim=2), torch.ones(5, 40))
@@ -77,7 +77,7 @@ def test_mixup_mixes_features_and_labels_alike():
 
 def test_cutmix_pastes_as_much_as_its_label_says():
     images = [np.full((10, 10, 3), value, np.uint8) for value in (0, 100, 200)]
-    drawn = mixing.partners("cutmix", 3, 30, seed=1, side=32)
+    drawn = mixing.draw_mixture("cutmix", 3, 30, seed=1, side=32)
     made = mixing.cut_and_pasted(images, drawn, 32)
     assert len(made) == 90
     assert len(set(made.digests())) > 80
@@ -108,7 +108,7 @@ def test_a_head_separates_classes_that_it_has_only_seen_mixed(world):
     labels = torch.arange(40) % 2
     values = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) * 0.1
     values[:, 0] += 2.0 * labels - 1
-    drawn = mixing.partners("mixup", 40, 20, seed=0)
+    drawn = mixing.draw_mixture("mixup", 40, 20, seed=0)
     data = classifier.TrainingSet(
         drawn.mixed(values), drawn.mixed(torch.nn.functional.one_hot(labels, 2).float()), 0
     )

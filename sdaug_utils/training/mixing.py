@@ -20,7 +20,7 @@ ALPHAS = {"mixup": 0.2, "cutmix": 1.0}  # of Beta(alpha, alpha), as in the paper
 
 
 @dataclass(frozen=True, eq=False)
-class Partners:
+class Mixture:
     """What each view of each image is mixed with."""
 
     rows: np.ndarray  # (n, views) of the training set
@@ -33,20 +33,20 @@ class Partners:
         return own * values[:, None] + (1 - own) * values[self.rows]
 
 
-def partners(name: str, num_images: int, num_views: int, seed: int, side: int = 0) -> Partners:
+def draw_mixture(name: str, num_images: int, num_views: int, seed: int, side: int = 0) -> Mixture:
     """Draw what is mixed with what; for CutMix the boxes, too, for images of ``side`` pixels."""
     rng, shape, alpha = np.random.default_rng(seed), (num_images, num_views), ALPHAS[name]
     rows, shares = rng.integers(num_images, size=shape), rng.beta(alpha, alpha, size=shape)
     if name == "mixup":
-        return Partners(rows, shares)
+        return Mixture(rows, shares)
     half = side * np.sqrt(1 - shares) / 2  # of a box whose area is the partner's share
     middle = rng.uniform(0, side, size=(2, *shape))
     begin, end = (np.clip(np.rint(middle + x), 0, side).astype(int) for x in (-half, half))
     areas = np.prod(end - begin, axis=0)
-    return Partners(rows, 1 - areas / side**2, np.stack([*begin, *end], axis=-1))
+    return Mixture(rows, 1 - areas / side**2, np.stack([*begin, *end], axis=-1))
 
 
-def cut_and_pasted(images: Sequence[np.ndarray], chosen: Partners, side: int) -> Images:
+def cut_and_pasted(images: Sequence[np.ndarray], chosen: Mixture, side: int) -> Images:
     """Each view of each image with its partner's pixels in the box: n x views images, 8-bit RGB.
 
     They are squares of ``side`` pixels, composed whenever one is looked at.

@@ -258,7 +258,7 @@ class Trainer:
         whole = torch.nn.functional.one_hot(labels, self.num_classes).float()
         if own < 1.0:
             self._share(run, whole, own)
-        return self._partners(run).mixed(whole) if run.augmentation in mixing.ALPHAS else whole
+        return self._mixture(run).mixed(whole) if run.augmentation in mixing.ALPHAS else whole
 
     def _share(self, run: Run, whole: torch.Tensor, own: float) -> None:
         """Give a part of synthetic images' labels to the class of the image that they follow."""
@@ -269,11 +269,11 @@ class Trainer:
         whole[first:] *= own
         whole[first:] += (1 - own) * torch.nn.functional.one_hot(other, self.num_classes)
 
-    def _partners(self, run: Run) -> mixing.Partners:
+    def _mixture(self, run: Run) -> mixing.Mixture:
         """What each view of a run's training images is mixed with: the same for all its seeds."""
         settings, number = self.study.settings.classifier, len(self.training_set(run)[0])
         views, side = settings.controlled.num_views(number), settings.image_size
-        return mixing.partners(run.augmentation, number, views, run.draw, side)
+        return mixing.draw_mixture(run.augmentation, number, views, run.draw, side)
 
     def features(self, run: Run) -> list[torch.Tensor]:
         """Features of a run's real training images, then of its synthetic ones, if it has any.
@@ -283,12 +283,12 @@ class Trainer:
         if run.protocol == "pixels":
             return [features.pixel_vectors(self.training_set(run)[0])]
         if run.augmentation == "cutmix":
-            chosen, side = self._partners(run), self.study.settings.classifier.image_size
+            chosen, side = self._mixture(run), self.study.settings.classifier.image_size
             images = mixing.cut_and_pasted(self.training_set(run)[0], chosen, side)
             return [features.image_features(self.study, images).view(*chosen.rows.shape, -1)]
         if run.augmentation == "mixup":
             plain = self.features(run.model_copy(update={"augmentation": "none"}))
-            return [self._partners(run).mixed(torch.cat(plain)[:, 0])]
+            return [self._mixture(run).mixed(torch.cat(plain)[:, 0])]
         if run.augmentation != "none":
             return [
                 features.image_features(self.study, images, run.augmentation, number)
