@@ -36,9 +36,7 @@ from sdaug_utils.units import (
     images_left,
     learn,
     models_left,
-    prepare,
     runs_left,
-    train,
 )
 
 MOST_IMAGES, LONGEST = 500, 120  # of a unit: images, and the seconds that their generation takes
@@ -316,7 +314,7 @@ class Planner:
                 kind="features",
                 items=number,
                 left=partial(features_left, self.study, group, number),
-                make=partial(prepare, self.study, group),
+                make=partial(trainer.prepare, self.study, group),
                 seconds=number * self.seconds["feature"],
                 num_bytes=number * FEATURE_BYTES,
                 needs=frozenset().union(*(needs[run] for run in group)),
@@ -343,7 +341,7 @@ class Planner:
                     kind="runs",
                     items=len(some),
                     left=partial(runs_left, self.study, some),
-                    make=partial(train, self.study, some),
+                    make=partial(trainer.make, self.study, some),
                     seconds=sum(rates.run_seconds(self.study, run, self.seconds) for run in some),
                     needs=frozenset(partners).union(*(needs[run] for run in some)),
                     notebook=notebook,

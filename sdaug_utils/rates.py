@@ -104,7 +104,8 @@ def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], i
             continue
         own = runs.study_of(study, run)
         settings, percent = own.settings.classifier, runs.pool_percent(own, run)
-        pool = (*runs.pool_keys(study, run)[:1], percent, *runs.features_by(own))
+        seen_by = runs.features_by(own)
+        pool = (*runs.pool_keys(study, run)[:1], percent, *seen_by)
         if run.augmentation in ("none", "mixup"):  # which mixes features
             here = classes * run.num_made
             views[pool] = max(views.get(pool, 0), here)  # all the images of one view
@@ -113,7 +114,7 @@ def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], i
         rows = runs.real_rows(study, run).tolist()
         number = len(rows) + classes * run.synthetic_per_class
         for image in (*rows, *((*pool, *one) for one in made)):
-            key = (run.augmentation, *runs.features_by(own), image)
+            key = (run.augmentation, *seen_by, image)
             is_synthetic = isinstance(image, tuple)
             wanted_views = settings.controlled.num_views(number, synthetic=is_synthetic)
             views[key] = max(views.get(key, 0), wanted_views)

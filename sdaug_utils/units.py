@@ -13,7 +13,7 @@ from sdaug_utils.generation.pools import learn_models, number_missing
 from sdaug_utils.generation.technique import Request
 from sdaug_utils.store import KINDS, digest
 from sdaug_utils.study import Study
-from sdaug_utils.training import features, runs, trainer
+from sdaug_utils.training import features, runs
 from sdaug_utils.training.runs import Run
 
 FEATURE_BYTES = 1280 * 4  # 32-bit features of EfficientNet-Lite0; those of ResNet34 are smaller
@@ -137,11 +137,6 @@ def features_left(study: Study, some: Sequence[Run], number: int) -> int:
     return 0 if all(runs.is_made(study, run) for run in some) else number
 
 
-def prepare(study: Study, some: Sequence[Run]) -> None:
-    for run in sorted(some, key=lambda run: -run.num_made):  # the largest pools first
-        trainer.trainer_of(runs.study_of(study, run)).prepare(run)
-
-
 def _data_features_left(study: Study, images: Sequence[Images]) -> int:
     return sum(len(some) for some in images if not features.have_features(study, some))
 
@@ -153,7 +148,3 @@ def _prepare_data(study: Study, images: Sequence[Images]) -> None:
 
 def runs_left(study: Study, some: Sequence[Run]) -> int:
     return sum(not runs.is_made(study, run) for run in some)
-
-
-def train(study: Study, some: Sequence[Run]) -> None:
-    trainer.make(study, some)

@@ -1,7 +1,5 @@
 """Retrieval: images that are found in a corpus, not made."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,14 +11,6 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.notebooks import NOTEBOOKS
-
-
-def changed(study, **sections):
-    update = {
-        name: getattr(study.settings, name).model_copy(update=values)
-        for name, values in sections.items()
-    }
-    return replace(study, settings=study.settings.model_copy(update=update))
 
 
 def test_retrieved_images_are_the_corpus_s_own(world):
@@ -71,7 +61,7 @@ def test_a_folder_with_captions_is_a_corpus(tmp_path):
 
 
 def test_a_corpus_still_to_be_named_can_be_planned_for_and_not_searched(world, monkeypatch):
-    unnamed = changed(world, retrieval={"corpus": None})
+    unnamed = world.changed({"retrieval.corpus": None})
     assert technique_requests(unnamed, "retrieval", 0, 500)
     with pytest.raises(InputError, match=r"retrieval\.corpus: null: name a folder"):
         pools.technique_pools(unnamed, "retrieval", 0, 1)

@@ -141,6 +141,8 @@ def test_what_a_run_would_ignore_is_refused(world, more, message):
     run = runs.Run(**{"protocol": "controlled", "real_percent": 50, "draw": 0, "seed": 0} | more)
     with pytest.raises(InputError, match=message):
         base.require_trainable(world, [run])
+    fine = {"protocol": "controlled", "real_percent": 50, "draw": 0, "seed": 0}
+    base.require_trainable(world, [runs.Run(**fine, overrides=(("datadream.rank", 1),))])
 
 
 def test_extra_runs_are_of_the_controlled_protocol_whatever_the_main_table_is(world):

@@ -157,10 +157,9 @@ class Subjects(Experiment):
 class Runs(Experiment):
     """Classifiers or segmenters, trained once for each draw and seed of each arm."""
 
-    percents: ClassVar[
-        tuple[str, ...]
-    ] = ()  # parameters that hold real percentages; the grid first
-    percents_of_grid: ClassVar[tuple[str, ...]] = ()  # parameters that are one of the grid's
+    # Names of parameters: with real percentages, the grid's first; with one of the grid's.
+    percents: ClassVar[tuple[str, ...]] = ()
+    percents_of_grid: ClassVar[tuple[str, ...]] = ()
 
     protocol: Protocol
     num_draws: int = Field(ge=2)  # one draw has no interval
@@ -353,7 +352,7 @@ def require_trainable(study: Study, runs: Iterable[Run]) -> None:
             "a rule": run.rule is not None and run.task == "segmentation",
             "an augmentation": run.augmentation != "none"
             and (run.task == "segmentation" or run.protocol == "pixels"),
-            "other data": any(path.startswith("data") for path, _ in run.overrides),
+            "other data": any(path.split(".")[0] == "data" for path, _ in run.overrides),
         }
         for what, is_wrong in wrong.items():
             if is_wrong:

@@ -204,12 +204,12 @@ def training_seed(run: Run) -> int:
 
 
 def folder_of(study: Study, run: Run) -> Path:
-    """Where the store has it, or will have it."""
+    """The run's folder in the store, made or not."""
     return study.store.folder("runs", spec(study, run))
 
 
 def is_made(study: Study, run: Run) -> bool:
-    """Whether the store has it."""
+    """Whether the store has the run's result."""
     return study.store.is_whole(folder_of(study, run), to_read=True)
 
 

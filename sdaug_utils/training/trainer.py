@@ -129,9 +129,7 @@ def make(study: Study, runs: Sequence[Run]) -> None:
     missing = [run for run in dict.fromkeys(runs) if not is_made(study, run)]
     if partners := [run.partner for run in missing if run.partner]:
         make(study, partners)
-    # The largest pools first: a model that is not kept makes all its images at once.
-    for run in sorted(missing, key=lambda run: -run.num_made):
-        trainer_of(study_of(study, run)).prepare(run)
+    prepare(study, missing)
     for some in stacks(missing):
         own = study_of(study, some[0])
         if partner := some[0].partner:
@@ -145,6 +143,13 @@ def make(study: Study, runs: Sequence[Run]) -> None:
 
         with one_thread(study.settings):
             study.store.get_all("runs", [spec(study, run) for run in some], write)
+
+
+def prepare(study: Study, runs: Sequence[Run]) -> None:
+    """Make the images and features that runs need, if the store has not got them."""
+    # The largest pools first: a model that is not kept makes all its images at once.
+    for run in sorted(runs, key=lambda run: -run.num_made):
+        trainer_of(study_of(study, run)).prepare(run)
 
 
 @lru_cache(maxsize=4)
