@@ -420,5 +420,5 @@ def _summary_line(study: Study, work: Work) -> str:
     )
     seconds = work.seconds()
     shown = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
-    source = rates.rates(study.settings)[0]
+    source = rates.measured(study.settings)["source"]
     return f"To be made: {missing}: about {shown} in one process (rates: {source})."

@@ -35,7 +35,7 @@ def known_technique(name: str, suits: Callable[[Any], bool] = lambda one: True) 
     return name
 
 
-Technique = Annotated[str, AfterValidator(known_technique)]
+TechniqueName = Annotated[str, AfterValidator(known_technique)]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment", "mixup", "cutmix"]
 Rule = Literal["chance", "confidence", "agreement", "nearness", "diversity", "distribution"]
@@ -158,9 +158,7 @@ class Settings(Parameters):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
     attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
-    compile: bool = (
-        False  # U-Net and ControlNet, by torch.compile: the same images but for rounding
-    )
+    compile: bool = False  # U-Net and ControlNet, by torch.compile; images differ by rounding
     training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
     treatment: str = ""  # how it deviates from the thesis: a column of every table
     cluster: dict[str, Any] = {}  # of a queue's jobs: what dask-jobqueue's classes take
@@ -190,10 +188,7 @@ class Invocation(Parameters):
 def parse_parameter(key: str, text: str) -> tuple[list[str], Any]:
     """Parse ``-p SECTION.KEY VALUE`` into the path of the key and its value, which is YAML.
 
-    A notebook's section may be named by its number.
-
-    Raises:
-        InputError: no such section, no key, or no YAML.
+    A notebook's section may be named by its number. Raises InputError.
     """
     section, *path = key.split(".")
     named = [name for name in experiments() if section in (name, name[:2])]
@@ -216,12 +211,11 @@ def configure(
 ) -> dict[str, Any]:
     """The content of a ``config.yaml``: a profile with a command line's changes, checked.
 
+    Raises InputError for an unknown profile and for an unknown, missing or ill-typed key.
+
     Args:
         changes: paths of keys and values, as :func:`parse_parameter` gives them.
         dataset: a folder of class folders that takes the place of the main data set.
-
-    Raises:
-        InputError: unknown profile; unknown, missing or ill-typed key.
     """
     sections, name = read_profile(profile), invocation_of(profile).name
     sections.pop("run", None)
@@ -261,16 +255,13 @@ def _file(profile: str) -> Path:
 
 
 def read_profile(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The sections of a profile, unchecked but for their names.
+    """The sections of a profile, unchecked but for their names, for which InputError is raised.
 
     A profile with a ``base`` inherits all values of that profile that it does not set itself.
 
     Args:
         profile: its name, or the path of a ``config.yaml`` that was made of one.
         heirs: profiles that inherit from this one, to detect a cycle.
-
-    Raises:
-        InputError: no such profile, no YAML, or a section that is no notebook's.
     """
     path = _file(profile)
     if not path.exists():
@@ -295,12 +286,9 @@ def read_profile(profile: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def load_settings(profile: str, domain: Domain = "main") -> Settings:
-    """The checked section ``common`` of a profile, with what is different for the second domain.
+    """The section ``common`` of a profile, changed for the second domain by ``second-domain``.
 
-    That is in the section ``second-domain``, if there is one.
-
-    Raises:
-        InputError: unknown profile; unknown, missing or ill-typed key.
+    Raises InputError for an unknown profile and for an unknown, missing or ill-typed key.
     """
     return _settings_of(read_profile(profile), domain, str(_file(profile)))
 
@@ -315,8 +303,7 @@ def _settings_of(sections: dict[str, Any], domain: Domain, where: str) -> Settin
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Settings with other values, whose keys are as in ``classifier.controlled.learning_rate``.
 
-    Raises:
-        InputError: unknown key, or an ill-typed value.
+    Raises InputError for an unknown key and for an ill-typed value.
     """
     values = settings.model_dump()
     for path, value in changes.items():
@@ -325,18 +312,16 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Put a value, whatever it is, in the place of another."""
-    key, *further = keys
-    if further and not isinstance(values.get(key), dict):
-        values[key] = {}
-    if further:
-        _put(values[key], further, value)
-    else:
-        values[key] = value
+    """Put a value in the place that keys lead to, whatever is there."""
+    *path, last = keys
+    for key in path:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[last] = value
 
 
 def _merged(values: Any, changes: Any) -> Any:
-    """Values with some changed, section by section."""
     if not (isinstance(values, dict) and isinstance(changes, dict)):
         return changes
     return values | {key: _merged(values.get(key), change) for key, change in changes.items()}
@@ -362,8 +347,7 @@ def notebook_section(profile: str, notebook: str) -> dict[str, Any]:
 def parameters_cell(path: Path) -> dict[str, Any]:
     """The values that a notebook's cell tagged ``parameters`` assigns, without running it.
 
-    Raises:
-        InputError: there is no such cell, or it holds more than plain assignments.
+    Raises InputError if there is no such cell or it holds more than plain assignments.
     """
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
@@ -377,11 +361,7 @@ def parameters_cell(path: Path) -> dict[str, Any]:
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
-    """Check the values of a notebook's ``parameters`` cell against its experiment's.
-
-    Raises:
-        InputError: unknown, missing or ill-typed parameter.
-    """
+    """The experiment that a notebook's ``parameters`` cell describes, checked: see InputError."""
     return _checked(experiments()[notebook], values, f"notebooks/{notebook}.ipynb")
 
 

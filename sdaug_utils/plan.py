@@ -52,7 +52,6 @@ class Wanted:
     requests: dict[str, Request] = field(default_factory=dict)  # one for each pool
     runs: dict[Run, str] = field(default_factory=dict)
     unshared: int = 0  # images, if no two settings shared any, as in the thesis
-    by_notebook: dict[str, Wanted] = field(default_factory=dict)  # what each asks for
 
     def counts(self) -> dict[str, int]:
         """How many images, personalised models and training runs."""
@@ -68,16 +67,6 @@ class Wanted:
             *(study.store.folder(one.technique.model_folder, one.model) for one in with_model),
             *(runs.folder_of(study, run) for run in self.runs),
         ]
-
-    def merge(self, other: Wanted) -> None:
-        """Add what other notebooks need; for what both need, the first notebook stays noted."""
-        for key, indices in other.images.items():
-            self.images[key] = indices | self.images.get(key, {})
-        self.requests = {**other.requests, **self.requests}
-        for run, notebook in other.runs.items():
-            self.runs.setdefault(run, notebook)
-        self.unshared += other.unshared
-        self.by_notebook |= other.by_notebook
 
     def ask(self, requests: Iterable[Request], notebook: str = "") -> None:
         """Add the images of some requests."""
@@ -109,16 +98,16 @@ def wanted(asked: Asked) -> dict[Study, Wanted]:
     """What notebooks need of each study."""
     found: dict[Study, Wanted] = {}
     for notebook, study, p in asked:
-        own = Wanted()
-        own.add(notebook, study, p)
-        own.by_notebook[notebook] = own
-        found.setdefault(study, Wanted()).merge(own)
+        what = found.setdefault(study, Wanted())
+        earlier, what.requests = what.requests, {}
+        what.add(notebook, study, p)
+        what.requests |= earlier  # last: the order decides which models are learnt together
     return found
 
 
-def by_notebook(needed: dict[Study, Wanted]) -> dict[str, Wanted]:
-    """What each notebook asks for, by its name."""
-    return {name: own for what in needed.values() for name, own in what.by_notebook.items()}
+def by_notebook(asked: Asked) -> dict[str, Wanted]:
+    """What each notebook needs, by its name."""
+    return {one[0]: what for one in asked for what in wanted([one]).values()}
 
 
 def first_units(asked: Asked) -> list[Unit]:
@@ -142,7 +131,7 @@ class Planner:
 
     def __init__(self, study: Study, wanted: Wanted) -> None:
         self.study, self.settings, self.wanted = study, study.settings, wanted
-        self.seconds = rates.rates(study.settings)[1]
+        self.seconds = rates.seconds_by_kind(study.settings)
         self.image_bytes = PNG_BYTES * self.settings.sampling.resolution**2
         self.is_large = rates.is_at_scale(self.settings)
         self.makers: dict[str, set[str]] = {}  # of each pool: keys of the units that make images
@@ -219,27 +208,29 @@ class Planner:
         """
         each = self.seconds[requests[0].technique.image_cost]
         most = max(BLOCK, min(MOST_IMAGES, int(LONGEST / max(each, 1e-9))))
+        blocks = [
+            replace(request, indices=list(some))
+            for request in requests
+            for _, some in itertools.groupby(request.indices, lambda index: index // BLOCK)
+        ]
         parts: list[list[Request]] = []
-        last = ""  # the notebook that the last part is for
-        for request in requests:
-            notebooks = self.wanted.images[self.pool_of(request)]
-            for _, some in itertools.groupby(request.indices, lambda index: index // BLOCK):
-                block = replace(request, indices=list(some))
-                notebook = notebooks[block.indices[0]]
-                count = sum(len(one.indices) for one in parts[-1]) if parts else 0
-                if not parts or notebook != last or count + len(block.indices) > most:
+        for _, same_notebook in itertools.groupby(blocks, lambda one: self._first_notebook([one])):
+            count = most
+            for block in same_notebook:
+                if count + len(block.indices) > most:
                     parts.append([])
+                    count = 0
                 parts[-1].append(block)
-                last = notebook
+                count += len(block.indices)
         made = []
         for part in parts:
             known = [[self.pool_of(b), b.indices[0], b.indices[-1], len(b.indices)] for b in part]
-            whole = []  # blocks of one pool are one request again
+            requests = []  # blocks of one pool are one request again
             for _, group in itertools.groupby(part, self.pool_of):
-                same = list(group)
-                indices = [index for block in same for index in block.indices]
-                whole.append(replace(same[0], indices=indices))
-            made.append(self._image_unit(whole, known, model))
+                first, *others = group
+                indices = itertools.chain(first.indices, *(block.indices for block in others))
+                requests.append(replace(first, indices=list(indices)))
+            made.append(self._image_unit(requests, known, model))
         return made
 
     def _image_unit(
@@ -350,13 +341,13 @@ class Planner:
         return made
 
 
-def _with_features_in_common(study: Study, every: Iterable[Run]) -> list[list[Run]]:
+def _with_features_in_common(study: Study, asked: Iterable[Run]) -> list[list[Run]]:
     """Heads' runs in groups: one for a technique and draw, or for an augmentation of real images.
 
     Runs that differ in their seed alone have one set of features.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in every:
+    for run in asked:
         if run.task != "classification" or run.protocol != "controlled" or run.seed:
             continue
         seen_by = runs.features_by(runs.study_of(study, run))
@@ -380,10 +371,8 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
     """A study for planning without a download, and the names of the models and data it lacks.
 
     The miniature model replaces each missing model, and no images of it are in the store. A
-    stand-in with the published number of images replaces a missing data set.
-
-    Raises:
-        InputError: as :func:`open_study`; the data are not here and their sizes are not known.
+    stand-in with the published number of images replaces a missing data set. Raises InputError if
+    the sizes of a missing data set are not known.
     """
     settings, absent = params.load_settings(profile, domain), []
     for name, part in models(settings):
@@ -418,23 +407,13 @@ def costs(study: Study, names: Iterable[str], count: int, real_percent: float) -
     Columns: ``technique``, ``images``, ``models``, and by the rates in use ``learning`` and
     ``sampling``, in seconds.
     """
-    seconds, rows = rates.rates(study.settings)[1], []
+    seconds, rows = rates.seconds_by_kind(study.settings), []
     for name in names:
-        technique = techniques()[name]
-        requests = technique_requests(study, name, 0, count, real_percent)
-        num_images = sum(len(request.indices) for request in requests)
-        num_models = len({digest(request.model) for request in requests if request.model})
-        learning = 0.0
-        if technique.learns:
-            kind, number = technique.model_cost(study.settings)
-            learning = num_models * number * seconds[kind]
-        rows.append(
-            {
-                "technique": name,
-                "images": num_images,
-                "models": num_models,
-                "learning": learning,
-                "sampling": num_images * seconds[technique.image_cost],
-            }
-        )
+        technique, needed = techniques()[name], Wanted()
+        needed.ask(technique_requests(study, name, 0, count, real_percent))
+        counts = needed.counts()
+        row = {"technique": name, "images": counts["images"], "models": counts["models"]}
+        kind, number = technique.model_cost(study.settings) if technique.learns else ("", 0)
+        row["learning"] = counts["models"] * number * seconds.get(kind, 0.0)
+        rows.append(row | {"sampling": counts["images"] * seconds[technique.image_cost]})
     return pd.DataFrame(rows)

@@ -20,25 +20,29 @@ MEASURED = Path(__file__).parents[1] / "benchmarks" / "results"
 COMPILATION = "compilation of a network"  # as rates have it
 
 
-def rates(settings: Settings) -> tuple[str, dict[str, float]]:
-    """Where rates come from, and the seconds that each kind of work takes there.
+def seconds_by_kind(settings: Settings) -> dict[str, float]:
+    """The seconds that each kind of work takes.
 
-    Those of ``benchmarks/rates.py`` for small models; for models of full size those that
-    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest. For images a rate is
-    scaled by the number of steps; where both were measured it is ``once`` + steps * ``step``.
+    For images a rate is scaled by the number of steps; where both were measured it is ``once`` +
+    steps * ``step``.
     """
     content, steps = measured(settings), steps_of_images(settings)
-
-    def seconds(kind: str, rate: Any) -> float:
+    seconds = {}
+    for kind, rate in content["seconds"].items():
         if isinstance(rate, dict):
-            return rate["once"] + steps[kind] * rate["step"]
-        return rate * (steps[kind] / content["steps"] if kind in steps else 1.0)
-
-    return content["source"], {kind: seconds(kind, x) for kind, x in content["seconds"].items()}
+            rate = rate["once"] + steps[kind] * rate["step"]
+        elif kind in steps:
+            rate = rate * (steps[kind] / content["steps"])
+        seconds[kind] = rate
+    return seconds
 
 
 def measured(settings: Settings) -> dict[str, Any]:
-    """A table of rates: ``source``, ``seconds``, ``steps`` of an image, ``peak FLOP/s``."""
+    """A table of rates: ``source``, ``seconds``, ``steps`` of an image, ``peak FLOP/s``.
+
+    Those of ``benchmarks/rates.py`` for small models; for models of full size those that
+    ``benchmarks/gpu_check.py`` has measured, and the thesis's for the rest.
+    """
     at_scale = is_at_scale(settings)
     file = MEASURED / ("gpu.json" if at_scale else "rates.json")
     logged = json.loads((TABLES / "rates-a100.json").read_text()) if at_scale else {"seconds": {}}
@@ -54,8 +58,8 @@ def measured(settings: Settings) -> dict[str, Any]:
 
 def steps_of_images(settings: Settings) -> dict[str, int]:
     """How many steps an image takes, by the kind of work that it is."""
-    every = [technique for technique in techniques().values() if technique.is_generative]
-    return {t.image_cost: t.sampling(settings).num_inference_steps for t in every}
+    generative = [one for one in techniques().values() if one.is_generative]
+    return {one.image_cost: one.sampling(settings).num_inference_steps for one in generative}
 
 
 def is_at_scale(settings: Settings) -> bool:
@@ -90,7 +94,7 @@ def run_seconds(study: Study, run: Run, rates: Mapping[str, float]) -> float:
     return smaller * (whole + tested * rates["feature"])
 
 
-def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], int]) -> int:
+def num_views(study: Study, asked: Iterable[Run], views: dict[tuple[Any, ...], int]) -> int:
     """How many features must be computed for the heads of runs, unaugmented real images aside.
 
     Args:
@@ -99,7 +103,7 @@ def num_views(study: Study, every: Iterable[Run], views: dict[tuple[Any, ...], i
     """
     classes = len(study.data.class_names)
     before = sum(views.values())
-    for run in every:
+    for run in asked:
         if run.protocol != "controlled" or run.task != "classification":
             continue
         own = runs.study_of(study, run)

@@ -45,12 +45,11 @@ def configure(
         folder: where the file goes, by default ``runs/<name>``.
         file: its name; where nothing is run, another one than ``config.yaml``.
 
+    Raises InputError if what is asked for cannot be or the folder cannot be written to.
+
     Returns:
         A value for ``profile`` of :func:`open_study`, which is the profile's own name if nothing
         changes it, else the path of the written file; and the folder.
-
-    Raises:
-        InputError: something that is asked for cannot be; the folder cannot be written to.
     """
     sections = params.configure(profile, **asked)
     name = sections["run"]["name"]
@@ -84,11 +83,7 @@ class Study:
         return "" if own else STANDS_FOR[self.domain]
 
     def changed(self, changes: Mapping[str, Any]) -> "Study":
-        """The same data and store with other settings, as in ``{"sampling.prompt": "a {}"}``.
-
-        Raises:
-            InputError: unknown key, or an ill-typed value.
-        """
+        """The same data and store with other settings, as in ``{"sampling.prompt": "a {}"}``."""
         return _changed(self, tuple(sorted(changes.items()))) if changes else self
 
 
@@ -103,13 +98,12 @@ def open_study(
 ) -> Study:
     """Check a profile's settings and data, and open the store; no work starts.
 
+    Raises InputError if anything in the profile, the data files or the store's folder is wrong.
+
     Args:
         profile: its name, or the path of a ``config.yaml`` that was made of one.
         domain: which of the profile's two data sets.
         download: False never downloads the data set, even if the profile allows it.
-
-    Raises:
-        InputError: anything in the profile, the data files or the store's folder is wrong.
     """
     settings = load_settings(profile, domain)
     chosen = settings.data[domain]

@@ -34,11 +34,11 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
     import pandas as pd
 
     settings = jobs[0].study.settings
-    source, at_scale = rates.rates(settings)[0], rates.is_at_scale(settings)
+    source, at_scale = rates.measured(settings)["source"], rates.is_at_scale(settings)
     label, per_second = ("GPU hours", 1 / 3600) if at_scale else ("minutes", 1 / 60)
     needed = plan.wanted(asked_for(jobs))
     work, rows = units.Work(plan.units(needed)), []
-    each = plan.by_notebook(needed)
+    each = plan.by_notebook(asked_for(jobs))
     for job in jobs:
         own = work.of(job.path.stem)
         counts, uses = own.counts(), each[job.path.stem].counts()
@@ -93,7 +93,7 @@ def close(
 
     needed = plan.wanted(asked_for(jobs))
     report.write_tables(profile, [f for study, what in needed.items() for f in what.folders(study)])
-    each = plan.by_notebook(needed)
+    each = plan.by_notebook(asked_for(jobs))
     used = {name: own.counts() for name, own in each.items()}
     pools = {name: sorted(f"pools/{key}" for key in own.images) for name, own in each.items()}
     _print_summary(reports, used, outcome)

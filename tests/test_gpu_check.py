@@ -19,8 +19,7 @@ from packaging.utils import canonicalize_name
 from torchvision.models import ResNet34_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
 
-from sdaug_utils import params
-from sdaug_utils import rates as plan
+from sdaug_utils import params, rates
 from sdaug_utils.generation import pools
 from sdaug_utils.registry import techniques
 from sdaug_utils.training import features
@@ -181,15 +180,16 @@ def test_it_measures_every_kind_of_work_and_loads_each_pipeline_once(
     assert found["compiled"]["difference"]["mean grey levels"] < 0.1
     assert found["stable diffusion xl"]["images"] == {"shape": [1, 128, 128, 3], "finite": True}
 
-    logged = json.loads((plan.TABLES / "rates-a100.json").read_text())
+    logged = json.loads((rates.TABLES / "rates-a100.json").read_text())
     assert set(content["seconds"]) == set(logged["seconds"])
-    monkeypatch.setattr(plan, "MEASURED", tmp_path)
-    source, rates = plan.rates(params.load_settings("thesis"))
-    assert source.endswith("cores, measured")  # nothing is taken from the thesis
+    monkeypatch.setattr(rates, "MEASURED", tmp_path)
+    thesis = params.load_settings("thesis")
+    seconds = rates.seconds_by_kind(thesis)
+    assert rates.measured(thesis)["source"].endswith("cores, measured")  # none is the thesis's
     parts = content["seconds"]["image by a prompt"]
-    assert rates["image by a prompt"] == pytest.approx(parts["once"] + 50 * parts["step"])
-    differences = {plan.COMPILATION, "image, training of a segmenter"}  # small ones may vanish
-    assert all(rate > 0 or kind in differences for kind, rate in rates.items())
+    assert seconds["image by a prompt"] == pytest.approx(parts["once"] + 50 * parts["step"])
+    differences = {rates.COMPILATION, "image, training of a segmenter"}  # small ones may vanish
+    assert all(rate > 0 or kind in differences for kind, rate in seconds.items())
 
 
 def test_a_measurement_that_fails_stops_no_other(gpu_check, tiny, record, monkeypatch):
@@ -210,9 +210,9 @@ def test_a_measurement_that_fails_stops_no_other(gpu_check, tiny, record, monkey
 
 
 def test_plans_take_what_was_measured_and_the_thesis_logs_for_the_rest(monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "MEASURED", tmp_path)
+    monkeypatch.setattr(rates, "MEASURED", tmp_path)
     thesis, fast = (params.load_settings(name) for name in ("thesis", "thesis-fast"))
-    logs, logged = plan.rates(thesis)
+    logs, logged = rates.measured(thesis)["source"], rates.seconds_by_kind(thesis)
     assert "A100" in logs
     measured = {
         "machine": {"gpu": "NVIDIA H100"},
@@ -220,13 +220,13 @@ def test_plans_take_what_was_measured_and_the_thesis_logs_for_the_rest(monkeypat
         "seconds": {"image by a prompt": {"once": 0.1, "step": 0.02}, "feature": 0.001},
     }
     (tmp_path / "gpu.json").write_text(json.dumps(measured))
-    source, rates = plan.rates(thesis)
+    source, seconds = rates.measured(thesis)["source"], rates.seconds_by_kind(thesis)
     assert source.startswith("NVIDIA H100, measured; compilation of a network, image of a pers")
     assert source.endswith(logs)
-    assert rates["image by a prompt"] == pytest.approx(0.1 + 50 * 0.02)
-    assert plan.rates(fast)[1]["image by a prompt"] == pytest.approx(0.1 + 20 * 0.02)
-    assert rates["feature"] == 0.001
-    assert rates["image with a ControlNet"] == logged["image with a ControlNet"]
+    assert seconds["image by a prompt"] == pytest.approx(0.1 + 50 * 0.02)
+    assert rates.seconds_by_kind(fast)["image by a prompt"] == pytest.approx(0.1 + 20 * 0.02)
+    assert seconds["feature"] == 0.001
+    assert seconds["image with a ControlNet"] == logged["image with a ControlNet"]
 
 
 def test_a_full_size_check_makes_an_image_with_each_technique_in_a_process_of_its_own(gpu_check):

@@ -57,7 +57,7 @@ def test_likeness_has_a_row_for_each_technique_and_draw(world):
 
 def test_costs_are_those_of_the_plan(world):
     found = plan.costs(world, ["retrieval", "stable-diffusion-prompt", "dreambooth-lora"], 4, 50)
-    seconds = rates.rates(world.settings)[1]
+    seconds = rates.seconds_by_kind(world.settings)
     assert found["images"].tolist() == [8, 8, 8]
     assert found["models"].tolist() == [0, 0, 2]
     assert found["sampling"].iloc[1] == pytest.approx(8 * seconds["image by a prompt"])

@@ -90,7 +90,7 @@ def seconds_of(study, *requested):
 
 
 def test_hours_are_those_of_the_rates(world):
-    each = rates.rates(world.settings)[1]["image by a prompt"]
+    each = rates.seconds_by_kind(world.settings)["image by a prompt"]
     planned = seconds_of(world, ("stable-diffusion-prompt", 0, 9))
     assert planned == pytest.approx(2 * 9 * each)
     assert seconds_of(world) == 0
@@ -101,9 +101,9 @@ def test_hours_are_those_of_the_rates(world):
 def test_images_take_as_long_as_their_number_of_steps():
     slow, fast = (params.load_settings(name) for name in ("thesis", "thesis-fast"))
     for kind in ("image by a prompt", "image with a ControlNet", "image of a personalised model"):
-        whole, part = (rates.rates(settings)[1][kind] for settings in (slow, fast))
+        whole, part = (rates.seconds_by_kind(settings)[kind] for settings in (slow, fast))
         assert part == pytest.approx(whole * 20 / 50)
-    assert rates.rates(slow)[1]["feature"] == rates.rates(fast)[1]["feature"]
+    assert rates.seconds_by_kind(slow)["feature"] == rates.seconds_by_kind(fast)["feature"]
 
 
 @pytest.mark.parametrize("profile", ["thesis", "thesis-fast", "miniature", "smoke"])
@@ -111,7 +111,7 @@ def test_no_rate_beats_the_peak_of_its_hardware(profile, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     flops = importlib.import_module("flops")
     settings = params.load_settings(profile)
-    seconds, limits = rates.rates(settings)[1], flops.limits(settings)
+    seconds, limits = rates.seconds_by_kind(settings), flops.limits(settings)
     assert seconds.keys() == limits.keys() | {rates.COMPILATION}
     assert all(0 <= limits[kind] < seconds[kind] for kind in limits)
 

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, synthetic
-from sdaug_utils.params import Percent, Technique
+from sdaug_utils.params import Percent, TechniqueName
 from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
@@ -15,13 +15,12 @@ class AllGenerated(Runs):
     notebook = "05-all-generated"
     percents = ("reference_percents",)
 
-    techniques: list[Technique] = Field(min_length=1)
+    techniques: list[TechniqueName] = Field(min_length=1)
     synthetic_per_class: Numbers
-    further_numbers: dict[Technique, Numbers]
+    further_numbers: dict[TechniqueName, Numbers]
     reference_percents: list[Percent] = Field(min_length=1)
 
     def arms(self, study: Study) -> list[Arm]:
-        """References of real images, each technique's numbers of images, some further ones."""
         arms = baselines(self.reference_percents)
         arms += synthetic(self.techniques, [(0.0, self.synthetic_per_class)])
         for technique, numbers in self.further_numbers.items():

@@ -11,21 +11,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import AfterValidator, Field, field_validator
 
+from sdaug_utils import params
 from sdaug_utils.data.datasets import subset, subset_size
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence.subjects import Subject, subject_requests
 from sdaug_utils.generation.technique import Request
-from sdaug_utils.params import (
-    Attribute,
-    Augmentation,
-    Count,
-    Domain,
-    Parameters,
-    Percent,
-    Protocol,
-    Technique,
-    known_technique,
-)
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.features import have_features
@@ -34,23 +24,20 @@ from sdaug_utils.training.runs import Run, label_weight, repeated, study_of
 
 FEWEST_INPUTS = 3
 Arm = dict[str, Any]  # fields of a run, but for protocol, draw and seed
-Numbers = Annotated[list[Count], Field(min_length=1)]
+Numbers = Annotated[list[params.Count], Field(min_length=1)]
 Counts = list[tuple[float, list[int]]]  # (real %, numbers of synthetic images per class)
 
 
-Personalisation = Annotated[
-    str,
-    AfterValidator(
-        partial(known_technique, suits=lambda one: one.learns and one.inputs == "first")
-    ),
-]
+def personalises(technique: Any) -> bool:
+    """Whether it learns from the first few images of a subject."""
+    return technique.learns and technique.inputs == "first"
 
 
-class Experiment(Parameters):
+class Experiment(params.Parameters):
     """The values that a notebook's ``parameters`` cell sets, and what follows from them."""
 
     notebook: ClassVar[str]  # the name of its file, without suffix; it begins with a number
-    domain: ClassVar[Domain] = "main"  # which of a profile's two data sets it is about
+    domain: ClassVar[params.Domain] = "main"  # which of a profile's two data sets it is about
     repeats: ClassVar[str] = "draws"  # what is repeated, and what intervals are taken over
     in_thesis: ClassVar[bool] = True  # others run only if they are asked for
     needs_trimaps: ClassVar[bool] = False
@@ -80,17 +67,12 @@ class Experiment(Parameters):
         return {key: value for key, value in new.items() if value != old[key]}
 
     def check(self, study: Study) -> None:
-        """Check the parameters against the data; no work starts.
-
-        Raises:
-            InputError: the data do not allow them.
-        """
+        """Raise InputError if the data do not allow the parameters; no work starts."""
 
     def check_techniques(self, study: Study) -> None:
-        """Check that the techniques have the settings they need, and that these fit the models.
+        """Raise InputError if a technique lacks a setting, or has one that does not fit its model.
 
-        Raises:
-            InputError: a setting is missing (a plan can do without it), or does not fit the model.
+        A plan can be made without these settings.
         """
         for own, name in self.technique_names(study):
             if missing := techniques()[name].missing_setting(own.settings):
@@ -104,8 +86,10 @@ class Subjects(Experiment):
     repeats = "subjects"
     needs_features = True
 
-    techniques: list[Personalisation] = Field(min_length=1)
-    prompts: dict[str, Attribute | None] = Field(min_length=1)  # and the attribute asked for
+    techniques: list[
+        Annotated[str, AfterValidator(partial(params.known_technique, suits=personalises))]
+    ] = Field(min_length=1)
+    prompts: dict[str, params.Attribute | None] = Field(min_length=1)  # and the attribute asked for
     images_per_prompt: int = Field(ge=2)  # one has no diversity
     num_subjects: int = Field(ge=2)  # one has no interval
 
@@ -126,31 +110,23 @@ class Subjects(Experiment):
         raise NotImplementedError
 
     def requests(self, study: Study) -> list[Request]:
-        """A pool for each technique, subject and prompt."""
         can_choose = have_features(study, study.data.splits["train"].images())
         chosen = self.subjects(study) if can_choose else self.planned_subjects(study)
-        return [
-            one
-            for technique in self.techniques
-            for one in subject_requests(
-                study, technique, chosen, self.prompts, self.images_per_prompt
-            )
-        ]
+        asked = (chosen, self.prompts, self.images_per_prompt)
+        return [r for name in self.techniques for r in subject_requests(study, name, *asked)]
 
     def technique_names(self, study: Study) -> list[tuple[Study, str]]:
-        """Those that personalise."""
         return [(study, name) for name in self.techniques]
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
-        """No more subjects than classes."""
         return {"num_subjects": min(self.num_subjects, len(study.data.class_names))}
 
     def check(self, study: Study) -> None:
-        """Check that each subject can be of another class."""
-        if self.num_subjects > len(study.data.class_names):
+        num_classes = len(study.data.class_names)
+        if self.num_subjects > num_classes:
             raise InputError(
-                f"num_subjects: {self.num_subjects}, but there are {len(study.data.class_names)} "
-                "classes, and each subject is of another: choose at most that many"
+                f"num_subjects: {self.num_subjects}, but there are {num_classes} classes, and each "
+                "subject is of another: choose at most that many"
             )
 
 
@@ -161,7 +137,7 @@ class Runs(Experiment):
     percents: ClassVar[tuple[str, ...]] = ()
     percents_of_grid: ClassVar[tuple[str, ...]] = ()
 
-    protocol: Protocol
+    protocol: params.Protocol
     num_draws: int = Field(ge=2)  # one draw has no interval
     num_seeds: int = Field(ge=1)
 
@@ -174,11 +150,9 @@ class Runs(Experiment):
         return repeated(self.arms(study), self.protocol, self.num_draws, self.num_seeds)
 
     def runs(self, study: Study) -> list[Run]:
-        """All its runs: by default those of the main table."""
         return self.grid(study)
 
     def technique_names(self, study: Study) -> list[tuple[Study, str]]:
-        """Those of its runs."""
         found = by_settings(study, self.runs(study))
         return [(own, name) for own, runs in found.items() for name in images_needed(runs)]
 
@@ -192,7 +166,6 @@ class Runs(Experiment):
         return new
 
     def check(self, study: Study) -> None:
-        """Check that each class has the images that each run needs, of the right kind."""
         grid = self.grid(study)
         names = [(x.arm, x.real_percent, x.synthetic_per_class, x.draw, x.seed) for x in grid]
         if len(set(names)) < len(names):
@@ -201,7 +174,6 @@ class Runs(Experiment):
             )
         percents = [run.real_percent for run in grid if run.real_percent]
         percents += [percent for key in self.percents for percent in getattr(self, key)]
-        check_percents(study, percents, images_needed(grid))
         for own, runs in by_settings(study, self.runs(study)).items():
             require_trainable(own, runs)
             needed = images_needed(runs)
@@ -215,9 +187,9 @@ class AtPercentages(Runs):
 
     percents: ClassVar[tuple[str, ...]] = ("real_percents",)
 
-    real_percents: list[Percent] = Field(min_length=1)
-    augmentations: list[Augmentation] = Field(min_length=1)
-    techniques: list[Technique] = Field(min_length=1)
+    real_percents: list[params.Percent] = Field(min_length=1)
+    augmentations: list[params.Augmentation] = Field(min_length=1)
+    techniques: list[params.TechniqueName] = Field(min_length=1)
     synthetic_per_class: int = Field(ge=1)
 
     @field_validator("augmentations")
@@ -228,11 +200,9 @@ class AtPercentages(Runs):
         return names
 
     def arms(self, study: Study) -> list[Arm]:
-        """Real images with each augmentation, and with each technique's images."""
+        arms = baselines(self.real_percents, self.augmentations)
         counts = [(percent, [self.synthetic_per_class]) for percent in self.real_percents]
-        return baselines(self.real_percents, self.augmentations) + synthetic(
-            self.techniques, counts
-        )
+        return arms + synthetic(self.techniques, counts)
 
 
 class ByAmount(Runs):
@@ -240,12 +210,11 @@ class ByAmount(Runs):
 
     percents = ("synthetic_per_class",)
 
-    techniques: list[Technique] = Field(min_length=1)
-    synthetic_per_class: dict[Percent, Numbers] = Field(min_length=1)  # by real %
-    further_numbers: dict[Technique, Numbers]  # of synthetic images, by technique
+    techniques: list[params.TechniqueName] = Field(min_length=1)
+    synthetic_per_class: dict[params.Percent, Numbers] = Field(min_length=1)  # by real %
+    further_numbers: dict[params.TechniqueName, Numbers]  # of synthetic images, by technique
 
     def arms(self, study: Study) -> list[Arm]:
-        """The baselines, each technique's numbers of images, and some techniques' further ones."""
         counts = list(self.synthetic_per_class.items())
         arms = baselines(self.synthetic_per_class) + synthetic(self.techniques, counts)
         for technique, numbers in self.further_numbers.items():
@@ -307,29 +276,20 @@ def allowed(study: Study, values: Any, names: Collection[str]) -> Any:
     """
     kept = [percent for percent in values if is_fine(check_percents, study, [percent], names)]
     if isinstance(values, dict):
-        return {percent: values[percent] for percent in kept} or {
-            100.0: next(iter(values.values()))
-        }
+        numbers = next(iter(values.values()))
+        return {percent: values[percent] for percent in kept} or {100.0: numbers}
     return kept or ([100.0] if values else [])
 
 
 def require_among(key: str, percent: float, percents: Iterable[float]) -> None:
-    """Check that a percentage is one of some.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError if a percentage is not one of some."""
     if percent not in percents:
         known = ", ".join(f"{one:g}" for one in percents)
         raise InputError(f"{key}: {percent:g} is not among {known}")
 
 
 def by_settings(study: Study, runs: Iterable[Run]) -> dict[Study, list[Run]]:
-    """Runs by the study with the settings that they override.
-
-    Raises:
-        InputError: unknown setting, or an ill-typed value.
-    """
+    """Runs by the study with the settings that they override; InputError for an unknown one."""
     found: dict[Study, list[Run]] = {}
     for run in runs:
         found.setdefault(study_of(study, run), []).append(run)
@@ -337,11 +297,7 @@ def by_settings(study: Study, runs: Iterable[Run]) -> dict[Study, list[Run]]:
 
 
 def require_trainable(study: Study, runs: Iterable[Run]) -> None:
-    """Check that nothing is asked of a run that its way of training does not know.
-
-    Raises:
-        InputError: something would be ignored.
-    """
+    """Raise InputError if a run asks for what its way of training would ignore."""
     for run in runs:
         is_head = (run.task, run.protocol) == ("classification", "controlled")
         is_mixed = label_weight(study, run) < 1 or run.augmentation in ALPHAS
@@ -363,14 +319,11 @@ def require_trainable(study: Study, runs: Iterable[Run]) -> None:
 
 
 def check_percents(study: Study, percents: list[float], names: Collection[str]) -> None:
-    """Check that every real subset has an image of each class and all that models learn from.
+    """Raise InputError if a real subset has no image of a class, or too few to learn a model from.
 
     Where a class's subset is smaller than the number of inputs asked for, the model learns from all
     of it. That is accepted down to three images (the thesis uses three to five), or fewer where
     fewer are asked for or the whole class has fewer.
-
-    Raises:
-        InputError: a class would be empty, or a personalised model would learn from too few images.
     """
     labels, lowest = study.data.splits["train"].labels, min(percents)
     subset(labels, lowest)  # refuses to leave a class empty

@@ -4,42 +4,32 @@ from typing import Any
 
 from pydantic import Field
 
-from sdaug_utils.experiments.base import (
-    Arm,
-    Runs,
-    allowed,
-    counts_of,
-    images_needed,
-    synthetic,
-)
-from sdaug_utils.params import Augmentation, Count, Percent, Technique
+from sdaug_utils.experiments import base
+from sdaug_utils.params import Augmentation, Count, Percent, TechniqueName
 from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 
 @register_experiment
-class Combinations(Runs):
+class Combinations(base.Runs):
     """Each row with and without the augmentation."""
 
     notebook = "07-combinations"
 
     augmentation: Augmentation
-    rows: list[tuple[Technique, Percent, Count]] = Field(
-        min_length=1
-    )  # synthetic images in % of the real ones
+    # Technique, real %, synthetic images in % of the real ones:
+    rows: list[tuple[TechniqueName, Percent, Count]] = Field(min_length=1)
 
-    def arms(self, study: Study) -> list[Arm]:
-        """Each row without and with the augmentation."""
+    def arms(self, study: Study) -> list[base.Arm]:
         arms = []
         for technique, real, percent in self.rows:
-            [row] = synthetic([technique], counts_of(study, {real: [percent]}))
+            [row] = base.synthetic([technique], base.counts_of(study, {real: [percent]}))
             arms += [{**row, "augmentation": name} for name in ("none", self.augmentation)]
         return arms
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
-        """Rows whose real percentage leaves too few images of a class are left out."""
         technique, _, percent = self.rows[0]
-        names = images_needed(self.grid(study))
-        known = allowed(study, [row[1] for row in self.rows], names)
+        names = base.images_needed(self.grid(study))
+        known = base.allowed(study, [row[1] for row in self.rows], names)
         kept = [row for row in self.rows if row[1] in known] or [(technique, 100.0, percent)]
         return {} if kept == self.rows else {"rows": [list(row) for row in kept]}

@@ -16,12 +16,9 @@ from sdaug_utils.study import Study
 SIZES = [3, 5, 7, 5]  # of the four sets of inputs
 
 
-Prompting = Annotated[  # images that follow nothing but a prompt
-    str,
-    AfterValidator(
-        partial(known_technique, suits=lambda one: one.is_generative and one.inputs == "none")
-    ),
-]
+def follows_prompts_alone(technique: Any) -> bool:
+    """Whether it generates images without any real ones."""
+    return technique.is_generative and technique.inputs == "none"
 
 
 @register_experiment
@@ -32,7 +29,10 @@ class DifferentSubjects(Subjects):
 
     kinds: list[list[str]]  # classes of one kind; a class of none is a kind of its own
     bare_name: str  # of all kinds: "animal"
-    bare_technique: Prompting  # which makes images of it
+    # Which makes images of it:
+    bare_technique: Annotated[
+        str, AfterValidator(partial(known_technique, suits=follows_prompts_alone))
+    ]
 
     @field_validator("kinds")
     @classmethod
@@ -47,11 +47,9 @@ class DifferentSubjects(Subjects):
         return [part for sets in input_sets(study, self.num_subjects) for part in sets]
 
     def planned_subjects(self, study: Study) -> list[Subject]:
-        """As many, chosen without a look at an image."""
         return stand_ins(study, self.num_subjects, SIZES)
 
     def requests(self, study: Study) -> list[Request]:
-        """Images of the subjects, and of a kind's bare name."""
         return super().requests(study) + self.bare_requests(study)
 
     def bare_requests(self, study: Study) -> list[Request]:
@@ -62,17 +60,14 @@ class DifferentSubjects(Subjects):
         )
 
     def technique_names(self, study: Study) -> list[tuple[Study, str]]:
-        """Those that personalise, and the one that makes images of the bare name."""
         return [*super().technique_names(study), (study, self.bare_technique)]
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
-        """Classes that the data lack are dropped; a kind of which none is known stays."""
-        known = set(study.data.class_names)
+        known = set(study.data.class_names)  # a kind of which none is known stays
         kinds = [[name for name in kind if name in known] or kind for kind in self.kinds]
         return super().values_allowed(study) | {"kinds": kinds}
 
     def check(self, study: Study) -> None:
-        """Check that each kind's classes are of the data: all of them, or none."""
         super().check(study)
         classes = set(study.data.class_names)
         for kind in map(set, self.kinds):

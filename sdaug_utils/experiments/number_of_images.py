@@ -25,26 +25,22 @@ class NumberOfImages(Subjects):
         return [part for number in self.numbers_of_images for part in with_first(whole, number)]
 
     def planned_subjects(self, study: Study) -> list[Subject]:
-        """As many, chosen without a look at an image."""
         return stand_ins(study, self.num_subjects, self.numbers_of_images)
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
-        """No more images of a subject than half the smallest class."""
-        most = _most(study)
+        most = _smallest_class(study) // 2  # the other half is held back
         fewer = [number for number in self.numbers_of_images if number <= most] or [most]
         return super().values_allowed(study) | {"numbers_of_images": fewer}
 
     def check(self, study: Study) -> None:
-        """Check that half of each class suffices: the other half is held back."""
         super().check(study)
-        if max(self.numbers_of_images) > _most(study):
-            smallest = np.bincount(study.data.splits["train"].labels).min()
+        asked, smallest = max(self.numbers_of_images), _smallest_class(study)
+        if asked > smallest // 2:
             raise InputError(
-                f"numbers_of_images: {max(self.numbers_of_images)}, but the smallest class has "
-                f"{smallest} training images, of which half are held back: choose at most "
-                f"{_most(study)}"
+                f"numbers_of_images: {asked}, but the smallest class has {smallest} training "
+                f"images, of which half are held back: choose at most {smallest // 2}"
             )
 
 
-def _most(study: Study) -> int:
-    return int(np.bincount(study.data.splits["train"].labels).min()) // 2
+def _smallest_class(study: Study) -> int:
+    return int(np.bincount(study.data.splits["train"].labels).min())

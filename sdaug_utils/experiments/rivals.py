@@ -5,13 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from sdaug_utils.data.shifts import SHIFTS
-from sdaug_utils.experiments.base import (
-    AtPercentages,
-    baselines,
-    images_needed,
-    is_fine,
-    require_among,
-)
+from sdaug_utils.experiments import base
 from sdaug_utils.params import Augmentation, Percent
 from sdaug_utils.registry import register_experiment, techniques
 from sdaug_utils.study import Study
@@ -19,7 +13,7 @@ from sdaug_utils.training.runs import Run, repeated
 
 
 @register_experiment
-class Rivals(AtPercentages):
+class Rivals(base.AtPercentages):
     """All techniques on test images as they are, and on shifted ones."""
 
     notebook = "11-rivals"
@@ -29,12 +23,11 @@ class Rivals(AtPercentages):
     shifted_augmentations: list[Augmentation]  # there alone, and on real images only
 
     def runs(self, study: Study) -> list[Run]:
-        """The main table, and those that are tested on shifted images."""
         return self.grid(study) + self.on_shifted_images(study)
 
     def on_shifted_images(self, study: Study) -> list[Run]:
         """One seed of the main table and of some augmentations, at some real percentages."""
-        arms = baselines(self.shifted_percents, self.shifted_augmentations)
+        arms = base.baselines(self.shifted_percents, self.shifted_augmentations)
         both = self.grid(study) + repeated(arms, self.protocol, self.num_draws, 1)
         return [
             run.model_copy(update={"protocol": "controlled", "test_sets": ("none", *SHIFTS)})
@@ -43,13 +36,12 @@ class Rivals(AtPercentages):
         ]
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
-        """Only techniques that the data allow, only percentages that there are."""
-        new, needed = super().values_allowed(study), images_needed(self.grid(study))
+        new, needed = super().values_allowed(study), base.images_needed(self.grid(study))
         known = techniques()
         new["techniques"] = [
             name
             for name in self.techniques
-            if is_fine(known[name].require, study, needed[name])
+            if base.is_fine(known[name].require, study, needed[name])
             and not known[name].missing_setting(study.settings)
         ]
         among = new["real_percents"]
@@ -57,7 +49,6 @@ class Rivals(AtPercentages):
         return new | {"shifted_percents": shifted or among[-1:]}
 
     def check(self, study: Study) -> None:
-        """Check that shifted images are tried where there are runs."""
         for percent in self.shifted_percents:
-            require_among("shifted_percents", percent, self.real_percents)
+            base.require_among("shifted_percents", percent, self.real_percents)
         super().check(study)

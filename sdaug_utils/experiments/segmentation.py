@@ -21,13 +21,11 @@ class Segmentation(Runs):
     synthetic_percents: dict[Percent, Numbers] = Field(min_length=1)  # of the real images
 
     def arms(self, study: Study) -> list[Arm]:
-        """The baselines, and each number of images that follow trimaps."""
         counts = counts_of(study, self.synthetic_percents)
         arms = baselines(self.synthetic_percents) + synthetic(["controlnet-segmentation"], counts)
         return [{**arm, "task": "segmentation"} for arm in arms]
 
     def runs(self, study: Study) -> list[Run]:
-        """The main table, and other numbers of updates."""
         return self.grid(study) + self.by_updates(study)
 
     def by_updates(self, study: Study) -> list[Run]:

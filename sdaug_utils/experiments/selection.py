@@ -4,7 +4,7 @@ import pydantic
 from pydantic import Field, field_validator
 
 from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, synthetic
-from sdaug_utils.params import Percent, Rule, Technique
+from sdaug_utils.params import Percent, Rule, TechniqueName
 from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
@@ -17,7 +17,7 @@ class Selection(Runs):
     in_thesis = False
     percents = ("real_percents",)
 
-    techniques: list[Technique] = Field(min_length=1)
+    techniques: list[TechniqueName] = Field(min_length=1)
     rules: list[Rule] = Field(min_length=2)
     real_percents: list[Percent] = Field(min_length=1)
     chosen_from: int = Field(ge=2)  # images per class
@@ -39,7 +39,6 @@ class Selection(Runs):
         return self
 
     def arms(self, study: Study) -> list[Arm]:
-        """Every rule with each technique and number of images that are kept."""
         counts = [(percent, [self.kept_per_class]) for percent in self.real_percents]
         rows = synthetic(self.techniques, counts)
         rows += synthetic(self.techniques[:1], [(min(self.real_percents), self.further_kept)])

@@ -11,6 +11,8 @@ from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 from sdaug_utils.training.runs import LENGTH, RECIPE, Run, repeated
 
+VIEWS = (f"{RECIPE}.min_views", f"{RECIPE}.min_synthetic_views")
+
 
 @register_experiment
 class TrainingPercentage(AtPercentages):
@@ -28,7 +30,6 @@ class TrainingPercentage(AtPercentages):
     view_numbers: Numbers
 
     def runs(self, study: Study) -> list[Run]:
-        """The main table, and all that is compared with it."""
         return [
             *self.grid(study),
             *self.by_protocol(study),
@@ -82,13 +83,7 @@ class TrainingPercentage(AtPercentages):
         ends = [run.model_copy(update={"protocol": "controlled"}) for run in self._at_ends(study)]
         augmented = [run for run in ends if run.augmentation != "none"]
         return [
-            run.changed(
-                {
-                    f"{RECIPE}.min_views": number,
-                    f"{RECIPE}.min_synthetic_views": number,
-                    f"{RECIPE}.num_augmented": 1,
-                }
-            )
+            run.changed(dict.fromkeys(VIEWS, number) | {f"{RECIPE}.num_augmented": 1})
             for number in self.view_numbers
             for run in augmented
             if number <= _most_views(study, run)
@@ -97,7 +92,7 @@ class TrainingPercentage(AtPercentages):
     @staticmethod
     def num_views(run: Run) -> int:
         """Views per image in a run of :meth:`by_views`."""
-        return int(dict(run.overrides)[f"{RECIPE}.min_views"])
+        return int(dict(run.overrides)[VIEWS[0]])
 
     def at_both_learning_rates(self, study: Study) -> list[Run]:
         """Baseline and plain prompts after some updates, at each protocol's learning rate."""

@@ -16,7 +16,7 @@ from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import subset
 from sdaug_utils.data.images import Dataset, Images
 from sdaug_utils.generation.technique import inputs_percent, technique_requests
-from sdaug_utils.params import Augmentation, Parameters, Protocol, Rule, Technique
+from sdaug_utils.params import Augmentation, Parameters, Protocol, Rule, TechniqueName
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import digest, keep_digests
 from sdaug_utils.study import Study
@@ -42,7 +42,7 @@ class Run(Parameters):
     draw: int
     seed: int
     augmentation: Augmentation = "none"
-    technique: Technique | None = None
+    technique: TechniqueName | None = None
     synthetic_per_class: int = 0
     controls_from_outside: bool = False  # as in the thesis: a leak, and an arm of its own
     rule: Rule | None = None  # by which the synthetic images are chosen ...
@@ -236,7 +236,7 @@ def examples(study: Study, run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=1024)
-def pool_digests(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
+def pool_digests(study: Study, technique: TechniqueName, draw: int, percent: float) -> list[str]:
     requests = technique_requests(study, technique, draw, 1, percent)
     return [digest(request.spec) for request in requests]
 
