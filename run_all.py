@@ -18,8 +18,8 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sdaug_utils import notebooks, params, study
 from sdaug_utils.errors import InputError
@@ -32,73 +32,52 @@ def positive(text: str) -> int:
     return int(text)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--profile": {"default": "miniature", "help": "params/<profile>.yaml, or a path"},
-    "--only": {"nargs": "+", "metavar": "NN", "help": "numbers of notebooks, as in 03"},
-    "--protocol": {"choices": ["published", "controlled"], "help": "how to train"},
-    "--dataset": {"type": Path, "help": "a folder of class folders, for the main data"},
-    "--output": {"type": Path, "help": "folder of the executed notebooks"},
-    "--keep-going": {"action": argparse.BooleanOptionalAction, "default": True}
-    | {"help": "go on with the next notebook when one fails (the default)"},
-    "--gpus": {"type": positive, "nargs": "+", "metavar": "N"}
-    | {"help": "with --dry-run: hours on so many GPUs"},
-    "--workers": {"type": lambda text: None if text == "auto" else positive(text), "metavar": "N"}
-    | {"help": "number of worker processes, or of cluster jobs; auto: one per GPU or core"},
-    "--cluster": {"choices": ["slurm", "lsf", "pbs", "sge"]}
-    | {"help": "run the workers as jobs of this queue; its options: the profile's or Dask's YAML"},
-    "--scheduler": {"metavar": "ADDRESS", "help": "use a Dask cluster that is already running"},
-    "--timeout": {"type": positive, "default": 600, "metavar": "MINUTES"}
-    | {"help": "a unit that takes longer is stopped, and tried again"},
-}
-SWITCHES = {
-    "--dry-run": "print the plan; start nothing",
-    "--download-only": "fetch models and data; start no notebook",
-    "--verify": "compare every image with its digest, not its size",
-    "--force": "run every notebook again",
-    "--from-results": "redraw figures and tables from shipped runs; make nothing",
-}
+def number_or_auto(text: str) -> int | None:
+    """A whole number of at least 1, or None for ``auto``."""
+    return None if text == "auto" else positive(text)
 
 
 def command_line() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Run the study's notebooks.")
-    parser.add_argument(
-        *("-p", "--parameter"),
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("SECTION.KEY", "VALUE"),
-        help="another value, as in 03.real_percents '[100, 50]'",
-    )
-    for name, option in OPTIONS.items():
-        parser.add_argument(name, **option)
-    for name, text in SWITCHES.items():
-        parser.add_argument(name, action="store_true", help=text)
+    option, switch = parser.add_argument, partial(parser.add_argument, action="store_true")
+    text = "another value, as in 03.real_percents '[100, 50]'"
+    pair = ("SECTION.KEY", "VALUE")
+    option("-p", "--parameter", nargs=2, action="append", default=[], metavar=pair, help=text)
+    option("--profile", default="miniature", help="params/<profile>.yaml, or a path")
+    option("--only", nargs="+", metavar="NN", help="numbers of notebooks, as in 03")
+    option("--protocol", choices=["published", "controlled"], help="how to train")
+    option("--dataset", type=Path, help="a folder of class folders, for the main data")
+    option("--output", type=Path, help="folder of the executed notebooks")
+    text = "go on with the next notebook when one fails (the default)"
+    option("--keep-going", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "with --dry-run: hours on so many GPUs"
+    option("--gpus", type=positive, nargs="+", default=[], metavar="N", help=text)
+    text = "number of worker processes, or of cluster jobs; auto: one per GPU or core"
+    option("--workers", type=number_or_auto, metavar="N", help=text)
+    text = "run the workers as jobs of this queue; its options: the profile's or Dask's YAML"
+    option("--cluster", choices=["slurm", "lsf", "pbs", "sge"], help=text)
+    option("--scheduler", metavar="ADDRESS", help="use a Dask cluster that is already running")
+    text = "a unit that takes longer is stopped, and tried again"
+    option("--timeout", type=positive, default=600, metavar="MINUTES", help=text)
+    switch("--dry-run", help="print the plan; start nothing")
+    switch("--download-only", help="fetch models and data; start no notebook")
+    switch("--verify", help="compare every image with its digest, not its size")
+    switch("--force", help="run every notebook again")
+    switch("--from-results", help="redraw figures and tables from shipped runs; make nothing")
     return parser.parse_args()
-
-
-def workers_of(arguments: argparse.Namespace) -> Any:
-    """The workers that the command line asks for, checked.
-
-    Raises:
-        InputError: there can be no such workers.
-    """
-    from sdaug_utils import make
-
-    number, timeout = arguments.workers, arguments.timeout * 60.0
-    workers = make.Workers(number, arguments.cluster, arguments.scheduler, timeout)
-    make.require_workers(workers)
-    return workers
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then plan, download, redraw figures from results, or run the study.
 
-    Raises:
-        InputError: what is wrong, before any work has started.
+    Raises InputError if something is wrong, before any work has started.
     """
     began = time.time()
-    workers = workers_of(arguments) if arguments.cluster or arguments.scheduler else None
+    if arguments.cluster or arguments.scheduler:
+        from sdaug_utils import make
+
+        make.require_workers(arguments.cluster, arguments.scheduler)
     for variable in ("SDAUG_STORE", "SDAUG_OUTPUT"):  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
@@ -123,18 +102,18 @@ def run(arguments: argparse.Namespace) -> int:
     from sdaug_utils import make, rates, summary  # takes seconds, and an error needs none of it
 
     if arguments.dry_run:
-        summary.print_plan(jobs, arguments.gpus or [])
-        return 0
-    if arguments.from_results:
+        summary.print_plan(jobs, arguments.gpus)
+    elif arguments.from_results:
         from sdaug_utils.evidence import report
 
         notebooks.remake(jobs)
         report.write_claims(profile)
         report.write_deviations(profile)
+    if offline or arguments.download_only:
         return 0
-    if arguments.download_only:
-        return 0
-    workers, asked = workers or workers_of(arguments), summary.asked_for(jobs)
+    number, timeout = arguments.workers, arguments.timeout * 60.0
+    workers = make.Workers(number, arguments.cluster, arguments.scheduler, timeout)
+    asked = summary.asked_for(jobs)
     if jobs and rates.is_at_scale(jobs[0].study.settings):
         summary.require_disk(jobs, make.number_of(workers, jobs[0].study.settings))
     if arguments.verify:

@@ -1,4 +1,4 @@
-"""What is no notebook: images for one's own use, the store, the raw runs, the report.
+"""Commands besides the notebooks: images for one's own use, the store, the raw runs, the report.
 
     python -m sdaug_utils techniques
     python -m sdaug_utils make stable-diffusion-prompt --class bag coat --count 50 --into images
@@ -68,18 +68,19 @@ def make_images(arguments: argparse.Namespace) -> None:
 def list_store(arguments: argparse.Namespace) -> None:
     """What the store has: kinds, or the artefacts of one."""
     root = store.default_root()
-    kinds = [path for path in sorted(root.glob("*")) if path.is_dir() and path.name != "locks"]
+    kinds = {path.name: path for path in sorted(root.glob("*")) if path.is_dir()}
+    kinds.pop("locks", None)
     if not arguments.kind:
         print(f"{root}\n{'kind':<22} {'artefacts':>9} {'MiB':>9}")
-        for kind in kinds:
+        for name, kind in kinds.items():
             folders = [path for path in kind.iterdir() if path.suffix != store.PARTIAL]
-            print(f"{kind.name:<22} {len(folders):>9} {_bytes(folders) / 2**20:>9.1f}")
+            print(f"{name:<22} {len(folders):>9} {_bytes(folders) / 2**20:>9.1f}")
         return
-    if arguments.kind not in {kind.name for kind in kinds}:
-        known = ", ".join(kind.name for kind in kinds) or "none"
+    if arguments.kind not in kinds:
+        known = ", ".join(kinds) or "none"
         raise InputError(f"{arguments.kind}: no such kind in {root}: choose from {known}")
-    for folder in sorted((root / arguments.kind).iterdir()):
-        spec = _spec(folder)
+    for folder in sorted(kinds[arguments.kind].iterdir()):
+        spec = store.read_json(folder / "spec.json")
         named = [str(spec[key]) for key in ("technique", "class", "draw", "prompt") if key in spec]
         print(f"{arguments.kind}/{folder.name}  {_bytes([folder]) / 2**10:>9.1f} KiB", *named)
 
@@ -87,18 +88,17 @@ def list_store(arguments: argparse.Namespace) -> None:
 def show_artefact(arguments: argparse.Namespace) -> None:
     """What determines an artefact, and its files."""
     root = store.default_root()
-    found = sorted(root.glob(f"*/{Path(arguments.key).name}*"))
-    found = [path for path in found if path.is_dir()]
+    found = [path for path in root.glob(f"*/{Path(arguments.key).name}*") if path.is_dir()]
     if len(found) != 1:
-        names = ", ".join(path.relative_to(root).as_posix() for path in found[:5]) or "none"
-        raise InputError(f"{arguments.key}: not one artefact of {root}: {names}")
-    print(json.dumps(_spec(found[0]), indent=2))
+        names = ", ".join(path.relative_to(root).as_posix() for path in sorted(found)[:5])
+        raise InputError(f"{arguments.key}: not one artefact of {root}: {names or 'none'}")
+    print(json.dumps(store.read_json(found[0] / "spec.json"), indent=2))
     for file in sorted(found[0].iterdir()):
         print(f"{file.stat().st_size:>10}  {file.name}")
 
 
 def prune_store(arguments: argparse.Namespace) -> None:
-    """Delete what killed runs left and what is damaged; on request, what was made long ago."""
+    """Delete artefacts that killed runs left or that are damaged; on request, old ones, too."""
     days = arguments.older_than
     if days is not None and days <= 0:
         raise InputError(f"--older-than: {days:g}: choose more than 0")
@@ -165,13 +165,6 @@ def write_report(arguments: argparse.Namespace) -> None:
 def _bytes(folders: list[Path]) -> int:
     files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
-
-
-def _spec(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "spec.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Where the work is done: device, precision, batches that fit; torch comes when used."""
+"""Where the work is done: device, precision, batches that fit into memory, hardware."""
 
 from __future__ import annotations
 
@@ -97,8 +97,7 @@ class Batch:
     ) -> list[Result]:
         """The results of all items, which ``work`` gets in parts.
 
-        Raises:
-            InputError: the memory is too small even for one.
+        Raises InputError if the memory is too small even for one.
         """
         done: list[Result] = []
         while len(done) < len(items):

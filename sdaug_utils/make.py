@@ -1,14 +1,15 @@
-"""Who makes the units: this process, processes of this machine, or a cluster, by Dask.
+"""Make the units: in this process, in processes of this machine, or on a cluster, by Dask.
 
-Each worker is a process that makes one unit at a time and keeps what it has loaded. One that dies
-costs its unit, which is made again, and nothing else; a unit that fails is reported by name, what
-needs its result is left out, and the others go on.
+Each worker is a process that makes one unit at a time and keeps the models it has loaded. If one
+dies, its unit is made again. A unit that fails is reported by name, units that need its result are
+left out, and the others go on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from shlex import quote
@@ -29,31 +30,24 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sdaug_utils import params, plan, rates
+from sdaug_utils import params, plan, rates, store
 from sdaug_utils.compute import device_of, dtype_name
 from sdaug_utils.errors import InputError
 from sdaug_utils.experiments.base import Experiment
 from sdaug_utils.generation import pool_files
 from sdaug_utils.lazy import torch
-from sdaug_utils.params import load_settings
 from sdaug_utils.registry import experiments
-from sdaug_utils.store import KINDS, default_root
 from sdaug_utils.study import ROOT, Study, open_study
 from sdaug_utils.units import Unit, Work
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Security, SpecCluster
 
 LOOPBACK = "127.0.0.1"
-CLUSTERS = {  # dask-jobqueue's classes, and what they hand in jobs with
-    "slurm": ("SLURMCluster", "sbatch"),
-    "lsf": ("LSFCluster", "bsub"),
-    "pbs": ("PBSCluster", "qsub"),
-    "sge": ("SGECluster", "qsub"),
-}
-LINES_EVERY = 60  # seconds
-IN_PROCESS = 30  # work of at most so many seconds is done in this process
-TIMEOUT = 600 * 60  # seconds after which a unit is taken to hang
+# The command that submits a job, by the kind of queue.
+CLUSTERS = {"slurm": "sbatch", "lsf": "bsub", "pbs": "qsub", "sge": "qsub"}
+REPORT_EVERY = 60  # seconds between reports of progress in a log
+IN_PROCESS = 30  # seconds: longer work is done by other processes
 DASK = {
     "distributed.scheduler.allowed-failures": 3,  # of a unit whose worker dies
     "distributed.scheduler.worker-saturation": 1.0,  # units queue at the scheduler, not at workers
@@ -83,12 +77,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where units are made: in processes of this machine unless a cluster is named."""
+    """Where units are made: in processes of this machine if no cluster or scheduler is named."""
 
     number: int | None = None  # of processes or jobs; by default one per GPU or else per core
     cluster: str | None = None  # a kind of queue: a key of CLUSTERS
     scheduler: str | None = None  # the address of a Dask scheduler that runs
-    timeout: float = TIMEOUT
+    timeout: float = 600 * 60  # seconds after which a unit's process is ended
 
 
 @contextlib.contextmanager
@@ -96,10 +90,8 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
     """Start the workers, or find running ones, and yield a Dask client of them.
 
     Workers that are started here are stopped at the end. Their connections are encrypted and
-    authenticated by certificates: other users of a shared host cannot hand them work.
-
-    Raises:
-        InputError: no scheduler answers at the address, or it refuses the connection.
+    authenticated by certificates: other users of a shared host cannot submit work to them. Raises
+    InputError if no scheduler answers at the address, or it refuses the connection.
     """
     import dask
     from distributed import Client, Security
@@ -113,7 +105,8 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
                 reason = " ".join(str(error).split())
                 raise InputError(f"--scheduler {workers.scheduler}: {reason}") from error
         else:
-            security, start = Security.temporary(), _jobs if workers.cluster else _processes
+            security = Security.temporary()
+            start = _jobs if workers.cluster else _processes
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
             with _interrupts_blocked():
                 cluster = stack.enter_context(start(workers, settings, security, folder))
@@ -132,77 +125,70 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _processes(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
+def _processes(
+    workers: Workers, settings: params.Settings, security: Security, folder: str
+) -> SpecCluster:
     """Workers as processes of this machine, each with one GPU; their files are in ``folder``.
 
     They listen on free ports of the loopback interface only.
     """
     from distributed import Nanny, Scheduler, SpecCluster
 
-    both = {"security": security, "protocol": "tls://", "host": LOOPBACK}
-    both["dashboard_address"] = f"{LOOPBACK}:0"
-    own = {"nthreads": 1, "memory_limit": 0, "local_directory": folder}
+    silent = logging.CRITICAL
+    shared = {"security": security, "protocol": "tls://", "host": LOOPBACK}
+    shared["dashboard_address"] = f"{LOOPBACK}:0"
+    own = {"nthreads": 1, "memory_limit": 0, "local_directory": folder, "silence_logs": silent}
     specs = {}
     for number, gpu in enumerate(_gpu_of_each(workers.number, settings)):
         env = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        quiet = {"silence_logs": logging.CRITICAL, "env": env}
-        specs[number] = {"cls": Nanny, "options": {**both, **own, **quiet}}
-    scheduler = {"cls": Scheduler, "options": both}
-    return SpecCluster(specs, scheduler, security=security, silence_logs=logging.CRITICAL)
+        specs[number] = {"cls": Nanny, "options": {**shared, **own, "env": env}}
+    scheduler = {"cls": Scheduler, "options": shared}
+    return SpecCluster(specs, scheduler, security=security, silence_logs=silent)
 
 
-def _jobs(workers: Workers, settings: params.Settings, security: Any, folder: str) -> Any:
-    """Workers as jobs of a queue; ``folder``, which they may not share, is not used.
-
-    Their certificates are on the store's disk, which they do share.
-    """
+def _jobs(workers: Workers, settings: params.Settings, security: Security, _: str) -> SpecCluster:
+    """Workers as jobs of a queue; their certificates are on the store's disk, which they share."""
     import dask
     import dask_jobqueue  # with it, Dask knows the queues' defaults
 
     assert workers.cluster
-    certificates = default_root() / "locks"  # each is deleted by dask-jobqueue itself
+    root = store.default_root()
+    certificates = root / "locks"  # each is deleted by dask-jobqueue itself
     certificates.mkdir(parents=True, exist_ok=True)
-    name = "job_script_prologue"
-    known = dask.config.get(f"jobqueue.{workers.cluster}.{name.replace('_', '-')}", None) or []
-    own = [
-        f"export SDAUG_STORE={quote(str(default_root().resolve()))}",
+    known = dask.config.get(f"jobqueue.{workers.cluster}.job-script-prologue", None) or []
+    prologue = [
+        f"export SDAUG_STORE={quote(str(root.resolve()))}",
         f"export PYTHONPATH={quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "trap : TERM",  # the script outlives its worker: one that hangs at its end is killed, too
+        *settings.cluster.get("job_script_prologue", known),
     ]
-    given = {
+    defaults = {
         "shared_temp_directory": str(certificates),
         "protocol": "tls://",
         "nanny": False,  # a job ends with its worker, and Dask starts another
         "scheduler_options": {"dashboard_address": f"{LOOPBACK}:0"},
     }
-    kind = getattr(dask_jobqueue, CLUSTERS[workers.cluster][0])
-    prologue = [*own, *settings.cluster.get(name, known)]
-    cluster = kind(security=security, **(given | settings.cluster | {name: prologue}))
+    options = defaults | settings.cluster | {"job_script_prologue": prologue}
+    cluster_class = getattr(dask_jobqueue, f"{workers.cluster.upper()}Cluster")
+    cluster = cluster_class(security=security, **options)
     cluster.scale(jobs=workers.number or 1)
     return cluster
 
 
-def require_workers(workers: Workers) -> None:
-    """Check that there can be such workers; nothing is started.
-
-    Raises:
-        InputError: a package or a command is missing; nothing answers at an address.
-    """
-    if workers.scheduler:
-        host, _, port = workers.scheduler.rpartition("/")[2].rpartition(":")
+def require_workers(cluster: str | None, scheduler: str | None) -> None:
+    """Raise InputError if a cluster's package or command is missing, or no scheduler answers."""
+    if scheduler:
+        host, _, port = scheduler.rpartition("/")[2].rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=1).close()
         except (OSError, ValueError) as error:
-            message = f"--scheduler {workers.scheduler}: nothing answers there ({error})"
+            message = f"--scheduler {scheduler}: nothing answers there ({error})"
             raise InputError(message) from error
-    if workers.cluster:
-        command = CLUSTERS[workers.cluster][1]
-        if find_spec("dask_jobqueue") is None:
-            raise InputError(
-                f"--cluster {workers.cluster}: dask-jobqueue is missing: pip install '.[cluster]'"
-            )
-        if shutil.which(command) is None:
-            raise InputError(f"--cluster {workers.cluster}: there is no command '{command}' here")
+    if cluster and find_spec("dask_jobqueue") is None:
+        message = f"--cluster {cluster}: dask-jobqueue is missing: pip install '.[cluster]'"
+        raise InputError(message)
+    if cluster and shutil.which(CLUSTERS[cluster]) is None:
+        raise InputError(f"--cluster {cluster}: there is no command '{CLUSTERS[cluster]}' here")
 
 
 def number_of(workers: Workers, settings: params.Settings) -> int:
@@ -222,13 +208,12 @@ def _gpu_of_each(number: int | None, settings: params.Settings) -> list[str]:
 
 def asked_as_json(asked: plan.Asked) -> str:
     """JSON from which each worker lists the same units: profile, parameters, precision."""
-    studies = {study.profile: study.settings for _, study, _ in asked}
-    [(profile, settings)] = studies.items()
+    first = asked[0][1]
     return json.dumps(
         {
-            "profile": profile,
+            "profile": first.profile,
             "notebooks": {name: p.model_dump(mode="json") for name, _, p in asked},
-            "computes": [device_of(settings).type, dtype_name(settings)],
+            "computes": [device_of(first.settings).type, dtype_name(first.settings)],
         }
     )
 
@@ -237,21 +222,24 @@ def asked_as_json(asked: plan.Asked) -> str:
 def _units_by_key(asked_json: str, stage: int) -> dict[str, Unit]:
     """The units of one stage by key, planned again in this process."""
     given = json.loads(asked_json)
-    settings = load_settings(given["profile"])
+    profile, (device, dtype) = given["profile"], given["computes"]
+    settings = params.load_settings(profile)
     here = [device_of(settings).type, dtype_name(settings)]
     if here != given["computes"]:
         raise InputError(
-            f"a worker computes on {here[0]} in {here[1]}, the process that asks on "
-            f"{given['computes'][0]} in {given['computes'][1]}: start it on a machine like the "
-            "workers', or set common.device and common.precision"
+            f"a worker computes on {here[0]} in {here[1]}, the process that asks on {device} in "
+            f"{dtype}: start it on a machine like the workers', or set common.device and "
+            "common.precision"
         )
-    asked = []
-    opened: dict[params.Domain, Study] = {}
-    for name, values in given["notebooks"].items():
-        domain = experiments()[name].domain
-        if domain not in opened:
-            opened[domain] = open_study(given["profile"], domain=domain, download=False)
-        asked.append((name, opened[domain], params.check_notebook(name, values)))
+    domains = {name: experiments()[name].domain for name in given["notebooks"]}
+    opened = {
+        domain: open_study(profile, domain=domain, download=False)
+        for domain in dict.fromkeys(domains.values())
+    }
+    asked = [
+        (name, opened[domains[name]], params.check_notebook(name, values))
+        for name, values in given["notebooks"].items()
+    ]
     return {unit.key: unit for unit in plan.STAGES[stage](asked)}
 
 
@@ -261,9 +249,7 @@ def make_unit(
     """Make a unit in this process, which ends if that takes longer than ``timeout`` seconds.
 
     ``dependencies``, the results of the units that it needs, are not read: Dask waits for them.
-
-    Returns:
-        Seconds that it took.
+    Returns the seconds that it took.
     """
     tqdm.set_lock(threading.RLock())  # the default, a semaphore, would outlive a kill
     if not torch.cuda.is_available():
@@ -285,25 +271,22 @@ def make_unit(
 
 def verify(asked: plan.Asked) -> None:
     """Delete damaged images of the pools that notebooks need, found by digest."""
-    for study, what in plan.wanted(asked).items():
+    for one, what in plan.wanted(asked).items():
         for request in what.requests.values():
-            pool_files.verify(study.store, request.spec)
+            pool_files.verify(one.store, request.spec)
 
 
 def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
     """Make everything that the notebooks need and the store lacks."""
     outcome = Outcome()
-    if not asked:
-        return outcome
     with contextlib.ExitStack() as stack:
         client: Client | None = None
-        for listed in plan.STAGES:
-            work = Work(listed(asked))
+        for list_units in plan.STAGES:
+            work = Work(list_units(asked))
             if not work.waiting:
                 continue
             if client is None:
-                settings = asked[0][1].settings
-                client = stack.enter_context(connected(workers, settings))
+                client = stack.enter_context(connected(workers, asked[0][1].settings))
             _make_on(client, asked_as_json(asked), work, workers.timeout, outcome)
     return outcome
 
@@ -316,15 +299,9 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
     paths, futures = work.longest_paths(), dict[str, Any]()
     for unit in work.waiting:
         dependencies = [futures[key] for key in sorted(unit.needs & futures.keys())]
+        arguments = (asked_json, unit.key, timeout, dependencies)
         futures[unit.key] = client.submit(
-            make_unit,
-            asked_json,
-            unit.key,
-            timeout,
-            dependencies,
-            key=unit.key,
-            priority=paths[unit.key],
-            pure=False,
+            make_unit, *arguments, key=unit.key, priority=paths[unit.key], pure=False
         )
     by_key = {unit.key: unit for unit in work.waiting}
     failed: set[str] = set()
@@ -338,7 +315,9 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
             number = work.left[unit.key]
             outcome.made[unit.kind] = outcome.made.get(unit.kind, 0) + number
             progress.update(unit.kind, number)
-    for unit in [unit for unit in work.waiting if unit.key in failed]:
+    for unit in work.waiting:
+        if unit.key not in failed:
+            continue
         if unit.needs & failed:  # Dask fails it with the error of what it needs
             outcome.left_out.append(unit.name)
             continue
@@ -351,41 +330,31 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
 
 
 class Progress(contextlib.ExitStack):
-    """Progress per kind of unit: bars on a terminal, in a log one line a minute."""
+    """Progress for each kind of unit: bars on a terminal; in a log, one line a minute."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
-        self.totals = {kind: left for kind, (left, _) in work.counts().items() if left}
-        self.done = dict.fromkeys(self.totals, 0)
-        self.began = self.reported = time.monotonic()
+        self.on_terminal, self.reported = sys.stderr.isatty(), time.monotonic()
+        file = sys.stderr if self.on_terminal else io.StringIO()
+        totals = {kind: left for kind, (left, _) in work.counts().items() if left}
         self.bars: dict[str, tqdm] = {}
-        if sys.stderr.isatty():
-            for place, (kind, total) in enumerate(self.totals.items()):
-                bar = tqdm(total=total, desc=f"{kind:<8}", position=place)
-                self.bars[kind] = self.enter_context(bar)
+        for place, (kind, total) in enumerate(totals.items()):
+            bar = tqdm(total=total, desc=f"{kind:<8}", position=place, file=file)
+            self.bars[kind] = self.enter_context(bar)
 
     def update(self, kind: str, number: int) -> None:
         """Count ``number`` more items as done."""
-        self.done[kind] += number
-        if self.bars:
-            self.bars[kind].update(number)
-        self.report()
-
-    def report(self) -> None:
-        """Write the progress to a log, once a minute."""
-        now = time.monotonic()
-        if self.bars or now - self.reported < LINES_EVERY:
+        self.bars[kind].update(number)
+        if self.on_terminal or time.monotonic() - self.reported < REPORT_EVERY:
             return
-        self.reported, form = now, partial(tqdm.format_meter, elapsed=now - self.began, ncols=80)
-        for kind, total in self.totals.items():
-            if 0 < self.done[kind] < total:
-                print(
-                    form(self.done[kind], total, prefix=f"{kind:<8}"), file=sys.stderr, flush=True
-                )
+        self.reported = time.monotonic()
+        for bar in self.bars.values():
+            if bar.n and bar.n != bar.total:
+                print(bar, file=sys.stderr, flush=True)
 
 
 def make_here(units: Sequence[Unit]) -> None:
-    """Make what is left of some units in this process."""
+    """Make those of some units that are not made yet, in this process."""
     work = Work(units)
     with Progress(work) as progress:
         for unit in work.waiting:
@@ -396,29 +365,21 @@ def make_here(units: Sequence[Unit]) -> None:
 def make(study: Study, p: Experiment) -> None:
     """Print what a notebook lacks and about how long it takes, then make it.
 
-    Less than ``IN_PROCESS`` seconds of work are done in this process, more by worker processes.
+    At most ``IN_PROCESS`` seconds of work are done in this process, more by worker processes.
     """
     asked = [(p.notebook, study, p)]
     work = Work(plan.units(plan.wanted(asked)))
-    print(_summary_line(study, work))
-    if work.seconds() > IN_PROCESS:
-        make_all(asked, Workers())
-    elif work.waiting:
-        for listed in plan.STAGES:
-            make_here(listed(asked))
-
-
-def _summary_line(study: Study, work: Work) -> str:
-    """One line: what of a notebook's units is left, and about how long that takes here."""
-    counts = work.counts()
-    named = {label: counts[kind] for kind, label in KINDS.items()}
+    counts = [(label, *work.counts()[kind]) for kind, label in store.KINDS.items()]
     if not work.waiting:
-        made = ", ".join(f"{whole:,} {what}" for what, (_, whole) in named.items() if whole)
-        return f"All made already: {made}."
-    missing = ", ".join(
-        f"{absent:,} of {whole:,} {what}" for what, (absent, whole) in named.items() if whole
-    )
-    seconds = work.seconds()
+        made = ", ".join(f"{whole:,} {label}" for label, _, whole in counts if whole)
+        print(f"All made already: {made}.")
+        return
+    missing = ", ".join(f"{left:,} of {whole:,} {label}" for label, left, whole in counts if whole)
+    seconds, source = work.seconds(), rates.measured(study.settings)["source"]
     shown = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
-    source = rates.measured(study.settings)["source"]
-    return f"To be made: {missing}: about {shown} in one process (rates: {source})."
+    print(f"To be made: {missing}: about {shown} in one process (rates: {source}).")
+    if seconds > IN_PROCESS:
+        make_all(asked, Workers())
+    else:
+        for list_units in plan.STAGES:
+            make_here(list_units(asked))

@@ -1,4 +1,4 @@
-"""Notebooks as pieces of work: checked before anything starts, up to date or run by papermill."""
+"""Notebooks: checked before anything starts, then run by papermill unless they are up to date."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from sdaug_utils.study import ROOT, Study, figures_folder, open_study, output, r
 NOTEBOOKS, MODULE = ROOT / "notebooks", Path(__file__).parent
 SOURCES = {".py", ".yaml", ".json", ".csv"}  # the files of the module that its digest covers
 FINE = ("ok", "up to date")
-NEEDS_IMAGES = "needs-images"  # tag of cells that need images, which shipped runs do not have
 AHEAD = (  # what takes seconds to import
     "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
     "sdaug_utils.plan, sdaug_utils.evidence.figures"
@@ -60,14 +59,13 @@ class Job:
         from sdaug_utils.training.runs import data_digest
 
         settings, data = self.study.settings, self.study.data
-        # Without the numbers in its text, which are results; to import nbformat takes seconds.
-        written = json.loads(self.path.read_text())["cells"]
-        given = [settings.model_dump(mode="json"), compute.dtype_name(settings)]
+        cells = json.loads(self.path.read_text())["cells"]  # importing nbformat takes seconds
+        given = [settings.model_dump(mode="json"), compute.dtype_name(settings), self.study.name]
         return store.digest(
-            {
-                "source": [prose.emptied("".join(cell["source"])) for cell in written],
+            {  # the source without the numbers in its text, which are results
+                "source": [prose.emptied("".join(cell["source"])) for cell in cells],
                 "parameters": self.parameters.model_dump(mode="json", exclude={"profile"}),
-                "settings": [*given, self.study.name],
+                "settings": given,
                 "module": _module_digest(),
                 "libraries": {name: version(name) for name in compute.TOOLS},
                 "data": [data.name, data.class_names, data_digest(data)],
@@ -81,11 +79,10 @@ class Job:
         try:
             known = json.loads(self.executed.read_text())["metadata"]["sdaug"]
             files = [output() / name for name in known["files"]]
-            numbers = {file.name: store.file_digest(file) for file in _tables(files)}
+            unchanged = _table_digests(files) == known["numbers"] and all(map(Path.exists, files))
+            return unchanged and known["key"] == key
         except (OSError, ValueError, KeyError):
             return False
-        whole = all(map(Path.exists, files)) and numbers == known["numbers"]
-        return whole and known["key"] == key
 
 
 @dataclass
@@ -98,6 +95,12 @@ class Report:
     figures: list[str] = field(default_factory=list)
 
 
+def _table_digests(files: Iterable[Path]) -> dict[str, str]:
+    """A hash of each table among some files, by name."""
+    tables = sorted(file for file in files if file.suffix == ".csv")
+    return {table.name: store.file_digest(table) for table in tables}
+
+
 @cache
 def _module_digest() -> str:
     files = sorted(path for path in MODULE.rglob("*") if path.suffix in SOURCES)
@@ -107,45 +110,40 @@ def _module_digest() -> str:
 def chosen(only: list[str] | None) -> list[Path]:
     """The thesis's notebooks in order, or those whose names begin with one of ``only``.
 
-    Raises:
-        InputError: no notebook's name begins with one of them.
+    Raises InputError if no notebook's name begins with one of them.
     """
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
-    if nameless := [path.name for path in every if path.stem not in experiments()]:
-        raise InputError(f"notebooks/{nameless[0]}: no experiment names this notebook")
-    for prefix in only or []:
+    if unknown := [path.name for path in every if path.stem not in experiments()]:
+        raise InputError(f"notebooks/{unknown[0]}: no experiment names this notebook")
+    if not only:
+        return [path for path in every if experiments()[path.stem].in_thesis]
+    for prefix in only:
         if not any(path.stem.startswith(prefix) for path in every):
             known = ", ".join(path.stem for path in every)
             raise InputError(f"--only: no notebook begins with '{prefix}': choose from {known}")
-    if only:
-        return [path for path in every if path.stem.startswith(tuple(only))]
-    return [path for path in every if experiments()[path.stem].in_thesis]
+    return [path for path in every if path.stem.startswith(tuple(only))]
 
 
 def runnable_on(dataset: Path, paths: list[Path]) -> list[Path]:
     """Those notebooks that can run on a folder of one's own images; print which are left out."""
-    kept = []
+    left_out = {}
     for path in paths:
-        experiment, reason = experiments()[path.stem], ""
+        experiment = experiments()[path.stem]
         if experiment.domain != "main":
-            reason = "another domain"
+            left_out[path] = "another domain"
         elif experiment.needs_trimaps and not (dataset / "trimaps").is_dir():
-            reason = "no folder 'trimaps'"
-        if reason:
-            print(f"left out: {path.stem[:2]} ({reason})")
-        else:
-            kept.append(path)
-    return kept
+            left_out[path] = "no folder 'trimaps'"
+    for path, reason in left_out.items():
+        print(f"left out: {path.stem[:2]} ({reason})")
+    return [path for path in paths if path not in left_out]
 
 
 def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = False) -> list[Job]:
     """Check everything that can be checked beforehand; no work starts but for downloads.
 
-    An offline check downloads nothing: what is not here yet is planned for by its published size.
-    Parameters that one's own images do not allow are changed, and the changes are printed.
-
-    Raises:
-        InputError: what is wrong, in one line.
+    An offline check downloads nothing: what is missing is planned for by its published size.
+    Parameters that one's own images do not allow are changed, and the changes are printed. Raises
+    InputError with one line that says what is wrong.
     """
     from sdaug_utils import plan
 
@@ -153,10 +151,8 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
     opened: dict[str, Study] = {}
     absent: list[str] = []
     for path in paths:
-        values, overrides = (
-            params.parameters_cell(path),
-            params.notebook_section(profile, path.stem),
-        )
+        values = params.parameters_cell(path)
+        overrides = params.notebook_section(profile, path.stem)
         if profile != values.get("profile"):
             overrides = {"profile": profile, **overrides}
         checked = params.check_notebook(path.stem, values | overrides)
@@ -169,17 +165,18 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
         if not opened[domain].stands_for:
             changes = checked.fitted(opened[domain])
             for key, value in changes.items():
-                print(f"{path.stem}: {key}: {_line(value)} in place of {_line(dict(checked)[key])}")
+                new, old = (" ".join(str(one).split()) for one in (value, dict(checked)[key]))
+                print(f"{path.stem}: {key}: {new} in place of {old}")
             overrides |= changes
             checked = params.check_notebook(path.stem, values | overrides)
         jobs.append(Job(path, output, overrides, opened[domain], checked))
     for job in jobs:
         job.parameters.check(job.study)
-    if offline and absent:
+    if absent:
         print(f"not here yet, planned by published sizes: {', '.join(dict.fromkeys(absent))}\n")
-    elif not offline:
-        for one in opened.values():
-            _require_models(one.settings)
+    if not offline:
+        for study in opened.values():
+            _require_models(study.settings)
         for job in jobs:
             job.parameters.check_techniques(job.study)
     for folder in (output, figures_folder(profile), results_folder(profile)):
@@ -187,17 +184,8 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
     return jobs
 
 
-def _line(value: Any) -> str:
-    """A parameter, on one line."""
-    return " ".join(str(value).split())
-
-
 def _require_models(settings: params.Settings) -> None:
-    """Find or download all models that a profile names.
-
-    Raises:
-        InputError: one is missing or corrupt.
-    """
+    """Find or download all models of a profile. Raises InputError if one is missing or corrupt."""
     from sdaug_utils import plan
     from sdaug_utils.generation import foundation
     from sdaug_utils.training import features
@@ -206,7 +194,7 @@ def _require_models(settings: params.Settings) -> None:
         foundation.revision(*model)
     foundation.check(settings)
     for backbone in {settings.classifier.backbone, settings.segmenter.backbone}:
-        if backbone != "efficientnet-lite0":  # whose weights come with the packages
+        if backbone != "efficientnet-lite0":  # its weights come with the packages
             features.load_backbone(backbone)
 
 
@@ -327,14 +315,11 @@ def execute(job: Job, kernel: Kernel | None) -> Report:
     return report
 
 
-def _tables(files: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in files if file.suffix == ".csv")
-
-
 def remake(jobs: Iterable[Job]) -> None:
     """Figures, tables and verdicts from shipped runs: nothing is generated, nothing is trained.
 
-    Each notebook's code runs in this process, but for the cells that need images.
+    Each notebook's code runs in this process, except the cells tagged ``needs-images``, since
+    shipped runs come without images.
     """
     import matplotlib
     import nbformat
@@ -344,7 +329,7 @@ def remake(jobs: Iterable[Job]) -> None:
         names: dict[str, Any] = {"display": lambda *_: None}
         for cell in nbformat.read(job.path, as_version=4).cells:
             tags = cell.metadata.get("tags", [])
-            if cell.cell_type == "code" and NEEDS_IMAGES not in tags:
+            if cell.cell_type == "code" and "needs-images" not in tags:
                 with contextlib.redirect_stdout(None):
                     exec(compile(cell.source, job.path.name, "exec"), names)
                 if "parameters" in tags:
@@ -374,8 +359,8 @@ def tidy(path: Path, profile: str, written: Sequence[Path], key: str) -> None:
 
     Progress bars keep their last state only, widgets are replaced by their picture, tables get
     numbers for their random names, and addresses of objects, times and paths are removed. The
-    metadata then record digests of the code, the settings and the tables behind the figures, the
-    files that the notebook wrote, and the ``key`` it was run with, empty if it failed.
+    metadata record digests of the code, the settings and the tables, the files that the notebook
+    wrote, and the ``key`` it was run with, empty if it failed.
     """
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -387,7 +372,7 @@ def tidy(path: Path, profile: str, written: Sequence[Path], key: str) -> None:
     notebook.metadata["sdaug"] = {
         "code": source_digest(notebook),
         "settings": settings_digest(profile, path.stem),
-        "numbers": {file.name: store.file_digest(file) for file in _tables(written)},
+        "numbers": _table_digests(written),
         "files": [os.path.relpath(file, output()) for file in written],
         "key": key,
     }

@@ -1,15 +1,16 @@
 """What was made once is not made again.
 
 An artefact is a folder named by the hash of everything that determines it. It is written beside
-its final place and renamed, so it is whole or absent; ``spec.json`` inside says what determines it
-and, under ``made_with``, which libraries and device made it. Those are not in its key: a patch
-release does not throw the store away. ``files.json`` lists its files with sizes, which are compared
-whenever somebody asks for it, and digests, which are compared when a process first reads it: what
-was damaged since is made again.
+its final place and renamed, so it is whole or absent. ``spec.json`` inside says what determines it
+and, under ``made_with``, which libraries and device made it. These are not in its key, so that a
+patch release does not invalidate the store. ``files.json`` lists its files' sizes, which are
+compared at every request, and digests, which are compared when a process first reads it: a damaged
+artefact is made again.
 """
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -30,8 +31,8 @@ from sdaug_utils.errors import InputError
 Spec = Mapping[str, Any]
 PARTIAL = ".partial"  # of a folder that is being made
 FILES = "files.json"
+# The kinds of units that summaries count, and their names there.
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
-"""Kinds of units that summaries count, and how they call them."""
 
 
 def digest(spec: Spec) -> str:
@@ -63,10 +64,9 @@ def file_digest(path: Path) -> str:
 
 
 def verify_checksums(folder: Path) -> dict[str, str]:
-    """Check every file that ``folder/SHA256SUMS`` names; return its checksums by file name.
+    """The checksums in ``folder/SHA256SUMS`` by file name.
 
-    Raises:
-        InputError: a file is missing or its content is not what it should be.
+    Raises InputError if the list or a listed file is missing, or a file has another checksum.
     """
     listing = folder / "SHA256SUMS"
     if not listing.exists():
@@ -74,11 +74,11 @@ def verify_checksums(folder: Path) -> dict[str, str]:
     checksums = {}
     for line in listing.read_text().splitlines():
         expected, name = line.split("  ")
-        path = folder / name
-        if not path.exists():
-            raise InputError(f"{path}: missing; restore it with git")
-        if sha256(path) != expected:
-            raise InputError(f"{path}: corrupt (its SHA-256 is not the listed one); restore it")
+        file = folder / name
+        if not file.exists():
+            raise InputError(f"{file}: missing; restore it with git")
+        if sha256(file) != expected:
+            raise InputError(f"{file}: corrupt (its SHA-256 is not the listed one); restore it")
         checksums[name] = expected
     return checksums
 
@@ -86,6 +86,15 @@ def verify_checksums(folder: Path) -> dict[str, str]:
 def default_root() -> Path:
     """The environment's ``SDAUG_STORE``, else ``.store`` in the project."""
     return Path(os.environ.get("SDAUG_STORE") or Path(__file__).parents[1] / ".store")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing, damaged or holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def kept_digest(path: Path) -> str:
@@ -104,35 +113,22 @@ def keep_digests() -> None:
     """Save the digests that :func:`kept_digest` has computed."""
     root = default_root()
     known, file = _known_digests(root), root / "digests.json"
-    before = _read_digests(file)
-    if known.items() <= before.items():
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({**before, **known})
-    write_atomically(file, lambda temporary: temporary.write_text(content))
+    before = read_json(file)
+    if not known.items() <= before.items():
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(before | known))
 
 
 @cache
 def _known_digests(root: Path) -> dict[str, list[Any]]:
-    return _read_digests(root / "digests.json")
-
-
-def _read_digests(file: Path) -> dict[str, list[Any]]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # none yet, or damaged
-        return {}
+    return read_json(root / "digests.json")
 
 
 class Store:
     """A folder of artefacts, shared by all experiments and safe to use from several processes."""
 
     def __init__(self, root: Path | str | None = None) -> None:
-        """``root`` defaults to the environment's ``SDAUG_STORE``, else ``.store`` in the project.
-
-        Raises:
-            InputError: the folder cannot be made or written to.
-        """
+        """``root`` defaults to :func:`default_root`. Raises InputError if it cannot be written."""
         self.root = Path(root or default_root())
         self.verified: set[Path] = set()  # artefacts whose digests are known to be right
         self.reported: set[Path] = set()  # damaged ones that were reported
@@ -143,20 +139,18 @@ class Store:
         return self.root / kind / digest(spec)
 
     def is_whole(self, folder: Path, to_read: bool = False, silent: bool = False) -> bool:
-        """Whether an artefact exists and is undamaged: the sizes of its files are as listed.
+        """Whether an artefact exists and its files have the sizes that ``files.json`` lists.
 
-        Args:
-            to_read: compare the files' digests, too; once per process and artefact.
-            silent: do not print that an artefact is damaged.
+        With ``to_read`` their digests are compared, too, once per process and artefact. A damaged
+        artefact is reported unless ``silent``.
         """
         if not folder.exists():
             return False
         try:
-            listed = json.loads((folder / FILES).read_text())
-            sizes = {name: (folder / name).stat().st_size for name in listed}
-            whole = sizes == {name: size for name, (size, _) in listed.items()}
+            listed = json.loads((folder / FILES).read_text()).items()
+            whole = all((folder / name).stat().st_size == size for name, (size, _) in listed)
             if whole and to_read and folder not in self.verified:
-                whole = all(file_digest(folder / name) == own for name, (_, own) in listed.items())
+                whole = all(file_digest(folder / name) == own for name, (_, own) in listed)
         except (OSError, ValueError, AttributeError, TypeError):  # the listing itself is damaged
             whole = False
         if whole and to_read:
@@ -172,37 +166,28 @@ class Store:
         self.reported.add(damaged)
 
     @contextmanager
-    def lock(self, *names: str) -> Iterator[None]:
-        """Hold locks between processes. They are acquired in sorted order: there is no deadlock."""
+    def lock(self, *names: str, timeout: float = -1) -> Iterator[None]:
+        """Hold locks between processes; wait for each ``timeout`` seconds, or for ever if -1.
+
+        They are acquired in sorted order, so that there is no deadlock. A lock's file is deleted
+        while the lock is held. A process that has opened the file in the meantime notices that it
+        is deleted, and tries again with a new file.
+        """
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             for name in sorted(set(names)):
-                stack.enter_context(self._locked(name))
+                file = folder / f"{name}.lock"
+                stack.enter_context(FileLock(file, timeout=timeout))
+                stack.callback(file.unlink, missing_ok=True)
             yield
-
-    @contextmanager
-    def _locked(self, name: str, timeout: float = -1) -> Iterator[None]:
-        """Hold one lock between processes; wait for it for ``timeout`` seconds, or for ever if -1.
-
-        Its file is deleted while the lock is held. A process that has opened the file in the
-        meantime notices that it is deleted, and tries again with a new file.
-        """
-        file = self.root / "locks" / f"{name}.lock"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file, timeout=timeout):
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
 
     def get(self, kind: str, spec: Spec, make: Callable[[Path], None]) -> Path:
         """The folder of an artefact, made by ``make(folder)`` if it is not there yet."""
         return self.get_all(kind, [spec], lambda _, folders: make(folders[0]))[0]
 
     def get_all(
-        self,
-        kind: str,
-        specs: Sequence[Spec],
-        make: Callable[[list[int], list[Path]], None],
+        self, kind: str, specs: Sequence[Spec], make: Callable[[list[int], list[Path]], None]
     ) -> list[Path]:
         """As :meth:`get` for artefacts that are best made together.
 
@@ -221,7 +206,12 @@ class Store:
             if missing:
                 make(missing, partial)
             for i, folder in zip(missing, partial, strict=True):
-                _list_files(folder)
+                listed = {
+                    file.relative_to(folder).as_posix(): [file.stat().st_size, file_digest(file)]
+                    for file in sorted(folder.rglob("*"))
+                    if file.is_file()
+                }
+                (folder / FILES).write_text(json.dumps(listed))
                 shutil.rmtree(folders[i], ignore_errors=True)  # damaged
                 folder.replace(folders[i])
         return folders
@@ -234,16 +224,14 @@ class Store:
                 _delete(folder)
 
     def remove(self, folder: Path) -> bool:
-        """Delete the folder of an artefact, or of one in the making, unless somebody writes to it.
+        """Delete an artefact, finished or partial, unless a process is writing it.
 
-        Who reads it is not waited for.
+        Returns whether it was deleted. Processes that read it are not waited for.
         """
         name = f"{folder.parent.name}-{folder.stem}"
-        held = {name, *(file.stem for file in (self.root / "locks").glob(f"{name}-*.lock"))}
+        parts = [file.stem for file in (self.root / "locks").glob(f"{name}-*.lock")]
         try:
-            with ExitStack() as stack:
-                for one in sorted(held):  # a lock of its own, or of its parts
-                    stack.enter_context(self._locked(one, timeout=0))
+            with self.lock(name, *parts, timeout=0):
                 _delete(folder)
         except Timeout:
             return False
@@ -251,75 +239,59 @@ class Store:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder in such a way that nobody finds it half gone."""
+    """Rename a folder, then delete it: no process sees a part of its files."""
     if folder.suffix != PARTIAL:
         shutil.rmtree(folder.with_suffix(PARTIAL), ignore_errors=True)
         folder = folder.replace(folder.with_suffix(PARTIAL))
     shutil.rmtree(folder)
 
 
-def _list_files(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, file_digest(path)]
-        for path in files
-    }
-    (folder / FILES).write_text(json.dumps(listed))
-
-
 def write_spec(folder: Path, spec: Spec) -> None:
     """Write ``spec.json``: what determines an artefact, and all that it was made with so far."""
-    path, makers = folder / "spec.json", _makers(folder)
-    makers += [made_with()] if made_with() not in makers else []
-    text = json.dumps({**spec, "made_with": makers}, indent=2, sort_keys=True)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    path = folder / "spec.json"
+    makers = read_json(path).get("made_with", [])
+    if made_with() not in makers:
+        makers.append(made_with())
+    content = json.dumps({**spec, "made_with": makers}, indent=2, sort_keys=True)
+    write_atomically(path, content)
 
 
 def makers(artefacts: Iterable[Path]) -> list[dict[str, str]]:
     """The different sets of libraries and devices that some artefacts were made with."""
-    found = [json.dumps(maker, sort_keys=True) for folder in artefacts for maker in _makers(folder)]
-    return [json.loads(maker) for maker in sorted(set(found))]
-
-
-def _makers(folder: Path) -> list[dict[str, str]]:
-    """``made_with`` of one artefact; empty if ``spec.json`` is missing or damaged."""
-    try:
-        return json.loads((folder / "spec.json").read_text()).get("made_with", [])
-    except (OSError, ValueError, AttributeError):
-        return []
+    specs = (read_json(folder / "spec.json") for folder in artefacts)
+    found = {json.dumps(one, sort_keys=True) for spec in specs for one in spec.get("made_with", [])}
+    return [json.loads(maker) for maker in sorted(found)]
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder and check that files can be written into it.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Make a folder. Raises InputError if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write ({error.strerror}); choose a writable folder"
-        ) from error
+        message = f"{folder}: cannot write ({error.strerror}); choose a writable folder"
+        raise InputError(message) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, then rename it: readers see the old one or the new one."""
+def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Write a file beside its place, then rename it: readers see the old one or the new one.
+
+    ``content`` is its text, or a function that writes a file of the path that it is given.
+    """
     temporary = path.with_name(f".{path.name}.{token_hex(4)}")
-    write(temporary)
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        content(temporary)
     temporary.replace(path)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
     """Write rows of text as a table, as :func:`write_atomically` does."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

@@ -56,7 +56,7 @@ def configure(
     folder = folder or output() / "runs" / name
     require_writable(folder)
     target, text = folder / file, yaml.safe_dump(sections, sort_keys=False)
-    write_atomically(target, lambda path: path.write_text(text))
+    write_atomically(target, text)
     is_plain = name == profile and not sections["run"]["from_results"]
     return profile if is_plain else str(target.resolve()), folder
 

@@ -1,4 +1,4 @@
-"""What the runner prints and keeps: the plan before, the summary and the record after."""
+"""What the runner prints and writes: the plan before a run, the summary and the record after."""
 
 from __future__ import annotations
 
@@ -70,11 +70,7 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
 
 
 def require_disk(jobs: Sequence[Job], workers: int) -> None:
-    """Check that the disk can hold what the plan makes.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Raise InputError if the disk cannot hold what the plan makes."""
     root = jobs[0].study.store.root
     work = units.Work(plan.units(plan.wanted(asked_for(jobs))))
     wanted, free = work.gibibytes(workers), shutil.disk_usage(root).free / units.GIB
