@@ -21,7 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from sdaug_utils import notebooks, params, study
+from sdaug_utils import make, notebooks, params, rates, study, summary
 from sdaug_utils.errors import InputError
 
 
@@ -75,8 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     began = time.time()
     if arguments.cluster or arguments.scheduler:
-        from sdaug_utils import make
-
         make.require_workers(arguments.cluster, arguments.scheduler)
     for variable in ("SDAUG_STORE", "SDAUG_OUTPUT"):  # the notebooks run in another folder
         if variable in os.environ:
@@ -99,8 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset and not arguments.only:
         paths = notebooks.runnable_on(arguments.dataset, paths)
     jobs = notebooks.check(paths, profile, output, offline)
-    from sdaug_utils import make, rates, summary  # takes seconds, and an error needs none of it
-
     if arguments.dry_run:
         summary.print_plan(jobs, arguments.gpus)
     elif arguments.from_results:

@@ -53,16 +53,12 @@ def make_images(arguments: argparse.Namespace) -> None:
             own = arguments.dataset.resolve()
             profile, _ = configure(profile, dataset=own, folder=Path(folder))
         study = open_study(profile)
-    number = export.write_images(
-        study,
-        arguments.technique,
-        arguments.classes,
-        arguments.count,
-        arguments.into,
-        arguments.draw,
-        arguments.real_percent,
+    into, subset = arguments.into, (arguments.draw, arguments.real_percent)
+    requests = export.requests(
+        study, arguments.technique, arguments.classes, arguments.count, *subset
     )
-    print(f"{arguments.into}: {number} images, {arguments.into / export.LISTING}")
+    number = export.write_images(study, requests, into)
+    print(f"{into}: {number} images, {into / export.LISTING}")
 
 
 def list_store(arguments: argparse.Namespace) -> None:

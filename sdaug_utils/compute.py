@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -48,19 +49,18 @@ def dtype_name(settings: Settings) -> str:
 
 
 def _device_name(settings: Settings) -> str:
-    if settings.device != "auto":
-        return settings.device
-    if not _may_have_gpu():
+    return _best_device() if settings.device == "auto" else settings.device
+
+
+@cache
+def _best_device() -> str:
+    """The CPU is found without PyTorch where Linux shows no GPU driver."""
+    drivers = [path for name in GPU_DRIVERS for path in Path("/dev").glob(name)]
+    if platform.system() == "Linux" and not drivers:
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-@cache
-def _may_have_gpu() -> bool:
-    drivers = [path for name in GPU_DRIVERS for path in Path("/dev").glob(name)]
-    return bool(drivers) or platform.system() != "Linux"
 
 
 def half_precision(settings: Settings) -> str:
@@ -72,9 +72,9 @@ def half_precision(settings: Settings) -> str:
 
 @contextmanager
 def one_thread(settings: Settings) -> Iterator[None]:
-    """On the CPU a single thread of PyTorch.
+    """On the CPU a single thread of PyTorch: results do not depend on the number of cores.
 
-    Small networks gain little from several cores, and so the results do not depend on their number.
+    Small networks would gain little from more.
     """
     threads = torch.get_num_threads()
     if device_of(settings).type == "cpu":
@@ -85,12 +85,12 @@ def one_thread(settings: Settings) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@dataclass
 class Batch:
     """How many items go through a model at once: half as many each time a GPU's memory is short."""
 
-    def __init__(self, size: int, name: str) -> None:
-        """``name`` is the parameter that sets the size."""
-        self.size, self.name = size, name
+    size: int
+    name: str  # of the parameter that sets the size
 
     def run(
         self, work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
@@ -102,32 +102,27 @@ class Batch:
         done: list[Result] = []
         while len(done) < len(items):
             tried = self.size  # a part that is shorter is filled up to it
-            part, short = items[len(done) : len(done) + tried], ""
+            part, why = items[len(done) : len(done) + tried], ""
             try:
                 done += work(part)
             except torch.OutOfMemoryError as error:
-                short = str(error).split(". ")[0]
-            if short:  # outside of the handler, which keeps the tensors of the failed pass alive
-                if tried == 1:
-                    raise InputError(
-                        f"{self.name}: the GPU's memory is too small even for one ({short})"
-                    )
-                self.size = min(self.size, tried // 2)
-                torch.cuda.empty_cache()
-                tqdm.write(
-                    f"{self.name}: {tried} exceed the GPU's memory: going on with {self.size}"
-                )
+                why = str(error).split(". ")[0]
+            if not why:
+                continue
+            # Outside of the handler, which keeps the tensors of the failed pass alive.
+            if tried == 1:
+                raise InputError(f"{self.name}: the GPU's memory is too small even for one ({why})")
+            self.size = min(self.size, tried // 2)
+            torch.cuda.empty_cache()
+            tqdm.write(f"{self.name}: {tried} exceed the GPU's memory: going on with {self.size}")
         return done
 
 
 def hardware() -> dict[str, object]:
     """Processor, cores, memory and GPU, without names or paths (thesis, table A.1)."""
-    facts: dict[str, object] = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "gpu": None,
-    }
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    facts: dict[str, object] = {"processor": processor(), "cores": os.cpu_count()}
+    facts |= {"memory GiB": round(memory), "gpu": None}
     if shutil.which("nvidia-smi") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         facts |= {

@@ -5,25 +5,12 @@ Files of this module write ``from sdaug_utils.lazy import torch``.
 
 import importlib.util
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-
-def lazily(name: str) -> ModuleType:
-    """A module that is executed at the first look at one of its attributes (importlib's recipe)."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-if TYPE_CHECKING:
+if TYPE_CHECKING or "torch" in sys.modules:
     import torch as torch
-else:
-    torch = lazily("torch")
+else:  # importlib's recipe for a lazy import
+    spec = importlib.util.find_spec("torch")
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    torch = sys.modules["torch"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(torch)

@@ -69,7 +69,7 @@ class Outcome:
 
     made: dict[str, int] = field(default_factory=dict)  # items, by kind
     failures: dict[str, str] = field(default_factory=dict)  # an error, by the unit's name
-    left_out: list[str] = field(default_factory=list)  # names of what needs a failed one's result
+    left_out: list[str] = field(default_factory=list)  # units that need a failed one's result
     seconds: float = 0.0
     busy: float = 0.0  # seconds of all workers together
     workers: int = 0
@@ -108,21 +108,15 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
             security = Security.temporary()
             start = _jobs if workers.cluster else _processes
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
-            with _interrupts_blocked():
+            resource_tracker.ensure_running()  # it would unblock the signal when it starts
+            # Threads and processes started here never receive Ctrl-C; this thread does, afterwards.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
                 cluster = stack.enter_context(start(workers, settings, security, folder))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             client = Client(cluster, security=security)
         yield stack.enter_context(client)
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Threads and processes started inside never receive Ctrl-C; this thread does, afterwards."""
-    resource_tracker.ensure_running()  # it would unblock the signal when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _processes(
@@ -185,8 +179,7 @@ def require_workers(cluster: str | None, scheduler: str | None) -> None:
             message = f"--scheduler {scheduler}: nothing answers there ({error})"
             raise InputError(message) from error
     if cluster and find_spec("dask_jobqueue") is None:
-        message = f"--cluster {cluster}: dask-jobqueue is missing: pip install '.[cluster]'"
-        raise InputError(message)
+        raise InputError(f"--cluster {cluster}: dask-jobqueue is missing: pip install '.[cluster]'")
     if cluster and shutil.which(CLUSTERS[cluster]) is None:
         raise InputError(f"--cluster {cluster}: there is no command '{CLUSTERS[cluster]}' here")
 
@@ -209,13 +202,9 @@ def _gpu_of_each(number: int | None, settings: params.Settings) -> list[str]:
 def asked_as_json(asked: plan.Asked) -> str:
     """JSON from which each worker lists the same units: profile, parameters, precision."""
     first = asked[0][1]
-    return json.dumps(
-        {
-            "profile": first.profile,
-            "notebooks": {name: p.model_dump(mode="json") for name, _, p in asked},
-            "computes": [device_of(first.settings).type, dtype_name(first.settings)],
-        }
-    )
+    notebooks = {name: p.model_dump(mode="json") for name, _, p in asked}
+    computes = [device_of(first.settings).type, dtype_name(first.settings)]
+    return json.dumps({"profile": first.profile, "notebooks": notebooks, "computes": computes})
 
 
 @cache
@@ -231,15 +220,13 @@ def _units_by_key(asked_json: str, stage: int) -> dict[str, Unit]:
             f"{dtype}: start it on a machine like the workers', or set common.device and "
             "common.precision"
         )
-    domains = {name: experiments()[name].domain for name in given["notebooks"]}
-    opened = {
-        domain: open_study(profile, domain=domain, download=False)
-        for domain in dict.fromkeys(domains.values())
-    }
-    asked = [
-        (name, opened[domains[name]], params.check_notebook(name, values))
-        for name, values in given["notebooks"].items()
-    ]
+    opened: dict[params.Domain, Study] = {}
+    asked = []
+    for name, values in given["notebooks"].items():
+        domain = experiments()[name].domain
+        if domain not in opened:
+            opened[domain] = open_study(profile, domain=domain, download=False)
+        asked.append((name, opened[domain], params.check_notebook(name, values)))
     return {unit.key: unit for unit in plan.STAGES[stage](asked)}
 
 
@@ -298,33 +285,31 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
     began = time.monotonic()
     paths, futures = work.longest_paths(), dict[str, Any]()
     for unit in work.waiting:
-        dependencies = [futures[key] for key in sorted(unit.needs & futures.keys())]
-        arguments = (asked_json, unit.key, timeout, dependencies)
+        needs = [futures[key] for key in sorted(unit.needs & futures.keys())]
+        arguments = (asked_json, unit.key, timeout, needs)
         futures[unit.key] = client.submit(
             make_unit, *arguments, key=unit.key, priority=paths[unit.key], pure=False
         )
-    by_key = {unit.key: unit for unit in work.waiting}
-    failed: set[str] = set()
+    kinds = {unit.key: unit.kind for unit in work.waiting}
     with Progress(work) as progress:
         for future in as_completed(futures.values()):
-            unit = by_key[future.key]
-            if future.status == "error":
-                failed.add(unit.key)
-                continue
-            outcome.busy += future.result()
-            number = work.left[unit.key]
-            outcome.made[unit.kind] = outcome.made.get(unit.kind, 0) + number
-            progress.update(unit.kind, number)
-    for unit in work.waiting:
-        if unit.key not in failed:
+            if future.status != "error":
+                outcome.busy += future.result()
+                kind, number = kinds[future.key], work.left[future.key]
+                outcome.made[kind] = outcome.made.get(kind, 0) + number
+                progress.update(kind, number)
+    failed: set[str] = set()
+    for unit in work.waiting:  # each comes after all that it needs
+        if futures[unit.key].status != "error":
             continue
         if unit.needs & failed:  # Dask fails it with the error of what it needs
             outcome.left_out.append(unit.name)
-            continue
-        error = futures[unit.key].exception()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        outcome.failures[unit.name] = reason
-        tqdm.write(f"{unit.name}: {reason}")
+        else:
+            error = futures[unit.key].exception()
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            outcome.failures[unit.name] = reason
+            tqdm.write(f"{unit.name}: {reason}")
+        failed.add(unit.key)
     outcome.seconds += time.monotonic() - began
     outcome.workers = len(client.nthreads())
 
@@ -354,7 +339,7 @@ class Progress(contextlib.ExitStack):
 
 
 def make_here(units: Sequence[Unit]) -> None:
-    """Make those of some units that are not made yet, in this process."""
+    """Make what is left of some units in this process."""
     work = Work(units)
     with Progress(work) as progress:
         for unit in work.waiting:

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import contextlib
 import json
 import os
 import re
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdaug_utils import params, store
+from sdaug_utils import compute, params, plan, store
 from sdaug_utils.errors import InputError
+from sdaug_utils.generation import foundation
 from sdaug_utils.registry import experiments
 from sdaug_utils.study import ROOT, Study, figures_folder, open_study, output, results_folder
+from sdaug_utils.training import features, runs
+
+if TYPE_CHECKING:
+    from jupyter_client import AsyncKernelManager
 
 NOTEBOOKS, MODULE = ROOT / "notebooks", Path(__file__).parent
 SOURCES = {".py", ".yaml", ".json", ".csv"}  # the files of the module that its digest covers
 FINE = ("ok", "up to date")
-AHEAD = (  # what takes seconds to import
-    "torch, diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, "
-    "sdaug_utils.plan, sdaug_utils.evidence.figures"
-)
 
 
 @dataclass
 class Job:
-    """A notebook, the values injected into its parameters cell, and all its parameters."""
+    """A notebook to be run, with its parameters."""
 
     path: Path
     output: Path  # the folder of executed notebooks
@@ -53,10 +52,7 @@ class Job:
 
         It is computed once, before the run: an edit during the run does not count as executed.
         """
-        from sdaug_utils import compute, plan
         from sdaug_utils.evidence import prose
-        from sdaug_utils.generation import foundation
-        from sdaug_utils.training.runs import data_digest
 
         settings, data = self.study.settings, self.study.data
         cells = json.loads(self.path.read_text())["cells"]  # importing nbformat takes seconds
@@ -68,7 +64,7 @@ class Job:
                 "settings": given,
                 "module": _module_digest(),
                 "libraries": {name: version(name) for name in compute.TOOLS},
-                "data": [data.name, data.class_names, data_digest(data)],
+                "data": [data.name, data.class_names, runs.data_digest(data)],
                 "models": [foundation.revision(*model) for model in plan.models(settings)],
             }
         )
@@ -139,14 +135,11 @@ def runnable_on(dataset: Path, paths: list[Path]) -> list[Path]:
 
 
 def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = False) -> list[Job]:
-    """Check everything that can be checked beforehand; no work starts but for downloads.
+    """Check everything that can be checked beforehand; raises InputError for what is wrong.
 
     An offline check downloads nothing: what is missing is planned for by its published size.
-    Parameters that one's own images do not allow are changed, and the changes are printed. Raises
-    InputError with one line that says what is wrong.
+    Parameters that one's own images do not allow are changed, and the changes are printed.
     """
-    from sdaug_utils import plan
-
     jobs: list[Job] = []
     opened: dict[str, Study] = {}
     absent: list[str] = []
@@ -186,10 +179,6 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
 
 def _require_models(settings: params.Settings) -> None:
     """Find or download all models of a profile. Raises InputError if one is missing or corrupt."""
-    from sdaug_utils import plan
-    from sdaug_utils.generation import foundation
-    from sdaug_utils.training import features
-
     for model in plan.models(settings):
         foundation.revision(*model)
     foundation.check(settings)
@@ -198,88 +187,56 @@ def _require_models(settings: params.Settings) -> None:
             features.load_backbone(backbone)
 
 
-class Kernel:
-    """A Jupyter kernel for one notebook, started while the notebook before is still running.
+@contextlib.contextmanager
+def running_kernel() -> Iterator[AsyncKernelManager]:
+    """Start a Jupyter kernel that imports this module, no other; it is ended whatever it is doing.
 
-    By the time it is needed, it has imported the slow libraries. It communicates by Unix sockets in
-    a temporary folder, not by ports, so that several runs can share a host.
+    It communicates by Unix sockets in a temporary folder, not by ports, so that several runs can
+    share a host.
     """
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import run_sync
 
-    def __init__(self) -> None:
-        from jupyter_client import AsyncKernelManager
-
-        # The path of a socket has at most 107 characters, a cluster's TMPDIR may have nearly all.
-        self.folder = tempfile.TemporaryDirectory(prefix="sdaug-", dir="/tmp")
-        self.manager = AsyncKernelManager(transport="ipc", ip=f"{self.folder.name}/kernel")
-        asyncio.run(self._start())
-
-    async def _start(self) -> None:
-        known = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])  # this module, no other
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(known)}
-        ahead = f"--IPKernelApp.exec_lines=import {AHEAD}"
-        await self.manager.start_kernel(cwd=NOTEBOOKS, env=environment, extra_arguments=[ahead])
-
-    def ask(self, expression: str) -> Any:
-        """The value of an expression in the kernel, a literal."""
-        from jupyter_client import BlockingKernelClient
-
-        client = BlockingKernelClient()
-        client.load_connection_info(self.manager.get_connection_info())
-        client.start_channels(iopub=False, stdin=False, hb=False, control=False)
+    known = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(known)}
+    # The path of a socket has at most 107 characters, a cluster's TMPDIR may have nearly all.
+    with tempfile.TemporaryDirectory(prefix="sdaug-", dir="/tmp") as folder:
+        manager = AsyncKernelManager(transport="ipc", ip=f"{folder}/kernel")
+        run_sync(manager.start_kernel)(cwd=NOTEBOOKS, env=environment)
         try:
-            client.execute("", silent=True, user_expressions={"asked": expression})
-            reply = client.get_shell_msg(timeout=60)["content"]["user_expressions"]["asked"]
-            return ast.literal_eval(reply["data"]["text/plain"])
+            yield manager
         finally:
-            client.stop_channels()
-            client.context.destroy(linger=0)
-
-    def stop(self) -> None:
-        """End the kernel, whatever it is doing."""
-        asyncio.run(self._stop())
-        self.folder.cleanup()
-
-    async def _stop(self) -> None:
-        await self.manager.shutdown_kernel(now=True)
+            run_sync(manager.shutdown_kernel)(now=True)
 
 
-def start_kernel() -> Kernel | None:
-    """A kernel, or None if it does not start; it is tried again when its notebook runs."""
+def ask(kernel: AsyncKernelManager, expression: str) -> Any:
+    """The value of an expression in a kernel, a literal."""
+    client = kernel.blocking_client()
+    client.start_channels(iopub=False, stdin=False, hb=False, control=False)
     try:
-        return Kernel()
-    except Exception as error:
-        print(f"no kernel: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
+        client.execute("", silent=True, user_expressions={"asked": expression})
+        reply = client.get_shell_msg(timeout=60)["content"]["user_expressions"]["asked"]
+        return ast.literal_eval(reply["data"]["text/plain"])
+    finally:
+        client.stop_channels()
+        client.context.destroy(linger=0)
 
 
 def execute_all(jobs: Sequence[Job], done: Sequence[Job], keep_going: bool) -> list[Report]:
     """Run the jobs in order, except those ``done``; stop at a failure unless ``keep_going``."""
-    waiting = [job for job in jobs if job not in done]
     reports: list[Report] = []
-    ahead: Kernel | None = None
-    try:
-        for job in jobs:
-            if job in done:
-                reports.append(Report(job.path.stem, "up to date"))
-                continue
-            print(f"{job.path.stem} …", flush=True)
-            kernel = ahead or start_kernel()
-            ahead = None
-            try:
-                ahead = start_kernel() if job is not waiting[-1] else None
-                reports.append(execute(job, kernel))
-            finally:
-                if kernel:
-                    kernel.stop()
-            if reports[-1].status != "ok" and not keep_going:
-                break
-    finally:
-        if ahead:
-            ahead.stop()
+    for job in jobs:
+        if job in done:
+            reports.append(Report(job.path.stem, "up to date"))
+            continue
+        print(f"{job.path.stem} …", flush=True)
+        reports.append(execute(job))
+        if reports[-1].status != "ok" and not keep_going:
+            break
     return reports
 
 
-def execute(job: Job, kernel: Kernel | None) -> Report:
+def execute(job: Job) -> Report:
     """Run one notebook; if it fails, its output up to there is kept."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -287,25 +244,17 @@ def execute(job: Job, kernel: Kernel | None) -> Report:
     profile, began, report = job.study.profile, time.time(), Report(job.path.stem, "ok")
     job.executed.unlink(missing_ok=True)
     (figures_folder(profile) / f"verdicts-{job.path.stem[:2]}.csv").unlink(missing_ok=True)
-    if kernel is None:
-        report.status = "failed: no kernel"
-        return report
     key, written = job.key, list[Path]()
+    options: dict[str, Any] = {"cwd": NOTEBOOKS, "progress_bar": False}
     try:
-        papermill.execute_notebook(
-            job.path,
-            job.executed,
-            job.overrides,
-            cwd=NOTEBOOKS,
-            progress_bar=False,
-            km=kernel.manager,
-        )
-        # An expression, since a statement would add a name to the notebook's own.
-        names = kernel.ask("__import__('sdaug_utils.study').study.WRITTEN")
+        with running_kernel() as kernel:
+            papermill.execute_notebook(job.path, job.executed, job.overrides, **options, km=kernel)
+            # An expression, since a statement would add a name to the notebook's own.
+            names = ask(kernel, "__import__('sdaug_utils.study').study.WRITTEN")
         written = sorted(map(Path, set(names)))
     except PapermillExecutionError as error:
         report.status = f"failed in cell {error.cell_index}: {error.ename}: {error.evalue}"
-    except Exception as error:  # a kernel that died: the other notebooks still run
+    except Exception as error:  # the kernel died or did not start: the other notebooks still run
         report.status = f"failed: {type(error).__name__}: {error}"
     if job.executed.exists():
         tidy(job.executed, profile, written, key if report.status == "ok" else "")
@@ -357,10 +306,8 @@ def settings_digest(profile: str, notebook: str) -> str:
 def tidy(path: Path, profile: str, written: Sequence[Path], key: str) -> None:
     """Remove from an executed notebook everything that differs from machine to machine.
 
-    Progress bars keep their last state only, widgets are replaced by their picture, tables get
-    numbers for their random names, and addresses of objects, times and paths are removed. The
-    metadata record digests of the code, the settings and the tables, the files that the notebook
-    wrote, and the ``key`` it was run with, empty if it failed.
+    The metadata record digests of the code, the settings and the tables, the files that the
+    notebook wrote, and the ``key`` it was run with, empty if it failed.
     """
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor

@@ -1,10 +1,9 @@
 """What was made once is not made again.
 
-An artefact is a folder named by the hash of everything that determines it. It is written beside
-its final place and renamed, so it is whole or absent. ``spec.json`` inside says what determines it
-and, under ``made_with``, which libraries and device made it. These are not in its key, so that a
-patch release does not invalidate the store. ``files.json`` lists its files' sizes, which are
-compared at every request, and digests, which are compared when a process first reads it: a damaged
+An artefact is a folder named by the hash of all that determines it, written beside its final place
+and renamed: it is whole or absent. ``spec.json`` inside says what determines it and, beside that,
+which libraries and device made it (``made_with``). ``files.json`` lists its files' sizes, which are
+compared at every request, and digests, which are compared when a process first reads it. A damaged
 artefact is made again.
 """
 
@@ -36,7 +35,7 @@ KINDS = {"images": "images", "models": "personalised models", "runs": "training 
 
 
 def digest(spec: Spec) -> str:
-    """A hash of 20 hexadecimal digits of a specification that JSON can hold."""
+    """A hash of a specification that JSON can hold."""
     canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return digest_of(canonical.encode())
 
@@ -59,7 +58,7 @@ def sha256(path: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """A hash of a file's content."""
+    """A hash of a file's content, 20 hexadecimal digits."""
     return sha256(path)[:20]
 
 
@@ -70,15 +69,14 @@ def verify_checksums(folder: Path) -> dict[str, str]:
     """
     listing = folder / "SHA256SUMS"
     if not listing.exists():
-        raise InputError(f"{listing}: missing; restore it with 'git checkout -- {folder.name}'")
+        raise InputError(f"{listing}: missing; restore it with git")
     checksums = {}
     for line in listing.read_text().splitlines():
         expected, name = line.split("  ")
-        file = folder / name
-        if not file.exists():
-            raise InputError(f"{file}: missing; restore it with git")
-        if sha256(file) != expected:
-            raise InputError(f"{file}: corrupt (its SHA-256 is not the listed one); restore it")
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name}: missing; restore it with git")
+        if sha256(folder / name) != expected:
+            raise InputError(f"{folder / name}: corrupt (another SHA-256); restore it with git")
         checksums[name] = expected
     return checksums
 
@@ -170,8 +168,7 @@ class Store:
         """Hold locks between processes; wait for each ``timeout`` seconds, or for ever if -1.
 
         They are acquired in sorted order, so that there is no deadlock. A lock's file is deleted
-        while the lock is held. A process that has opened the file in the meantime notices that it
-        is deleted, and tries again with a new file.
+        while it is held; a process that has opened it before notices that and opens a new one.
         """
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,10 +186,7 @@ class Store:
     def get_all(
         self, kind: str, specs: Sequence[Spec], make: Callable[[list[int], list[Path]], None]
     ) -> list[Path]:
-        """As :meth:`get` for artefacts that are best made together.
-
-        ``make(missing, folders)`` gets the positions of the missing ones and a folder for each.
-        """
+        """As :meth:`get` for several: ``make`` gets the missing ones' positions and folders."""
         folders = [self.folder(kind, spec) for spec in specs]
         if all(self.is_whole(folder, to_read=True) for folder in folders):
             return folders

@@ -7,10 +7,12 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sdaug_utils import plan, rates, store, units
+from sdaug_utils.compute import peak_memory
 from sdaug_utils.errors import InputError
 from sdaug_utils.make import Outcome
 from sdaug_utils.notebooks import Job, Report
@@ -31,25 +33,20 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
     If several notebooks lack the same item, it is counted for the first of them only. For models of
     the thesis's size, the hours in the thesis's own logs are shown, too.
     """
-    import pandas as pd
-
     settings = jobs[0].study.settings
     source, at_scale = rates.measured(settings)["source"], rates.is_at_scale(settings)
     label, per_second = ("GPU hours", 1 / 3600) if at_scale else ("minutes", 1 / 60)
     needed = plan.wanted(asked_for(jobs))
-    work, rows = units.Work(plan.units(needed)), []
-    each = plan.by_notebook(asked_for(jobs))
-    for job in jobs:
-        own = work.of(job.path.stem)
-        counts, uses = own.counts(), each[job.path.stem].counts()
-        row: dict[str, Any] = {k: f"{counts[k][0]} / {uses[k]}" for k in store.KINDS}
+    work, each, rows = units.Work(plan.units(needed)), plan.by_notebook(asked_for(jobs)), {}
+    for name in (job.path.stem for job in jobs):
+        own = work.of(name)
+        counts, uses = own.counts(), each[name].counts()
+        row: dict[str, Any] = {kind: f"{counts[kind][0]} / {uses[kind]}" for kind in store.KINDS}
         row[label], row["GiB"] = own.seconds() * per_second, own.gibibytes()
-        row["thesis, hours"] = rates.thesis_hours(job.path.stem)
-        rows.append(row)
-    table = pd.DataFrame(rows, index=[job.path.stem for job in jobs])
-    shown = table if at_scale else table.drop(columns="thesis, hours")
+        rows[name] = row | ({"thesis, hours": rates.thesis_hours(name)} if at_scale else {})
+    table = pd.DataFrame.from_dict(rows, orient="index")
     print("missing / all")
-    print(shown.to_string(float_format="{:.1f}".format))
+    print(table.to_string(float_format="{:.1f}".format))
     print(f"\n{table[label].sum():.0f} {label}, {work.gibibytes():.1f} GiB")
     print(f"rates: {source}")
     if settings.treatment:
@@ -65,18 +62,18 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
     )
     if workers:
         print(f"\n{'GPUs' if at_scale else 'machines':>8} {'hours, at least':>16}")
-        for number in workers:
-            print(f"{number:>8} {work.hours_on(number):>16.1f}")
+    for number in workers:
+        print(f"{number:>8} {work.hours_on(number):>16.1f}")
 
 
 def require_disk(jobs: Sequence[Job], workers: int) -> None:
     """Raise InputError if the disk cannot hold what the plan makes."""
     root = jobs[0].study.store.root
     work = units.Work(plan.units(plan.wanted(asked_for(jobs))))
-    wanted, free = work.gibibytes(workers), shutil.disk_usage(root).free / units.GIB
-    if wanted > free:
+    needed, free = work.gibibytes(workers), shutil.disk_usage(root).free / units.GIB
+    if needed > free:
         raise InputError(
-            f"not enough disk: the plan needs {wanted:.1f} GiB in {root}, where {free:.1f} are "
+            f"not enough disk: the plan needs {needed:.1f} GiB in {root}, where {free:.1f} are "
             "free: set SDAUG_STORE to another folder, or dreambooth.keep_models: false"
         )
 
@@ -84,19 +81,40 @@ def require_disk(jobs: Sequence[Job], workers: int) -> None:
 def close(
     jobs: Sequence[Job], reports: Sequence[Report], outcome: Outcome, profile: str, began: float
 ) -> None:
-    """After a run: tables of hardware, software and claims, ``run.json``, and a summary."""
+    """After a run: tables of hardware, software and claims, ``run.json``, and a summary.
+
+    ``run.json`` says what ran, on which commit, how long, and what it used; the report reads it. A
+    notebook that was up to date keeps the minutes of its own run.
+    """
     from sdaug_utils.evidence import report
 
     needed = plan.wanted(asked_for(jobs))
-    report.write_tables(profile, [f for study, what in needed.items() for f in what.folders(study)])
+    artefacts = [folder for study, what in needed.items() for folder in what.folders(study)]
+    report.write_tables(profile, artefacts)
     each = plan.by_notebook(asked_for(jobs))
     used = {name: own.counts() for name, own in each.items()}
-    pools = {name: sorted(f"pools/{key}" for key in own.images) for name, own in each.items()}
     _print_summary(reports, used, outcome)
-    output = jobs[0].output
-    _write_record(output, reports, used, pools, outcome, time.time() - began)
-    print(f"\nexecuted notebooks: {_relative(output)}")
-    print(f"figures and their numbers: {_relative(figures_folder(profile))}")
+    file = jobs[0].output / RECORD
+    known = store.read_json(file).get("notebooks", {})
+    for one in reports:
+        name, minutes = one.notebook, round(one.minutes, 1)
+        if one.status == "up to date" and name in known:
+            minutes = known[name]["minutes"]
+        pools = sorted(f"pools/{key}" for key in each[name].images)
+        known[name] = {"minutes": minutes, **used[name], "status": one.status, "pools": pools}
+    record = {
+        **report.revision(),
+        "ended": time.strftime("%Y-%m-%d %H:%M"),
+        "minutes": round((time.time() - began) / 60, 1),
+        "of which making": round(outcome.seconds / 60, 1),
+        "workers": outcome.workers,
+        "peak memory of a process, GiB": round(max(peak_memory(), peak_memory(True)), 2),
+        "notebooks": dict(sorted(known.items())),
+        "environment": {name: os.environ[name] for name in FOLDERS if os.environ.get(name)},
+    }
+    store.write_atomically(file, json.dumps(record, indent=1))
+    print(f"\nexecuted notebooks: {os.path.relpath(file.parent)}")
+    print(f"figures and their numbers: {os.path.relpath(figures_folder(profile))}")
 
 
 def _print_summary(
@@ -105,62 +123,21 @@ def _print_summary(
     print(f"\n{'notebook':<26} {'minutes':>7}  status")
     for report in reports:
         print(f"{report.notebook:<26} {report.minutes:>7.1f}  {report.status}")
-        named = [name for name in report.figures if not name.startswith("samples-")]
-        sheets = len(report.figures) - len(named)
-        named += [f"{sheets} sample sheet{'s' * (sheets > 1)}"] if sheets else []
-        if named:
-            print(f"{'':<35} {', '.join(named)}")
+        shown = [name for name in report.figures if not name.startswith("samples-")]
+        if sheets := len(report.figures) - len(shown):
+            shown.append(f"{sheets} sample sheet{'s' * (sheets > 1)}")
+        if shown:
+            print(f"{'':<35} {', '.join(shown)}")
     for kind, label in store.KINDS.items():
         made, asked = outcome.made.get(kind, 0), sum(counts[kind] for counts in used.values())
         print(f"{label:<26} {made:>7} made, {max(0, asked - made)} reused")
     if outcome.seconds:
-        share = outcome.busy / (outcome.seconds * outcome.workers)
+        minutes, workers = outcome.seconds / 60, outcome.workers
+        share = outcome.busy / (outcome.seconds * workers)
         print(
-            f"made in {outcome.seconds / 60:.1f} minutes by {outcome.workers} workers, which were "
-            f"busy for {share:.0%} of them"
+            f"made in {minutes:.1f} minutes by {workers} workers, which were busy for {share:.0%}"
         )
     for name, reason in outcome.failures.items():
         print(f"not made: {name}: {reason}")
     if outcome.left_out:
         print(f"left out, because they need a unit that failed: {len(outcome.left_out)} units")
-
-
-def _write_record(
-    output: Path,
-    reports: Sequence[Report],
-    used: dict[str, dict[str, int]],
-    pools: dict[str, list[str]],
-    outcome: Outcome,
-    seconds: float,
-) -> None:
-    """``run.json``: what ran, on which commit, how long, and what it used; the report reads it.
-
-    What was up to date keeps the minutes of the run that it is from.
-    """
-    from sdaug_utils.compute import peak_memory
-    from sdaug_utils.evidence.report import revision
-
-    file = output / RECORD
-    known = json.loads(file.read_text()).get("notebooks", {}) if file.exists() else {}
-    for report in reports:
-        name, minutes = report.notebook, round(report.minutes, 1)
-        if report.status == "up to date" and name in known:
-            minutes = known[name]["minutes"]
-        facts = {"minutes": minutes, **used[name], "status": report.status, "pools": pools[name]}
-        known[name] = facts
-    record = {
-        **revision(),
-        "ended": time.strftime("%Y-%m-%d %H:%M"),
-        "minutes": round(seconds / 60, 1),
-        "of which making": round(outcome.seconds / 60, 1),
-        "workers": outcome.workers,
-        "peak memory of a process, GiB": round(max(peak_memory(), peak_memory(True)), 2),
-        "notebooks": dict(sorted(known.items())),
-        "environment": {name: os.environ[name] for name in FOLDERS if os.environ.get(name)},
-    }
-    text = json.dumps(record, indent=1)
-    store.write_atomically(file, lambda path: path.write_text(text))
-
-
-def _relative(path: Path) -> str:
-    return os.path.relpath(path, Path.cwd())

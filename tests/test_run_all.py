@@ -188,10 +188,11 @@ def test_the_code_of_a_notebook_has_a_digest_without_what_papermill_injects():
 
 
 def test_a_kernel_that_does_not_start_fails_its_notebook_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(notebooks, "Kernel", lambda: 1 / 0)
+    monkeypatch.setattr(notebooks, "running_kernel", lambda: 1 / 0)
     jobs = notebooks.check(notebooks.chosen(["01", "02"]), "smoke", tmp_path)
     reports = notebooks.execute_all(jobs, [], keep_going=True)
-    assert [report.status for report in reports] == ["failed: no kernel"] * 2
+    failed = "failed: ZeroDivisionError: division by zero"
+    assert [report.status for report in reports] == [failed] * 2
     assert len(notebooks.execute_all(jobs, [], keep_going=False)) == 1
 
 
@@ -203,11 +204,8 @@ def test_a_kernel_imports_the_module_of_its_runner(monkeypatch, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(notebooks.MODULE, other / "sdaug_utils")
     monkeypatch.setattr(notebooks, "ROOT", other)
-    kernel = notebooks.Kernel()
-    try:
-        imported = kernel.ask("__import__('sdaug_utils').__file__")
-    finally:
-        kernel.stop()
+    with notebooks.running_kernel() as kernel:
+        imported = notebooks.ask(kernel, "__import__('sdaug_utils').__file__")
     assert Path(imported).is_relative_to(other)
 
 
