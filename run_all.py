@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from sdaug_utils import make, notebooks, params, rates, study, summary
-from sdaug_utils.errors import InputError
+from sdaug_utils.errors import exit_code
 
 
 def positive(text: str) -> int:
@@ -124,14 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """The exit code: 2 where something was wrong from the start, 1 where a notebook failed."""
-    try:
-        return run(command_line())
-    except InputError as error:
-        print(f"run_all.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code("run_all.py", lambda: run(command_line()))
 
 
 if __name__ == "__main__":

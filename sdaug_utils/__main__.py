@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sdaug_utils import params, store
-from sdaug_utils.errors import InputError
+from sdaug_utils.errors import InputError, exit_code
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -53,10 +53,8 @@ def make_images(arguments: argparse.Namespace) -> None:
             own = arguments.dataset.resolve()
             profile, _ = configure(profile, dataset=own, folder=Path(folder))
         study = open_study(profile)
-    into, subset = arguments.into, (arguments.draw, arguments.real_percent)
-    requests = export.requests(
-        study, arguments.technique, arguments.classes, arguments.count, *subset
-    )
+    into, names = arguments.into, ("technique", "classes", "count", "draw", "real_percent")
+    requests = export.requests(study, **{name: getattr(arguments, name) for name in names})
     number = export.write_images(study, requests, into)
     print(f"{into}: {number} images, {into / export.LISTING}")
 
@@ -112,10 +110,10 @@ def prune_store(arguments: argparse.Namespace) -> None:
         else:
             continue
         taken = _bytes([folder])
-        if not arguments.dry_run and not kept.remove(folder):
-            print(f"{folder.relative_to(kept.root)}: {why}, but in use")
-            continue
-        removed, size = removed + 1, size + taken
+        if arguments.dry_run or kept.remove(folder):
+            removed, size = removed + 1, size + taken
+        else:
+            why += ", but in use"
         print(f"{folder.relative_to(kept.root)}: {why}")
     verb = "would be deleted" if arguments.dry_run else "deleted"
     print(f"{removed} artefacts, {size / 2**20:.1f} MiB {verb}")
@@ -203,16 +201,10 @@ def main() -> int:
     """The exit code: 2 where something was wrong from the start, 130 after Ctrl-C."""
     arguments = command_line().parse_args()
     try:
-        arguments.run(arguments)
-    except InputError as error:
-        print(f"sdaug_utils: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return exit_code("sdaug_utils", lambda: arguments.run(arguments))
     except BrokenPipeError:  # of a pager that was left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

@@ -245,12 +245,11 @@ def make_unit(
     faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     try:
         # The second stage can be listed only when the first is made: it is looked up last.
-        for stage in range(len(plan.STAGES)):
-            if key in (listed := _units_by_key(asked_json, stage)):
-                listed[key].make()
-                break
-        else:
+        stages = (_units_by_key(asked_json, stage) for stage in range(len(plan.STAGES)))
+        unit = next((units[key] for units in stages if key in units), None)
+        if unit is None:
             raise InputError("a worker does not know this unit: its data or its code are others")
+        unit.make()
     finally:
         faulthandler.cancel_dump_traceback_later()
     return time.monotonic() - began
@@ -270,11 +269,10 @@ def make_all(asked: plan.Asked, workers: Workers) -> Outcome:
         client: Client | None = None
         for list_units in plan.STAGES:
             work = Work(list_units(asked))
-            if not work.waiting:
-                continue
-            if client is None:
-                client = stack.enter_context(connected(workers, asked[0][1].settings))
-            _make_on(client, asked_as_json(asked), work, workers.timeout, outcome)
+            if work.waiting:
+                settings = asked[0][1].settings
+                client = client or stack.enter_context(connected(workers, settings))
+                _make_on(client, asked_as_json(asked), work, workers.timeout, outcome)
     return outcome
 
 
