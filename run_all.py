@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if offline:  # another file: a run that is in progress keeps its own
         file = "dry-run.yaml" if arguments.dry_run else "from-results.yaml"
         os.environ["HF_HUB_OFFLINE"] = "1"
-    profile, output = study.configure(
+    profile, output = study.write_config(
         arguments.profile,
         arguments.output,
         file,

@@ -45,13 +45,13 @@ def list_techniques(arguments: argparse.Namespace) -> None:
 def make_images(arguments: argparse.Namespace) -> None:
     """Images of some classes by a technique, as an image folder with ``metadata.csv``."""
     from sdaug_utils import export
-    from sdaug_utils.study import configure, open_study
+    from sdaug_utils.study import open_study, write_config
 
     profile = arguments.profile
     with tempfile.TemporaryDirectory() as folder:
         if arguments.dataset:
             own = arguments.dataset.resolve()
-            profile, _ = configure(profile, dataset=own, folder=Path(folder))
+            profile, _ = write_config(profile, dataset=own, folder=Path(folder))
         study = open_study(profile)
     into, names = arguments.into, ("technique", "classes", "count", "draw", "real_percent")
     requests = export.requests(study, **{name: getattr(arguments, name) for name in names})

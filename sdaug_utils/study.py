@@ -36,20 +36,18 @@ def results_folder(profile: str) -> Path:
     return output() / "results" / invocation_of(profile).name
 
 
-def configure(
+def write_config(
     profile: str, folder: Path | None = None, file: str = CONFIG, **asked: Any
 ) -> tuple[str, Path]:
     """Write what is ``asked`` for, as :func:`params.configure` resolves it, into a ``config.yaml``.
 
     Args:
         folder: where the file goes, by default ``runs/<name>``.
-        file: its name; where nothing is run, another one than ``config.yaml``.
+        file: its name; another one than ``config.yaml`` if nothing is run.
 
-    Raises InputError if what is asked for cannot be or the folder cannot be written to.
-
-    Returns:
-        A value for ``profile`` of :func:`open_study`, which is the profile's own name if nothing
-        changes it, else the path of the written file; and the folder.
+    Returns the folder and, before it, a value for ``profile`` of :func:`open_study`: the profile's
+    own name if nothing changes it, else the path of the written file. Raises InputError if a value
+    is not valid or the folder cannot be written to.
     """
     sections = params.configure(profile, **asked)
     name = sections["run"]["name"]

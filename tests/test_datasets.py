@@ -119,7 +119,7 @@ def test_digits_are_halved_without_overlap():
 
 
 def test_nothing_is_downloaded_where_shipped_results_are_enough(monkeypatch):
-    asked, shipped = [], study.configure("thesis", from_results=True)[0]
+    asked, shipped = [], study.write_config("thesis", from_results=True)[0]
 
     def load(*_, download, **more):
         asked.append(download)

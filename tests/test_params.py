@@ -5,7 +5,7 @@ import pytest
 from sdaug_utils import params
 from sdaug_utils.errors import InputError
 from sdaug_utils.registry import experiments
-from sdaug_utils.study import configure
+from sdaug_utils.study import write_config
 
 NOTEBOOKS = params.PARAMS_FOLDER.parent / "notebooks"
 NAME = "03-training-percentage"
@@ -55,29 +55,29 @@ def test_a_profile_is_its_base_but_for_what_it_sets(profile_folder):
 
 def test_what_is_asked_for_is_a_profile_in_a_file(tmp_path):
     changes = [(["common", "sampling", "batch_size"], 3), ([NAME, "num_draws"], 9)]
-    changed, folder = configure("smoke", changes=changes, protocol="published")
+    changed, folder = write_config("smoke", changes=changes, protocol="published")
     assert Path(changed) == folder / "config.yaml"
     assert params.load_settings(changed).sampling.batch_size == 3
     own = params.notebook_section(changed, NAME)
     assert (own["num_draws"], own["protocol"]) == (9, "published")
     assert "protocol" not in params.notebook_section(changed, "01-number-of-images")
     assert params.invocation_of(changed).name == folder.name != "smoke-published"
-    assert configure("smoke") == ("smoke", folder.parent / "smoke")  # nothing is changed
+    assert write_config("smoke") == ("smoke", folder.parent / "smoke")  # nothing is changed
     with pytest.raises(InputError, match=r"smoke\.yaml: sampling\.batch_size: Input should be"):
-        configure("smoke", changes=[(["common", "sampling", "batch_size"], "many")])
+        write_config("smoke", changes=[(["common", "sampling", "batch_size"], "many")])
 
 
 def test_a_file_is_a_profile_like_any_other():
-    changed, folder = configure("smoke", changes=[([NAME, "num_draws"], 9)])
-    shipped, same = configure(changed, from_results=True, file="from-results.yaml")
+    changed, folder = write_config("smoke", changes=[([NAME, "num_draws"], 9)])
+    shipped, same = write_config(changed, from_results=True, file="from-results.yaml")
     assert same == folder
     assert params.invocation_of(shipped).from_results
     assert not params.invocation_of(changed).from_results
-    further, other = configure(changed, protocol="published")
+    further, other = write_config(changed, protocol="published")
     assert other.name == f"{folder.name}-published"
     assert params.notebook_section(further, NAME)["num_draws"] == 9
     plain = str(params.PARAMS_FOLDER / "smoke.yaml")
-    assert configure(plain)[1].name == params.invocation_of(plain).name == "smoke"
+    assert write_config(plain)[1].name == params.invocation_of(plain).name == "smoke"
 
 
 def test_the_fast_profile_differs_from_the_thesis_in_what_its_treatment_says():

@@ -15,7 +15,7 @@ from sdaug_utils.generation.pools import technique_pools
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.registry import experiments, techniques
 from sdaug_utils.store import Store, digest
-from sdaug_utils.study import ROOT, configure, open_study
+from sdaug_utils.study import ROOT, open_study, write_config
 from sdaug_utils.training import runs
 
 ASKED = ("02-different-subjects", "09-food-101")
@@ -177,7 +177,7 @@ def test_many_gpus_are_kept_busy():
 def test_two_domains_of_one_data_set_are_told_apart(store):
     few = {"train": 20, "validation": 5, "test": 5}
     second = {"name": "fashion-mnist", "classes": ["coat", "dress"], "max_images_per_class": few}
-    profile, _ = configure("smoke", changes=[(["common", "data", "second"], second)])
+    profile, _ = write_config("smoke", changes=[(["common", "data", "second"], second)])
     some = asked(store, ("04-generation-percentage", "09-food-101"), profile)
     needed = plan.wanted(some)
     for study, what in needed.items():

@@ -10,7 +10,7 @@ import pytest
 
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import records
-from sdaug_utils.study import ROOT, configure, results_folder
+from sdaug_utils.study import ROOT, results_folder, write_config
 
 OF_THE_MACHINE = {"table-a-1-hardware.csv", "table-b-1-software.csv"}
 
@@ -27,7 +27,7 @@ def rows():
 
 def test_results_are_kept_and_read_without_being_made_again():
     made = records.kept("smoke", "03", rows)
-    shipped, _ = configure("smoke", from_results=True)
+    shipped, _ = write_config("smoke", from_results=True)
     read = records.kept(shipped, "03", lambda: pytest.fail("made again"))
     pd.testing.assert_frame_equal(made, read)
     assert read["scores"][0].dtype == bool
@@ -42,7 +42,7 @@ def test_a_single_score_stays_exact():
 
 
 def test_results_that_are_not_there_are_named():
-    shipped, _ = configure("smoke", from_results=True)
+    shipped, _ = write_config("smoke", from_results=True)
     with pytest.raises(InputError, match=r"04\.parquet: no such results in .*smoke: run it first"):
         records.kept(shipped, "04", rows)
 

@@ -12,7 +12,7 @@ import run_all
 from sdaug_utils import notebooks, params, plan, summary
 from sdaug_utils.evidence import gallery
 from sdaug_utils.store import file_digest
-from sdaug_utils.study import ROOT, configure, figures_folder
+from sdaug_utils.study import ROOT, figures_folder, write_config
 
 NAME = "03-training-percentage"
 
@@ -54,7 +54,7 @@ figures.save_table(profile, "table-x", pd.DataFrame({"a": [2]}))
     assert run() == ("date", 1)
     assert [image.read_bytes() for image in images] == before
 
-    assert not job(configure("smoke", changes=[([name, "num_seeds"], 1)])[0]).is_up_to_date()
+    assert not job(write_config("smoke", changes=[([name, "num_seeds"], 1)])[0]).is_up_to_date()
     made.write_text("a\n3\n")  # not what it wrote
     assert not job().is_up_to_date()
     made.write_text("a\n2\n")
@@ -251,7 +251,7 @@ def test_another_protocol_does_not_write_over_the_figures(monkeypatch, tmp_path)
 
 def test_a_protocol_reaches_the_notebooks_that_have_one(tmp_path):
     paths = notebooks.chosen(["01", "05"])
-    profile, _ = configure("smoke", protocol="published")
+    profile, _ = write_config("smoke", protocol="published")
     subjects, runs = notebooks.check(paths, profile, tmp_path)
     assert "protocol" not in subjects.overrides
     assert runs.parameters.protocol == "published"

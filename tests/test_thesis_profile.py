@@ -32,7 +32,7 @@ from sdaug_utils.generation.techniques import dreambooth_lora
 from sdaug_utils.notebooks import NOTEBOOKS
 from sdaug_utils.registry import techniques
 from sdaug_utils.store import Store
-from sdaug_utils.study import ROOT, Study, configure, figures_folder, open_study
+from sdaug_utils.study import ROOT, Study, figures_folder, open_study, write_config
 from sdaug_utils.training import features, runs, segmenter
 from sdaug_utils.training.trainer import results_of
 
@@ -402,7 +402,7 @@ def test_grids_shrink_to_what_the_data_allow(own_images, store):
     for folder in own_images.iterdir():
         for file in sorted(folder.iterdir())[4:]:
             file.unlink()
-    study = open_study(configure("smoke", dataset=own_images)[0], store)
+    study = open_study(write_config("smoke", dataset=own_images)[0], store)
     changed = {}
     for path in notebooks.chosen(["01", "02", "03", "04", "05", "06", "07"]):
         values = params.parameters_cell(path) | params.notebook_section("smoke", path.stem)
@@ -429,7 +429,7 @@ def test_folders_of_one_name_have_figures_of_their_own(tmp_path, own_images):
     for other in (twin, protocol):
         shutil.copytree(own_images, other)
     asked = [{"dataset": folder} for folder in (own_images, twin, protocol)]
-    opened = [configure("smoke", **each)[0] for each in (*asked, {"protocol": "published"})]
+    opened = [write_config("smoke", **each)[0] for each in (*asked, {"protocol": "published"})]
     assert len({figures_folder(profile) for profile in opened}) == len(opened)
     folders = [params.load_settings(profile).data["main"].folder for profile in opened]
     assert folders == [str(own_images), str(twin), str(protocol), None]
