@@ -72,10 +72,7 @@ def half_precision(settings: Settings) -> str:
 
 @contextmanager
 def one_thread(settings: Settings) -> Iterator[None]:
-    """On the CPU a single thread of PyTorch: results do not depend on the number of cores.
-
-    Small networks would gain little from more.
-    """
+    """On the CPU one thread of PyTorch: results do not depend on the number of cores."""
     threads = torch.get_num_threads()
     if device_of(settings).type == "cpu":
         torch.set_num_threads(1)
@@ -95,10 +92,7 @@ class Batch:
     def run(
         self, work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
     ) -> list[Result]:
-        """The results of all items, which ``work`` gets in parts.
-
-        Raises InputError if the memory is too small even for one.
-        """
+        """The results of ``work`` on parts of the items; InputError if not even one item fits."""
         done: list[Result] = []
         while len(done) < len(items):
             tried = self.size  # a part that is shorter is filled up to it

@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from distributed import Client, Security, SpecCluster
 
 LOOPBACK = "127.0.0.1"
-# The command that submits a job, by the kind of queue.
-CLUSTERS = {"slurm": "sbatch", "lsf": "bsub", "pbs": "qsub", "sge": "qsub"}
+CLUSTERS = {"slurm": "sbatch", "lsf": "bsub", "pbs": "qsub", "sge": "qsub"}  # how to submit a job
 REPORT_EVERY = 60  # seconds between reports of progress in a log
 IN_PROCESS = 30  # seconds: longer work is done by other processes
 DASK = {
@@ -79,9 +78,9 @@ class Outcome:
 class Workers:
     """Where units are made: in processes of this machine if no cluster or scheduler is named."""
 
-    number: int | None = None  # of processes or jobs; by default one per GPU or else per core
-    cluster: str | None = None  # a kind of queue: a key of CLUSTERS
-    scheduler: str | None = None  # the address of a Dask scheduler that runs
+    number: int | None = None  # of processes or jobs; by default one per GPU, else per core
+    cluster: str | None = None  # a key of CLUSTERS
+    scheduler: str | None = None  # the address of a running Dask scheduler
     timeout: float = 600 * 60  # seconds after which a unit's process is ended
 
 
@@ -230,13 +229,10 @@ def _units_by_key(asked_json: str, stage: int) -> dict[str, Unit]:
     return {unit.key: unit for unit in plan.STAGES[stage](asked)}
 
 
-def make_unit(
-    asked_json: str, key: str, timeout: float, dependencies: Sequence[float] = ()
-) -> float:
-    """Make a unit in this process, which ends if that takes longer than ``timeout`` seconds.
+def make_unit(asked_json: str, key: str, timeout: float, needs: Sequence[float] = ()) -> float:
+    """Make a unit and return the seconds that took; after ``timeout`` seconds the process ends.
 
-    ``dependencies``, the results of the units that it needs, are not read: Dask waits for them.
-    Returns the seconds that it took.
+    ``needs``, the results of the units that it needs, are not read: Dask waits for them.
     """
     tqdm.set_lock(threading.RLock())  # the default, a semaphore, would outlive a kill
     if not torch.cuda.is_available():

@@ -104,10 +104,7 @@ def _module_digest() -> str:
 
 
 def chosen(only: list[str] | None) -> list[Path]:
-    """The thesis's notebooks in order, or those whose names begin with one of ``only``.
-
-    Raises InputError if no notebook's name begins with one of them.
-    """
+    """The thesis's notebooks in order, or those whose names begin with one of ``only``."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
     if unknown := [path.name for path in every if path.stem not in experiments()]:
         raise InputError(f"notebooks/{unknown[0]}: no experiment names this notebook")

@@ -218,10 +218,7 @@ class Store:
                 _delete(folder)
 
     def remove(self, folder: Path) -> bool:
-        """Delete an artefact, finished or partial, unless a process is writing it.
-
-        Returns whether it was deleted. Processes that read it are not waited for.
-        """
+        """Delete an artefact, finished or partial; False if a process is writing it."""
         name = f"{folder.parent.name}-{folder.stem}"
         parts = [file.stem for file in (self.root / "locks").glob(f"{name}-*.lock")]
         try:
