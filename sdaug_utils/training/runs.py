@@ -24,10 +24,7 @@ from sdaug_utils.training import classifier, features, segmenter
 
 CODE_VERSION = 4
 RECIPE = "classifier.controlled"  # a section of the settings
-LENGTH = (
-    f"{RECIPE}.max_train_steps",
-    f"{RECIPE}.validation_steps",
-)  # alike: last weights count
+LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")  # alike: last weights count
 Overrides = tuple[tuple[str, str | int | float], ...]  # paths in the settings, and values
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """What tells one setting of an experiment from another; each has a run per draw and seed."""

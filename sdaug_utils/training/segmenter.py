@@ -24,9 +24,9 @@ from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import batches
 from sdaug_utils.training.features import (
     FEATURE_BATCH,
-    filled,
     folded_backbone,
     normalise,
+    padded,
     to_pixels,
 )
 
@@ -69,7 +69,7 @@ class FeatureMaps:
         with one_thread(self.study.settings):
             for start in range(0, len(missing), FEATURE_BATCH):
                 part = missing[start : start + FEATURE_BATCH]
-                kept = self._maps(filled([images[i] for _, i in part])).half().cpu().contiguous()
+                kept = self._maps(padded([images[i] for _, i in part])).half().cpu().contiguous()
                 self.known.update(zip((key for key, _ in part), kept, strict=False))
         every = torch.stack([self.known[key] for key in keys])
         return lambda rows: every[list(rows)].to(self.device).float()
