@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "synthetic images with another image's trimap",
         f"{TRAINING}/trainer.py",
-        "followed = [row for pool in self.pools_of(run) for row in pool.source_rows]",
-        "followed = [row for pool in self.pools_of(run) for row in pool.source_rows[::-1]]",
+        "[row for pool in self.pools_of(run) for row in pool.source_rows]",
+        "[row for pool in self.pools_of(run) for row in pool.source_rows[::-1]]",
         "trimap_that_it_follows",
     ),
     Fault(
@@ -122,7 +122,7 @@ FAULTS = (
     Fault(
         "pools left out of a run's key",
         f"{TRAINING}/runs.py",
-        "return pool_digests(own, run.technique, run.draw, pool_percent(own, run))",
+        "return _pool_keys(own, run.technique, run.draw, pool_percent(own, run))",
         "return []",
         "a_key_knows",
     ),

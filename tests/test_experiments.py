@@ -104,7 +104,7 @@ def test_a_run_after_some_updates_is_the_beginning_of_a_longer_one(world):
     [whole, *_] = [run for run in p.grid(world) if run.arm == "baseline"]
     trainer, looks = Trainer(world), []
     [data] = trainer.head_sets([whole])
-    held_out = trainer.tested(whole), torch.from_numpy(world.data.splits["test"].labels)
+    held_out = trainer.test_features(whole), torch.from_numpy(world.data.splits["test"].labels)
 
     def look(step, head):
         looks.append((step, classifier.accuracy(head, *held_out)))

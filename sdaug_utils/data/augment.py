@@ -11,7 +11,6 @@ from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation
 
 CODE_VERSION = 1
-
 Transform = Callable[[Image.Image], Image.Image]
 
 
@@ -21,22 +20,16 @@ def build(name: Augmentation, image_size: int) -> Transform:
     The aspect ratio is not kept. ``custom`` works before the resize, the two automated policies
     after it. All draw from torch's global generator.
     """
-    from torchvision.transforms import v2  # takes seconds: only who transforms images waits
+    from torchvision.transforms import v2  # takes seconds
 
     resize = v2.Resize((image_size, image_size), antialias=True)
     match name:
         case "none":
             return resize
         case "custom":
-            return v2.Compose(
-                [
-                    v2.RandomHorizontalFlip(0.5),
-                    v2.ColorJitter(0.3, 0.1, 0.2, 0.1),
-                    v2.GaussianBlur(3, (0.1, 2.0)),
-                    v2.RandomRotation(10),
-                    resize,
-                ]
-            )
+            flip, rotate = v2.RandomHorizontalFlip(0.5), v2.RandomRotation(10)
+            jitter, blur = v2.ColorJitter(0.3, 0.1, 0.2, 0.1), v2.GaussianBlur(3, (0.1, 2.0))
+            return v2.Compose([flip, jitter, blur, rotate, resize])
         case "autoaugment":  # Cubuk et al., 2019: the ImageNet policy
             return v2.Compose([resize, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)])
         case "randaugment":  # Cubuk et al., 2020: two operations of magnitude 9
@@ -52,10 +45,6 @@ def view(image: np.ndarray, transform: Transform, seed: int) -> np.ndarray:
     picture = Image.fromarray(image)
     if isinstance(transform, v2.Resize):
         return np.asarray(transform(picture))
-    # The generator itself: torch.manual_seed has one for each GPU, and notes down who called.
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
         return np.asarray(transform(picture))
-    finally:
-        torch.default_generator.set_state(state)

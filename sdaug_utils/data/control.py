@@ -46,12 +46,10 @@ def silhouette(image: np.ndarray, threshold: int = 12) -> np.ndarray:
 
 def trimap(mask: np.ndarray) -> np.ndarray:
     """A silhouette with its morphological gradient as border, in Oxford-IIIT Pet's labels."""
-    gradient = cv2.morphologyEx(
-        mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)
-    )
-    labels = np.where(mask, SUBJECT, BACKGROUND).astype(np.uint8)
-    labels[gradient > 0] = BORDER
-    return labels
+    square = np.ones((3, 3), np.uint8)
+    gradient = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, square)
+    labels = np.where(mask, SUBJECT, BACKGROUND)
+    return np.where(gradient > 0, BORDER, labels).astype(np.uint8)
 
 
 def segmentation_map(

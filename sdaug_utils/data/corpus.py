@@ -5,18 +5,13 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sdaug_utils.data.datasets import (
-    DIGIT_CLASSES,
-    FASHION_CLASSES,
-    MINIATURE_DATA,
-    PROJECT,
-    digits_halves,
-    tiles,
-)
+from sdaug_utils.data import datasets
+from sdaug_utils.data.datasets import MINIATURE_DATA, PROJECT
 from sdaug_utils.data.images import Images, ImageSource, read_rgb
 from sdaug_utils.errors import InputError
 from sdaug_utils.store import array_digest, digest_of, file_digest, verify_checksums
@@ -27,46 +22,39 @@ LISTING = "metadata.csv"
 def naming(corpus: str, class_name: str) -> Images:
     """The images whose captions have the class's name in them, as words of their own.
 
-    Args:
-        corpus: ``miniature``, a sample of what the shipped model learnt from; or a folder, relative
-            ones starting at the project, as the hub's image folders are: ``metadata.csv`` with the
-            columns ``file_name`` and ``text``.
-
-    Raises:
-        InputError: as :func:`revision`.
+    A corpus is ``miniature``, a sample of what the shipped model learnt from; or a folder, relative
+    ones starting at the project, as the hub's image folders are: ``metadata.csv`` with the columns
+    ``file_name`` and ``text``. Raises InputError as :func:`revision` does.
     """
     revision(corpus)
-    load: Callable[[int], np.ndarray]
+    words = re.compile(rf"\b{re.escape(class_name)}\b", re.IGNORECASE)
+    load: Callable[[Any], np.ndarray] = read_rgb
     if corpus == "miniature":
-        images = _miniature().get(class_name, np.empty((0, 32, 32, 3), np.uint8))
-        number, load = len(images), images.__getitem__
+        images = _miniature().get(class_name, np.empty(0))
+        keys, load = list[Any](range(len(images))), images.__getitem__
     else:
-        words = re.compile(rf"\b{re.escape(class_name)}\b", re.IGNORECASE)
-        files = [file for file, text in _listed(PROJECT / corpus) if words.search(text)]
-        number, load = len(files), lambda i: read_rgb(files[i])
-    name = f"corpus, {class_name}"
-
-    def image_digest(i: int) -> str:
-        return array_digest(load(i))
-
-    return Images(tuple(ImageSource(load, image_digest, i, name) for i in range(number)))
+        keys = [file for file, text in _listed(PROJECT / corpus) if words.search(text)]
+    group = f"corpus, {class_name}"
+    return Images(
+        tuple(ImageSource(load, lambda key: array_digest(load(key)), key, group) for key in keys)
+    )
 
 
 @cache
 def revision(corpus: str) -> str:
     """What identifies a corpus, for the store's keys.
 
-    Raises:
-        InputError: no such folder, no list of captions in it, or a listed image is missing.
+    Raises InputError if there is no such folder or no list of captions in it, or a listed image is
+    missing.
     """
     if corpus == "miniature":
         verify_checksums(MINIATURE_DATA)
         return file_digest(MINIATURE_DATA / "corpus.png")
-    listed = _listed(PROJECT / corpus)
-    for file, _ in listed:
+    files = [file for file, _ in _listed(PROJECT / corpus)]
+    for file in files:
         if not file.exists():
             raise InputError(f"retrieval.corpus: {file} is listed and missing")
-    sizes = [f"{file.name} {file.stat().st_size}" for file, _ in listed]
+    sizes = [f"{file.name} {file.stat().st_size}" for file in files]
     captions = file_digest(PROJECT / corpus / LISTING)
     return digest_of("\n".join([captions, *sizes]).encode())
 
@@ -87,6 +75,6 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
 def _miniature() -> dict[str, np.ndarray]:
     """The shipped sample by class: 200 garments, and the foundation model's half of the digits."""
     sheet = np.asarray(Image.open(MINIATURE_DATA / "corpus.png"))
-    found = dict(zip(FASHION_CLASSES, tiles(sheet), strict=True))
-    digits, labels = digits_halves()[0]
-    return found | {name: digits[labels == i] for i, name in enumerate(DIGIT_CLASSES)}
+    found = dict(zip(datasets.FASHION_CLASSES, datasets.tiles(sheet), strict=True))
+    digits, labels = datasets.digits_halves()[0]
+    return found | {name: digits[labels == i] for i, name in enumerate(datasets.DIGIT_CLASSES)}

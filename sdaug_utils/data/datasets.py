@@ -1,7 +1,7 @@
 """Data sets by name, and the real subsets of a study: the miniature's and photographs on disk."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,66 +16,46 @@ from sdaug_utils.store import verify_checksums
 
 PROJECT = Path(__file__).parents[2]
 MINIATURE_DATA = PROJECT / "miniature" / "data"
-FASHION_CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
-DIGIT_CLASSES = tuple(
-    f"digit {word}"
-    for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-)
+GARMENTS = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
+FASHION_CLASSES = tuple(GARMENTS.split(", "))
+WORDS = "zero one two three four five six seven eight nine"
+DIGIT_CLASSES = tuple(f"digit {word}" for word in WORDS.split())
 DIGITS_SEED = 2023
 
 
 def load(
     name: str,
     classes: Sequence[str] | None = None,
-    max_images_per_class: dict[str, int] | None = None,
+    max_images_per_class: Mapping[str, int] | None = None,
     folder: str | None = None,
     download: bool = False,
 ) -> Dataset:
     """A data set by name, all of it or some classes and the first images of each.
 
     Photographs come from a ``folder``, relative ones starting at the project; see :mod:`photos`.
-
-    Raises:
-        InputError: unknown data set, class or split; a file is missing or corrupt.
+    Raises InputError if a data set, class or split is unknown, or a file is missing or corrupt.
     """
-    known = [*(photos.LOADERS if folder else LOADERS)]
-    if name not in known:
-        raise InputError(f"data set '{name}' is unknown: choose from {', '.join(known)}")
+    _require_known("data set", [name], list(photos.LOADERS if folder else LOADERS))
     whole = photos.LOADERS[name](PROJECT / folder, download) if folder else LOADERS[name]()
     return restricted(whole, classes, max_images_per_class)
 
 
+def _require_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} '{name}' is unknown: choose from {', '.join(known)}")
+
+
 def restricted(
-    whole: Dataset, classes: Sequence[str] | None, max_images_per_class: dict[str, int] | None
+    whole: Dataset, classes: Sequence[str] | None, max_images_per_class: Mapping[str, int] | None
 ) -> Dataset:
     """Some classes of a data set, and the first images of each.
 
-    Raises:
-        InputError: unknown class or split.
+    Raises InputError if a class or split is unknown.
     """
-    chosen = tuple(classes or whole.class_names)
-    for class_name in chosen:
-        if class_name not in whole.class_names:
-            raise InputError(
-                f"class '{class_name}' is unknown: choose from {', '.join(whole.class_names)}"
-            )
-    limits = max_images_per_class or {}
-    for split in limits:
-        if split not in SPLITS:
-            raise InputError(
-                f"max_images_per_class: '{split}' is unknown: choose from {', '.join(SPLITS)}"
-            )
+    chosen, limits = tuple(classes or whole.class_names), max_images_per_class or {}
+    _require_known("class", chosen, whole.class_names)
+    _require_known("max_images_per_class:", limits, SPLITS)
     numbers = [whole.class_names.index(name) for name in chosen]
     splits = {
         name: _restrict(split, numbers, limits.get(name), f"{whole.name}, {name}")
@@ -85,14 +65,14 @@ def restricted(
 
 
 def _restrict(split: Split, classes: Sequence[int], limit: int | None, name: str) -> Split:
-    indices = first_per_class(split.labels, limit, classes)
+    rows = first_per_class(split.labels, limit, classes)
     positions = {label: position for position, label in enumerate(classes)}
-    labels = np.array([positions[label] for label in split.labels[indices]])
+    labels = np.array([positions[label] for label in split.labels[rows]])
     return Split(
-        lambda i: split.load(indices[i]),
+        lambda i: split.load(rows[i]),
         labels,
-        lambda i: split.trimap(indices[i]),
-        lambda i: split.image_digest(indices[i]),
+        lambda i: split.trimap(rows[i]),
+        lambda i: split.image_digest(rows[i]),
         name,
     )
 
@@ -110,17 +90,16 @@ def _fashion_mnist() -> Dataset:
     verify_checksums(MINIATURE_DATA)
     splits = {}
     for name in SPLITS:
-        sheet = np.asarray(Image.open(MINIATURE_DATA / f"{name}.png"))
-        by_class = tiles(sheet)
+        by_class = tiles(np.asarray(Image.open(MINIATURE_DATA / f"{name}.png")))
         labels = np.repeat(np.arange(10), by_class.shape[1])
-        splits[name] = _on_black(np.concatenate(list(by_class)), labels)
+        splits[name] = _on_black(np.concatenate(by_class), labels)
     return Dataset("fashion-mnist", FASHION_CLASSES, splits)
 
 
 def tiles(sheet: np.ndarray) -> np.ndarray:
     """A sheet with a row of 28x28 tiles per class: (classes, n, 32, 32, 3), 8-bit RGB."""
     rows = sheet.reshape(sheet.shape[0] // 28, 28, sheet.shape[1] // 28, 28).swapaxes(1, 2)
-    return np.stack([np.stack([pad_to_rgb(tile) for tile in row]) for row in rows])
+    return np.stack([[pad_to_rgb(tile) for tile in row] for row in rows])
 
 
 def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -156,12 +135,7 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
     """Indices of p % of the images of each class, nested: 5 % is inside 10 % and so on.
 
     Per class: shuffle with seed 41 + draw, take the first floor(p n); draw 0 is the thesis's.
-
-    Returns:
-        (k,) indices ordered by class, in shuffled order within the class.
-
-    Raises:
-        InputError: a class would get no image.
+    Ordered by class, in shuffled order within it. Raises InputError if a class gets no image.
     """
     chosen = []
     for label, order in zip(np.unique(labels), shuffled(labels, draw), strict=True):
@@ -191,31 +165,28 @@ def personalisation_inputs(
 def digits_halves() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The digits inside scikit-learn (Alpaydin and Kaynak, 1998), split in two per class.
 
-    Returns:
-        The foundation model's half and the study's half, each as 8-bit RGB images of shape
-        (n, 32, 32, 3), white on black, and labels of shape (n,).
+    The foundation model's half and the study's half, each as 8-bit RGB images of shape
+    (n, 32, 32, 3), white on black, and labels of shape (n,).
     """
     package = find_spec("sklearn")
     assert package is not None
     file = Path(str(package.origin)).parent / "datasets" / "data" / "digits.csv.gz"
     table = np.loadtxt(file, delimiter=",")  # as load_digits does, whose import takes a second
-    labels = table[:, -1].astype(int)
-    images = np.stack([_digit_to_rgb(image) for image in table[:, :-1].reshape(-1, 8, 8)])
+    labels, images = table[:, -1].astype(int), []
+    for image in np.round(table[:, :-1].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8):
+        grey = Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)
+        images.append(pad_to_rgb(np.asarray(grey)))
     rng = np.random.default_rng(DIGITS_SEED)
     orders = [rng.permutation(np.flatnonzero(labels == label)) for label in range(10)]
     foundation = np.concatenate([order[: len(order) // 2] for order in orders])
     study = np.concatenate([order[len(order) // 2 :] for order in orders])
-    return ((images[foundation], labels[foundation]), (images[study], labels[study]))
-
-
-def _digit_to_rgb(image: np.ndarray) -> np.ndarray:
-    grey = Image.fromarray(np.round(image * 255 / 16).astype(np.uint8))
-    return pad_to_rgb(np.asarray(grey.resize((24, 24), Image.Resampling.BICUBIC)))
+    every = np.stack(images)
+    return (every[foundation], labels[foundation]), (every[study], labels[study])
 
 
 def pad_to_rgb(grey: np.ndarray, size: int = 32) -> np.ndarray:
     """Centre an 8-bit grey image (height, width) on black: (size, size, 3)."""
-    top, left = (size - grey.shape[0]) // 2, (size - grey.shape[1]) // 2
-    padded = np.zeros((size, size), np.uint8)
-    padded[top : top + grey.shape[0], left : left + grey.shape[1]] = grey
+    before = [(size - side) // 2 for side in grey.shape]
+    after = [size - side - (size - side) // 2 for side in grey.shape]
+    padded = np.pad(grey, list(zip(before, after, strict=True)))
     return np.repeat(padded[..., None], 3, axis=2)

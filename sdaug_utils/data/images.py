@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, overload
 
@@ -72,30 +71,28 @@ class Split:
     trimap: Callable[[int], np.ndarray]
     digest: Callable[[int], str] | None = None
     name: str = "images"  # of data set and split
-    _known: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)
+    _digests: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def images(self, indices: Sequence[int] | np.ndarray | None = None) -> Images:
         """The images at ``indices``, all by default."""
-        rows = range(len(self)) if indices is None else indices
-        return Images(
-            tuple(ImageSource(self.load, self.image_digest, int(i), self.name) for i in rows)
-        )
+        rows = map(int, range(len(self)) if indices is None else indices)
+        return Images(tuple(ImageSource(self.load, self.image_digest, i, self.name) for i in rows))
 
     def image_digest(self, i: int) -> str:
         """A hash of image i's content, computed once."""
-        if ("image", i) not in self._known:
+        if ("image", i) not in self._digests:
             digest = self.digest(i) if self.digest else array_digest(self.load(i))
-            self._known["image", i] = digest
-        return self._known["image", i]
+            self._digests["image", i] = digest
+        return self._digests["image", i]
 
     def trimap_digest(self, i: int) -> str:
         """A hash of image i's trimap, computed once."""
-        if ("trimap", i) not in self._known:
-            self._known["trimap", i] = array_digest(self.trimap(i))
-        return self._known["trimap", i]
+        if ("trimap", i) not in self._digests:
+            self._digests["trimap", i] = array_digest(self.trimap(i))
+        return self._digests["trimap", i]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,46 +109,34 @@ def shuffled(labels: Sequence[int] | np.ndarray, draw: int = 0) -> list[np.ndarr
 
     Real subsets, inputs of personalisation and splits of photographs take a class's first rows.
     """
+    by_class = {int(label): np.flatnonzero(np.equal(labels, label)) for label in np.unique(labels)}
     return [
-        np.random.default_rng((SHUFFLE_SEED + draw, int(label))).permutation(
-            np.flatnonzero(np.asarray(labels) == label)
-        )
-        for label in np.unique(labels)
+        np.random.default_rng((SHUFFLE_SEED + draw, label)).permutation(rows)
+        for label, rows in by_class.items()
     ]
 
 
 def read_listed(files: Sequence[Path], digests: Sequence[str]) -> Images:
     """Images in files whose digests are known: to tell images apart, no file is opened."""
-    pairs = zip(files, digests, strict=True)
+    known = dict(zip(files, digests, strict=True))
+
+    def read(file: Path) -> np.ndarray:
+        if file_digest(file) != known[file]:
+            raise InputError(f"{file}: damaged: make it again by run_all.py --verify")
+        return read_rgb(file)
+
     return Images(
-        tuple(
-            ImageSource(_read_checked, itemgetter(1), pair, pair[0].parent.name) for pair in pairs
-        )
+        tuple(ImageSource(read, known.__getitem__, file, file.parent.name) for file in files)
     )
 
 
-def _read_checked(listed: tuple[Path, str]) -> np.ndarray:
-    file, known = listed
-    if file_digest(file) != known:
-        raise InputError(f"{file}: damaged: make it again by run_all.py --verify")
-    return read_rgb(file)
-
-
 def read_rgb(file: Path) -> np.ndarray:
-    """An image file as an 8-bit RGB array of shape (height, width, 3).
-
-    Raises:
-        InputError: it is missing or does not decode.
-    """
+    """An image file as 8-bit RGB of shape (height, width, 3); errors as in :func:`decoded`."""
     return np.asarray(decoded(file).convert("RGB"))
 
 
 def decoded(file: Path) -> Image.Image:
-    """An image file in its own mode.
-
-    Raises:
-        InputError: it is missing or does not decode.
-    """
+    """An image file in its own mode; raises InputError if it is missing or does not decode."""
     try:
         image = Image.open(file)
         image.load()

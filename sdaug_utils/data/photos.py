@@ -23,38 +23,28 @@ def oxford_iiit_pet(folder: Path, download: bool) -> Dataset:
     """Oxford-IIIT Pet (Parkhi et al., 2012): the official trainval list, the official test halved.
 
     The test list is shuffled per class with seed 41; its first half validates (the thesis's code).
-
-    Raises:
-        InputError: the folder is not in the official layout, or a class has no image.
+    Raises InputError if the folder is not in the official layout, or a class has no image.
     """
-    _require(folder / "oxford-iiit-pet", "OxfordIIITPet", download)
-    from torchvision.datasets import OxfordIIITPet
-
-    train, test = _opened(OxfordIIITPet, folder, ("trainval", "test"), download)
-    halves = _parts(test._labels, lambda n: [n // 2])
-    every = range(len(train._labels))
-    splits = [_split(every, train._images, train._labels, train._segs)]
-    splits += [_split(half, test._images, test._labels, test._segs) for half in halves]
-    return Dataset("oxford-iiit-pet", tuple(train.classes), dict(zip(SPLITS, splits, strict=True)))
+    train, test = _opened(
+        "OxfordIIITPet", folder, "oxford-iiit-pet", ("trainval", "test"), download
+    )
+    splits = [_split(range(len(train._labels)), train._images, train._labels, train._segs)]
+    for half in _parts(test._labels, lambda n: [n // 2]):
+        splits.append(_split(half, test._images, test._labels, test._segs))
+    return _dataset("oxford-iiit-pet", train.classes, splits)
 
 
 def food_101(folder: Path, download: bool) -> Dataset:
     """Food-101 (Bossard et al., 2014): per class 600 to train on, 150 to validate, 250 to test.
 
     The official train list is shuffled per class with seed 41. There are no trimaps.
-
-    Raises:
-        InputError: as :func:`oxford_iiit_pet`.
+    Raises InputError as :func:`oxford_iiit_pet` does.
     """
-    _require(folder / "food-101", "Food101", download)
-    from torchvision.datasets import Food101
-
-    train, test = _opened(Food101, folder, ("train", "test"), download)
+    train, test = _opened("Food101", folder, "food-101", ("train", "test"), download)
     parts = _parts(train._labels, lambda n: [math.ceil(n * FOOD_TRAIN_PER_CLASS / 750)])
     splits = [_split(part, train._image_files, train._labels) for part in parts]
     splits.append(_split(range(len(test._labels)), test._image_files, test._labels))
-    names = tuple(name.replace("_", " ") for name in train.classes)
-    return Dataset("food-101", names, dict(zip(SPLITS, splits, strict=True)))
+    return _dataset("food-101", train.classes, splits)
 
 
 def image_folder(folder: Path, download: bool = False) -> Dataset:
@@ -62,12 +52,10 @@ def image_folder(folder: Path, download: bool = False) -> Dataset:
 
     The images of each class are shuffled with seed 41. Trimaps (1 subject, 2 background, 3 border),
     if there are any, are in ``trimaps/<class>/<name>.png`` beside the class folders.
-
-    Raises:
-        InputError: no class folders, or a class with fewer than four images.
+    Raises InputError if there are no class folders, or a class has fewer than four images.
     """
-    folders = sorted(p for p in folder.glob("*") if p.is_dir()) if folder.is_dir() else []
-    classes = [path.name for path in folders if path.name != "trimaps"]
+    found = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    classes = [name for name in found if name != "trimaps"]
     if len(classes) < 2:
         raise InputError(f"data.folder: {folder}: needs a folder for each of at least two classes")
     index = {name: number for number, name in enumerate(classes)}
@@ -86,8 +74,12 @@ def image_folder(folder: Path, download: bool = False) -> Dataset:
         trimaps = [folder / "trimaps" / f.parent.name / f"{f.stem}.png" for f in files]
     parts = _parts(labels, lambda n: [n // 2, 3 * n // 4])
     splits = [_split(part, files, labels, trimaps) for part in parts]
-    names = tuple(name.replace("_", " ") for name in classes)
-    return Dataset("imagefolder", names, dict(zip(SPLITS, splits, strict=True)))
+    return _dataset("imagefolder", classes, splits)
+
+
+def _dataset(name: str, classes: Sequence[str], splits: Sequence[Split]) -> Dataset:
+    names = tuple(class_name.replace("_", " ") for class_name in classes)
+    return Dataset(name, names, dict(zip(SPLITS, splits, strict=True)))
 
 
 SIZES = {
@@ -103,15 +95,11 @@ def stand_in(name: str) -> Dataset:
     def no_image(i: int) -> np.ndarray:
         raise InputError(f"data set '{name}' is not here yet: there is only a plan")
 
-    num_classes, sizes = SIZES[name]
     splits = {}
+    num_classes, sizes = SIZES[name]
     for split, size in sizes.items():
-        splits[split] = Split(
-            no_image,
-            np.arange(size) * num_classes // size,
-            lambda i: np.zeros((1, 1), np.uint8),
-            partial("{}/{}/{}".format, name, split),
-        )
+        labels, digest = np.arange(size) * num_classes // size, f"{name}/{split}/{{}}".format
+        splits[split] = Split(no_image, labels, lambda i: np.zeros((1, 1), np.uint8), digest)
     return Dataset(name, tuple(f"class {i}" for i in range(num_classes)), splits)
 
 
@@ -122,34 +110,30 @@ LOADERS: dict[str, Callable[[Path, bool], Dataset]] = {
 }
 
 
-def _require(folder: Path, kind: str, download: bool) -> None:
-    """Check that a data set is there, or may be downloaded, before torchvision is imported."""
-    if not (download or folder.is_dir()):
-        raise InputError(
-            f"data.folder: {folder.parent}: not the layout of torchvision's {kind} (no folder "
-            f"'{folder.name}' in it); set data.download: true where there is internet"
-        )
-
-
-def _opened(kind: Any, folder: Path, splits: Sequence[str], download: bool) -> list[Any]:
+def _opened(
+    kind: str, folder: Path, needed: str, splits: Sequence[str], download: bool
+) -> list[Any]:
     """torchvision's data sets of some official lists, each of which has images of every class."""
+    wrong = f"data.folder: {folder}: not the layout of torchvision's {kind}"
+    remedy = "set data.download: true where there is internet"
+    if not (download or (folder / needed).is_dir()):  # found out before torchvision is imported
+        raise InputError(f"{wrong} (no folder '{needed}' in it); {remedy}")
+    from torchvision import datasets
+
+    open_split = partial(getattr(datasets, kind), folder)
     try:
         if download:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".download.lock"):  # jobs of an array start at the same time
-                kind(folder, split=splits[0], download=True)
-        opened = [kind(folder, split=split) for split in splits]
+                open_split(split=splits[0], download=True)
+        opened = [open_split(split=split) for split in splits]
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(
-            f"data.folder: {folder}: not the layout of torchvision's {kind.__name__} "
-            f"({' '.join(str(error).split())}); set data.download: true where there is internet"
-        ) from error
-    listed = [
-        file for data in opened for file in getattr(data, "_images", None) or data._image_files
-    ]
-    folders = {file.parent for file in map(Path, listed)}
+        raise InputError(f"{wrong} ({' '.join(str(error).split())}); {remedy}") from error
+    of_splits = [getattr(data, "_images", None) or data._image_files for data in opened]
+    listed = [Path(file) for files in of_splits for file in files]
+    folders = {file.parent for file in listed}
     there = {path for parent in folders if parent.is_dir() for path in parent.iterdir()}
-    if missing := [file for file in map(Path, listed) if file not in there]:
+    if missing := [file for file in listed if file not in there]:
         raise InputError(
             f"data.folder: {folder}: {len(missing)} of {len(listed)} images are missing, such as "
             f"{missing[0].name}: was their archive extracted to its end? Delete "

@@ -16,13 +16,11 @@ CODE_VERSION = 1
 DEGREES = 20.0  # a rotation is at most this, either way
 FACTOR = 0.5  # of brightness and of contrast
 NOISE = 25.0  # grey levels: the standard deviation
-
-
 SHIFTS = ("rotation", "darkness", "low contrast", "blur", "noise")
 
 
 def shifted(split: Split, name: str) -> Images:
-    """A split's images, each changed as ``name``, one of ``SHIFTS``, says: 8-bit RGB."""
+    """A split's images, each changed in the way of ``SHIFTS`` that ``name`` says: 8-bit RGB."""
 
     def load(row: int) -> np.ndarray:
         from torchvision.transforms.v2 import InterpolationMode, functional

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +18,11 @@ import numpy as np
 from sdaug_utils.data import augment
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Augmentation, Controlled, Published
-from sdaug_utils.training.features import FEATURE_BATCH, load_backbone, to_pixels
+from sdaug_utils.training.features import FEATURE_BATCH, Arrays, load_backbone, to_pixels
 
 CODE_VERSION = 3
 KEPT_BYTES = 2**30  # of resized images, in memory
-UPDATES = 10  # whose features are gathered at once: more do not fit into the cache
+UPDATES_AT_ONCE = 10  # whose features are gathered together: more do not fit into the cache
 
 
 @dataclass(frozen=True)
@@ -85,36 +85,31 @@ def train_heads(
     every: int,
     evaluate: Callable[[int, Sequence[torch.nn.Linear]], object],
 ) -> int:
-    """Train linear heads side by side, by SGD; ``evaluate(step, heads)`` looks at them.
+    """Train linear heads side by side, by SGD; return the number of updates of each.
 
     The gradient of softmax cross-entropy is written out, and heads share batched products: at this
     size autograd and an optimiser object cost several times what the arithmetic does, and a study
     trains thousands of heads. What a head learns does not depend on those beside it.
-
-    Args:
-        every: updates between two calls of ``evaluate``.
-
-    Returns:
-        The number of updates of each head.
+    ``evaluate(step, heads)`` is called after ``every`` so many updates.
     """
     drawn = [_drawn(data, settings, num_classes) for data in sets]
     num_features = drawn[0][0].shape[1]
     heads = [new_head(num_features, num_classes, data.seed) for data in sets]
     weight = torch.stack([head.weight.detach() for head in heads])  # (heads, classes, features)
     bias = torch.stack([head.bias.detach() for head in heads])  # (heads, classes)
-    for number, head in enumerate(heads):  # which see from now on what is learnt
+    for number, head in enumerate(heads):  # from now on they see what is learnt
         head.weight.data, head.bias.data = weight[number], bias[number]
     rate, step = settings.learning_rate / settings.batch_size, 0
     inputs, wanted = (  # of the next updates
-        torch.empty(len(sets), UPDATES * settings.batch_size, width)
+        torch.empty(len(sets), UPDATES_AT_ONCE * settings.batch_size, width)
         for width in (num_features, num_classes)
     )
     with torch.no_grad():
         for part in range(len(drawn[0][2])):
-            for number, (vectors, targets, at, wanted_at) in enumerate(drawn):
-                count = len(at[part])  # less than all at the end
-                torch.index_select(vectors, 0, at[part], out=inputs[number, :count])
-                torch.index_select(targets, 0, wanted_at[part], out=wanted[number, :count])
+            for number, (vectors, targets, rows, rows_of_targets) in enumerate(drawn):
+                count = len(rows[part])  # less than all at the end
+                torch.index_select(vectors, 0, rows[part], out=inputs[number, :count])
+                torch.index_select(targets, 0, rows_of_targets[part], out=wanted[number, :count])
             both = (x[:, :count].unflatten(1, (-1, settings.batch_size)) for x in (inputs, wanted))
             for x, target in zip(*(each.unbind(1) for each in both), strict=True):
                 error = torch.baddbmm(bias[:, None], x, weight.mT).softmax(dim=2).sub_(target)
@@ -129,35 +124,31 @@ def train_heads(
 def _drawn(
     data: TrainingSet, settings: Controlled, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """What the updates of a head see: vectors and targets, and which of them, some updates a part.
+    """All vectors and targets, and the rows of both that the updates see, some updates a part.
 
     Where an image has fewer views than others, each of them comes up more often.
     """
-    counts = data.num_views
+    targets, counts, width = data.labels, data.num_views, data.features.shape[-1]
     if counts is None:
         counts = torch.full(data.features.shape[:1], data.features.shape[1])
-    rows = batches(len(counts), settings.batch_size, settings.max_train_steps, data.seed)
-    generator = torch.Generator().manual_seed(data.seed)
-    views = torch.randint(int(counts.max()), rows.shape, generator=generator) % counts[rows]
-    places = (counts.cumsum(0) - counts)[rows] + views
-    targets = data.labels
     if targets.ndim == 1:
         targets = torch.nn.functional.one_hot(targets, num_classes).float()
-    places_of_targets = places if targets.ndim == 3 else rows
-    at_once = UPDATES * settings.batch_size
-    return (
-        data.features.reshape(-1, data.features.shape[-1]),
-        targets.reshape(-1, num_classes),
-        places.flatten().split(at_once),
-        places_of_targets.flatten().split(at_once),
+    images = batches(len(counts), settings.batch_size, settings.max_train_steps, data.seed)
+    generator = torch.Generator().manual_seed(data.seed)
+    views = torch.randint(int(counts.max()), images.shape, generator=generator) % counts[images]
+    rows = (counts.cumsum(0) - counts)[images] + views
+    rows_of_targets = rows if targets.ndim == 3 else images
+    parts = (
+        x.flatten().split(UPDATES_AT_ONCE * settings.batch_size) for x in (rows, rows_of_targets)
     )
+    return data.features.reshape(-1, width), targets.reshape(-1, num_classes), *parts
 
 
 def train_reference_head(
     data: TrainingSet, settings: Controlled, num_classes: int
 ) -> torch.nn.Linear:
     """A head trained on some images alone: nothing else decides when it is good."""
-    heads = []
+    heads: list[torch.nn.Linear] = []
     last = settings.max_train_steps
     train_head(data, settings, num_classes, last, lambda _, head: heads.append(head))
     return heads[0]
@@ -176,33 +167,30 @@ def train_controlled(
     num_classes: int,
 ) -> list[Outcome]:
     """Equal updates for every arm; the weights best on validation make the predictions."""
-    best: list[Outcome | None] = [None] * len(sets)
+    best = [Outcome(np.empty(0), -1.0, 0, 0)] * len(sets)
     curves: list[list[tuple[int, float]]] = [[] for _ in sets]
-    validation_labels = torch.from_numpy(validation[1])
+    labels = torch.from_numpy(validation[1])
 
     def evaluate(step: int, heads: Sequence[torch.nn.Linear]) -> None:
-        for number, (head, so_far) in enumerate(zip(heads, best, strict=True)):
-            score = accuracy(head, validation[0], validation_labels)
+        for number, head in enumerate(heads):
+            score = accuracy(head, validation[0], labels)
             curves[number].append((step, score))
-            if so_far is None or score > so_far.validation_score:
+            if score > best[number].validation_score:
                 logits = head(test_features)
                 predictions, sure = logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
                 best[number] = Outcome(predictions.numpy(), score, step, step, sure.numpy())
 
     every = min(settings.validation_steps, settings.max_train_steps)
     updates = train_heads(sets, settings, num_classes, every, evaluate)
-    return [
-        replace(outcome, num_updates=updates, curve=curve)
-        for outcome, curve in zip(best, curves, strict=True)
-        if outcome
-    ]
+    pairs = zip(best, curves, strict=True)
+    return [replace(outcome, num_updates=updates, curve=curve) for outcome, curve in pairs]
 
 
 def train_published(
-    images: Sequence[np.ndarray],
+    images: Arrays,
     labels: np.ndarray,
-    validation: tuple[Sequence[np.ndarray], np.ndarray],
-    test_images: Sequence[np.ndarray],
+    validation: tuple[Arrays, np.ndarray],
+    test_images: Arrays,
     backbone_name: str,
     augmentation: Augmentation,
     settings: Published,
@@ -224,21 +212,24 @@ def train_published(
     resize = augment.build("none", settings.image_size)
     targets = torch.from_numpy(labels).to(device)
 
+    def resized(some: Arrays) -> Arrays:  # if they fit into memory
+        num_bytes = len(some) * 3 * settings.image_size**2
+        return _views(some, resize) if num_bytes <= KEPT_BYTES else some
+
     @torch.inference_mode()
-    def predict(some: Sequence[np.ndarray]) -> np.ndarray:
+    def predict(some: Arrays) -> np.ndarray:
         backbone.eval()
         parts = [some[i : i + FEATURE_BATCH] for i in range(0, len(some), FEATURE_BATCH)]
         logits = [head(backbone(to_pixels(_views(part, resize)).to(device))) for part in parts]
         return torch.cat(logits).argmax(dim=1).cpu().numpy()
 
-    kept = _resized(images, resize, settings) if augmentation == "none" else images
-    validation_images = _resized(validation[0], resize, settings)
+    kept = resized(images) if augmentation == "none" else images
+    validation_images = resized(validation[0])
     best, best_epoch, updates, curve = -1.0, 0, 0, list[tuple[int, float]]()
     for epoch in range(settings.max_epochs):
         backbone.train()
-        passes = range(epoch * settings.passes_per_epoch, (epoch + 1) * settings.passes_per_epoch)
-        for number, rows in _in_batches(len(images), settings.batch_size, seed, passes):
-            batch = _views([kept[row] for row in rows], transform, number)
+        for rows, first_seed in _epoch(len(images), settings, seed, epoch):
+            batch = _views([kept[row] for row in rows], transform, first_seed)
             with torch.no_grad():
                 features = backbone(to_pixels(batch).to(device))
             loss = torch.nn.functional.cross_entropy(head(features), targets[rows])
@@ -255,26 +246,18 @@ def train_published(
     return Outcome(predict(test_images), score, updates, updates, curve=curve)
 
 
-def _views(
-    images: Sequence[np.ndarray], transform: augment.Transform, seed: int = 0
-) -> list[np.ndarray]:
+def _views(images: Arrays, transform: augment.Transform, seed: int = 0) -> list[np.ndarray]:
     """A view of each image, by seeds that count up."""
     return [augment.view(image, transform, seed + place) for place, image in enumerate(images)]
 
 
-def _resized(
-    images: Sequence[np.ndarray], resize: augment.Transform, settings: Published
-) -> Sequence[np.ndarray]:
-    """Images as the network sees them, if they fit into memory, else as they are."""
-    num_bytes = len(images) * 3 * settings.image_size**2
-    return _views(images, resize) if num_bytes <= KEPT_BYTES else images
-
-
-def _in_batches(
-    num_images: int, batch_size: int, seed: int, passes: Iterable[int]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of each batch of some passes over the images, with a number for its first image."""
-    for number in passes:
+def _epoch(
+    num_images: int, settings: Published, seed: int, epoch: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of each batch of an epoch, and the seed of its first image's view."""
+    passes = settings.passes_per_epoch
+    for number in range(epoch * passes, (epoch + 1) * passes):
         order = np.random.default_rng((seed, number)).permutation(num_images)
-        for start in range(0, num_images, batch_size):
-            yield (seed * 1000 + number) * 10**6 + start, order[start : start + batch_size]
+        for start in range(0, num_images, settings.batch_size):
+            rows = order[start : start + settings.batch_size]
+            yield rows, (seed * 1000 + number) * 10**6 + start

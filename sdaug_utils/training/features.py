@@ -135,8 +135,9 @@ def to_pixels(images: Arrays) -> torch.Tensor:
 
 def pixel_vectors(images: Arrays) -> torch.Tensor:
     """Grey pixels of images in place of features, each with mean 0 and deviation 1: (n, 1, 784)."""
-    pictures = [Image.fromarray(image).convert("L").resize((PIXELS, PIXELS)) for image in images]
-    grey = torch.from_numpy(np.stack(pictures)).flatten(1)[:, None].float()
+    size = PIXELS, PIXELS
+    small = [np.asarray(Image.fromarray(image).convert("L").resize(size)) for image in images]
+    grey = torch.from_numpy(np.stack(small)).flatten(1)[:, None].float()
     deviation = grey.std(dim=2, keepdim=True).clamp(min=1.0)  # a picture of one grey has none
     return (grey - grey.mean(dim=2, keepdim=True)) / deviation
 

@@ -46,13 +46,13 @@ def draw_mixture(name: str, num_images: int, num_views: int, seed: int, side: in
     return Mixture(rows, 1 - areas / side**2, np.stack([*begin, *end], axis=-1))
 
 
-def cut_and_pasted(images: Sequence[np.ndarray], chosen: Mixture, side: int) -> Images:
+def cut_and_pasted(images: Sequence[np.ndarray], mixture: Mixture, side: int) -> Images:
     """Each view of each image with its partner's pixels in the box: n x views images, 8-bit RGB.
 
-    They are squares of ``side`` pixels, composed whenever one is looked at.
+    They are squares of ``side`` pixels, made whenever one is looked at.
     """
-    assert chosen.boxes is not None
-    boxes, keys = chosen.boxes, digests(images)
+    assert mixture.boxes is not None
+    rows, boxes, keys = mixture.rows, mixture.boxes, digests(images)
     name = f"cutmix {digest({'images': keys, 'side': side, 'boxes': boxes.tolist()})}"
 
     def resized(row: int) -> np.ndarray:
@@ -60,13 +60,12 @@ def cut_and_pasted(images: Sequence[np.ndarray], chosen: Mixture, side: int) -> 
 
     def load(key: tuple[int, int]) -> np.ndarray:
         left, top, right, bottom = boxes[key]
-        whole, other = resized(key[0]), resized(int(chosen.rows[key]))
+        whole, other = resized(key[0]), resized(rows[key])
         whole[top:bottom, left:right] = other[top:bottom, left:right]
         return whole
 
     def digest_of(key: tuple[int, int]) -> str:
-        both = [keys[key[0]], keys[int(chosen.rows[key])]]
+        both = [keys[key[0]], keys[rows[key]]]
         return digest({"of": both, "side": side, "box": boxes[key].tolist()})
 
-    places = np.ndindex(chosen.rows.shape)
-    return Images(tuple(ImageSource(load, digest_of, place, name) for place in places))
+    return Images(tuple(ImageSource(load, digest_of, key, name) for key in np.ndindex(rows.shape)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -24,10 +25,11 @@ from sdaug_utils.training import classifier, features, segmenter
 
 CODE_VERSION = 4
 RECIPE = "classifier.controlled"  # a section of the settings
-LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")  # alike: last weights count
+LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")
+"""If both have the same value, the last weights are tested."""
 Overrides = tuple[tuple[str, str | int | float], ...]  # paths in the settings, and values
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
-"""What tells one setting of an experiment from another; each has a run per draw and seed."""
+"""Columns in which settings of an experiment differ; each has a run per draw and seed."""
 
 
 class Run(Parameters):
@@ -64,18 +66,14 @@ class Run(Parameters):
     @property
     def arm(self) -> str:
         """The name under which figures and tables show it."""
-        parts = [
-            self.technique,
-            self.augmentation if self.augmentation != "none" else None,
-            "outside" if self.controls_from_outside else None,
-            self.rule,
-        ]
-        known = [part for part in parts if part] or ["baseline"]
-        return "+".join([*known, self.variant] if self.variant else known)
+        augmentation = self.augmentation if self.augmentation != "none" else ""
+        outside = "outside" if self.controls_from_outside else ""
+        named = list(filter(None, [self.technique, augmentation, outside, self.rule]))
+        return "+".join(filter(None, [*(named or ["baseline"]), self.variant]))
 
     @property
     def num_made(self) -> int:
-        """Synthetic images of each class that there have to be."""
+        """Synthetic images of each class that have to be made."""
         return self.chosen_from if self.rule else self.synthetic_per_class
 
     def changed(self, overrides: Mapping[str, Any]) -> Run:
@@ -96,10 +94,11 @@ class Run(Parameters):
         return self.model_copy(update={**own, "variant": self.variant if kept else ""})
 
     def fields(self) -> dict[str, Any]:
-        """What a row of results says of it; of a rule or a variant only if there is one."""
+        """Its columns in a table of results; those of a rule or a variant only if it has one."""
         left_out = {"overrides", "updates_as", "test_sets"}
         left_out |= set() if self.rule else {"rule", "chosen_from"}
-        return self.model_dump(exclude=left_out if self.variant else left_out | {"variant"})
+        left_out |= set() if self.variant else {"variant"}
+        return self.model_dump(exclude=left_out)
 
 
 def study_of(study: Study, run: Run) -> Study:
@@ -131,12 +130,8 @@ def repeated(
     num_seeds: int,
 ) -> list[Run]:
     """A run per draw and seed of each arm; an arm that comes twice counts once."""
-    runs = [
-        Run(protocol=protocol, draw=draw, seed=seed, **arm)
-        for draw in range(num_draws)
-        for arm in arms
-        for seed in range(num_seeds)
-    ]
+    grid = itertools.product(range(num_draws), list(arms), range(num_seeds))
+    runs = [Run(protocol=protocol, draw=draw, seed=seed, **arm) for draw, arm, seed in grid]
     return list(dict.fromkeys(runs))
 
 
@@ -156,8 +151,8 @@ def spec(study: Study, run: Run) -> dict[str, Any]:
         recipe = own.settings.segmenter.model_dump(exclude={"keep_features"})
         versions.append(segmenter.CODE_VERSION)
     more: dict[str, Any] = {}
-    if label_weight(own, run) < 1:
-        more["share"] = label_weight(own, run)
+    if (weight := label_weight(own, run)) < 1:
+        more["share"] = weight
     if run.rule and run.protocol != "controlled":  # the classifier that chooses is trained by it
         more["chosen by"] = [settings.controlled.model_dump(), settings.image_size]
     if run.partner:
@@ -178,11 +173,17 @@ def spec(study: Study, run: Run) -> dict[str, Any]:
 
 
 def pool_keys(study: Study, run: Run) -> list[str]:
-    """Keys of the pools that a run's synthetic images are of."""
+    """Keys of the pools that a run's synthetic images come from."""
     if not run.technique:
         return []
     own = study_of(study, run)
-    return pool_digests(own, run.technique, run.draw, pool_percent(own, run))
+    return _pool_keys(own, run.technique, run.draw, pool_percent(own, run))
+
+
+@lru_cache(maxsize=1024)
+def _pool_keys(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
+    requests = technique_requests(study, technique, draw, 1, percent)
+    return [digest(request.spec) for request in requests]
 
 
 def real_rows(study: Study, run: Run) -> np.ndarray:
@@ -215,27 +216,17 @@ def read_result(study: Study, run: Run) -> dict[str, Any]:
 
 
 def validation_curve(study: Study, run: Run) -> pd.DataFrame:
-    """What a trained run's weights scored on validation images, by ``step``.
-
-    ``score`` is the accuracy of a classifier, the loss of a segmenter.
-    """
+    """``score`` on validation images (a classifier's accuracy, a segmenter's loss) by ``step``."""
     return pd.DataFrame(read_result(study, run)["validation_curve"], columns=["step", "score"])
 
 
 def examples(study: Study, run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """What a trained segmenter makes of one test image per class.
+    """What a trained segmenter predicts for one test image per class.
 
-    Returns:
-        (n,) rows of the test split and (n, height, width) predicted trimaps, labels 1 to 3.
+    (n,) rows of the test split and (n, height, width) predicted trimaps, labels 1 to 3.
     """
     kept = np.load(folder_of(study, run) / "examples.npz")
     return kept["rows"], kept["labels"]
-
-
-@lru_cache(maxsize=1024)
-def pool_digests(study: Study, technique: TechniqueName, draw: int, percent: float) -> list[str]:
-    requests = technique_requests(study, technique, draw, 1, percent)
-    return [digest(request.spec) for request in requests]
 
 
 @lru_cache(maxsize=8)
@@ -251,24 +242,23 @@ def data_digest(data: Dataset, with_trimaps: bool = False) -> str:
 
 
 def images_tested_on(study: Study, name: str) -> Images:
-    """The test images, shifted in the way that has this name; ``none`` is as they are."""
+    """The test set of a name: the test images, shifted or, if ``none``, as they are."""
     test = study.data.splits["test"]
     return test.images() if name == "none" else shifts.shifted(test, name)
 
 
 def chosen(results: pd.DataFrame, **setting: Any) -> pd.DataFrame:
-    """The runs of a setting, named by columns: ``arm="baseline", real_percent=5``."""
+    """The rows with given values: ``chosen(results, arm="baseline", real_percent=5)``."""
     for column, value in setting.items():
         results = results[results[column] == value]
     return results
 
 
 def scores(results: pd.DataFrame, **setting: Any) -> np.ndarray:
-    """The test images' scores in one setting, named as in :func:`chosen`: (draws, seeds, images).
+    """The test images' scores in a setting, given as for :func:`chosen`: (draws, seeds, images).
 
-    Raises:
-        KeyError: there is no such run.
-        ValueError: more than one setting, or not one run per draw and seed.
+    Raises KeyError if there is no such run, and ValueError if they are of more than one setting or
+    not one per draw and seed.
     """
     rows = chosen(results, **setting)
     if rows.empty:

@@ -21,7 +21,7 @@ from sdaug_utils.data.images import Images, Split
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Protocol, Segmenter
 from sdaug_utils.study import Study
-from sdaug_utils.training.classifier import batches
+from sdaug_utils.training import classifier
 from sdaug_utils.training.features import (
     FEATURE_BATCH,
     folded_backbone,
@@ -123,16 +123,13 @@ def train(
     """Train a head by Adam; the validation loss decides.
 
     ``controlled``: a fixed number of updates at a rate that falls to nothing along half a cosine
-    (Loshchilov & Hutter, 2017), the best weights are tested. ``published``: one rate, a look at the
-    validation loss after each epoch, an end after ``patience`` epochs without improvement, the last
+    (Loshchilov & Hutter, 2017), the best weights are tested. ``published``: a constant rate,
+    validation after each epoch, an end after ``patience`` epochs without improvement, the last
     weights are tested (thesis, section 4.2.2).
 
-    Args:
-        images: n 8-bit RGB arrays.
-        trimaps: arrays (height, width) of labels 1 to 3; they are brought to one size by nearest
-            neighbour.
-        splits: ``validation`` and ``test`` are used.
-        which: of the trimaps each image has; by default there are n, one for each.
+    Trimaps are arrays (height, width) of labels 1 to 3, brought to one size by nearest neighbour;
+    ``which`` says which of them each image has: by default each has its own. Of the ``splits``,
+    ``validation`` and ``test`` are used.
     """
     settings, device, side = maps.settings, maps.device, maps.settings.label_size
     targets = _targets(trimaps, side)
@@ -151,7 +148,9 @@ def train(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, last) if controlled else None
     best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
     step, curve = 0, list[tuple[int, float]]()
-    for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
+    for step, rows in enumerate(
+        classifier.batches(len(images), settings.batch_size, last, seed), 1
+    ):
         head.train()
         logits = _upsampled(head, features(rows.tolist()), side)
         wanted = targets[of_image[rows]].to(device)
@@ -207,12 +206,8 @@ def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:
 
 def _targets(trimaps: Sequence[np.ndarray], side: int) -> torch.Tensor:
     """Labels 0 to 2 of each pixel, 8 bit: (n, side, side)."""
-    resized = [
-        trimap
-        if trimap.shape == (side, side)
-        else cv2.resize(trimap, (side, side), interpolation=cv2.INTER_NEAREST)
-        for trimap in trimaps
-    ]
+    nearest = cv2.INTER_NEAREST
+    resized = [cv2.resize(trimap, (side, side), interpolation=nearest) for trimap in trimaps]
     return torch.from_numpy(np.stack(resized).astype(np.uint8) - 1)
 
 
@@ -223,7 +218,7 @@ def _upsampled(head: torch.nn.Module, features: torch.Tensor, side: int) -> torc
 def _logits(
     head: torch.nn.Module, features: Features, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What a head in evaluation mode makes of images, some at a time, with what it should."""
+    """Logits of a head in evaluation mode and the targets, some images at a time."""
     head.eval()
     with torch.no_grad():
         for rows in torch.arange(len(targets)).split(FEATURE_BATCH):
@@ -250,17 +245,15 @@ def jaccard(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Jaccard index (intersection over union) of each of n label images (n, height, width).
 
-    Returns:
-        (n,) averaged over classes, weighted by how many pixels of the truth are theirs (thesis,
-        section 4.2.4), and (n,) averaged over the classes that occur, unweighted: mean IoU.
+    Returns (n,) averaged over classes, weighted by how many pixels of the truth are theirs (thesis,
+    section 4.2.4), and (n,) averaged over the classes that occur, unweighted: mean IoU.
     """
-    axes = tuple(range(1, truth.ndim))
-    both, either, support = (np.empty((num_classes, len(truth))) for _ in range(3))
+    counts = []  # of pixels
     for label in range(num_classes):
         guessed, wanted = predicted == label, truth == label
-        both[label] = (guessed & wanted).sum(axis=axes)
-        either[label] = (guessed | wanted).sum(axis=axes)
-        support[label] = wanted.sum(axis=axes)
+        masks = (guessed & wanted, guessed | wanted, wanted)
+        counts.append([mask.sum(axis=(1, 2)) for mask in masks])
+    both, either, support = np.swapaxes(counts, 0, 1)  # (classes, n)
     index = both / np.maximum(either, 1)
     weighted = (index * support).sum(axis=0) / support.sum(axis=0)
     return weighted, index.sum(axis=0) / (either > 0).sum(axis=0)

@@ -25,9 +25,6 @@ class Candidates:
     rng: np.random.Generator  # for what is left to chance
 
 
-Rule = Callable[[Candidates, int], np.ndarray]
-
-
 def chance(candidates: Candidates, number: int) -> np.ndarray:
     """Any of them: the control."""
     return candidates.rng.permutation(len(candidates.features))[:number]
@@ -39,7 +36,7 @@ def confidence(candidates: Candidates, number: int) -> np.ndarray:
 
 
 def agreement(candidates: Candidates, number: int) -> np.ndarray:
-    """Any of those that the classifier puts into their class; any others where they are too few."""
+    """Any that the classifier puts into their class; where these are too few, others, too."""
     order = chance(candidates, len(candidates.features))
     agrees = candidates.probabilities.argmax(axis=1)[order] == candidates.label
     return np.concatenate([order[agrees], order[~agrees]])[:number]
@@ -84,10 +81,8 @@ def distribution(candidates: Candidates, number: int) -> np.ndarray:
     return np.array(kept)
 
 
-RULES: dict[str, Rule] = {
-    rule.__name__: rule
-    for rule in (chance, confidence, agreement, nearness, diversity, distribution)
-}
+_ALL = (chance, confidence, agreement, nearness, diversity, distribution)
+RULES: dict[str, Callable[[Candidates, int], np.ndarray]] = {rule.__name__: rule for rule in _ALL}
 
 
 def _highest(values: np.ndarray, number: int) -> np.ndarray:

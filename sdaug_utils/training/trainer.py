@@ -1,9 +1,10 @@
-"""Training: runs that the store has not got are trained, those that share features together."""
+"""Training: runs that the store lacks are trained, those that share features together."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,14 @@ from sdaug_utils.generation.pool_files import Pool, images_of
 from sdaug_utils.generation.pools import technique_pools
 from sdaug_utils.lazy import torch
 from sdaug_utils.study import Study
-from sdaug_utils.training import classifier, features, mixing, segmenter, selection
-from sdaug_utils.training.runs import (
-    LENGTH,
-    Run,
-    folder_of,
-    images_tested_on,
-    is_made,
-    label_weight,
-    pool_percent,
-    read_result,
-    real_rows,
-    spec,
-    study_of,
-    training_seed,
-)
+from sdaug_utils.training import classifier, features, mixing, runs, segmenter, selection
+from sdaug_utils.training.runs import Run, is_made, real_rows, study_of, training_seed
 
 STACK = 9  # heads that are trained side by side: more are not faster
 
 
-def results_of(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
-    """Train what is not in the store yet; one row per run.
+def results_of(study: Study, wanted: Sequence[Run]) -> pd.DataFrame:
+    """Train the runs that are not in the store yet; one row per run.
 
     Columns: the run's fields, ``arm``, ``num_real`` and ``num_synthetic`` (training images),
     ``num_updates``, ``selected_step``, ``validation_score``, ``test_score``, and ``scores``, the
@@ -50,42 +38,41 @@ def results_of(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
     ``predictions``, ``scores`` and ``confidences``, the probabilities of the classes predicted, in
     place of the columns from ``num_real`` to ``test_score``.
     """
-    make(study, runs)
-    return pd.DataFrame([row for run in runs for row in _rows(study, run)])
+    make(study, wanted)
+    return pd.DataFrame([row for run in wanted for row in _rows(study, run)])
 
 
-def accuracies(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
+def accuracies(study: Study, wanted: Sequence[Run]) -> pd.DataFrame:
     """Test accuracy by number of updates: one row per run, which is trained if need be.
 
     Columns: ``step``, ``test_accuracy``, ``arm``, ``real_percent``, ``draw``, ``seed``,
     ``learning_rate``.
     """
-    rates = [study_of(study, run).settings.classifier.controlled.learning_rate for run in runs]
+    rates = [study_of(study, run).settings.classifier.controlled.learning_rate for run in wanted]
     names = {"num_updates": "step", "test_score": "test_accuracy"}
-    table = results_of(study, runs).rename(columns=names).assign(learning_rate=rates)
+    table = results_of(study, wanted).rename(columns=names).assign(learning_rate=rates)
     return table[[*names.values(), "arm", "real_percent", "draw", "seed", "learning_rate"]]
 
 
 def _rows(study: Study, run: Run) -> list[dict[str, Any]]:
-    own, result = folder_of(study, run), read_result(study, run)
-    fields, labels = {**run.fields(), "arm": run.arm}, study.data.splits["test"].labels
+    folder, result = runs.folder_of(study, run), runs.read_result(study, run)
     del result["validation_curve"]
+    row, labels = {**run.fields(), "arm": run.arm}, study.data.splits["test"].labels
     if run.task == "segmentation":
-        arrays = {name: np.load(own / f"{name}.npy") for name in ("scores", "mean_iou")}
-        return [{**fields, **result, **arrays}]
-    predictions = np.load(own / "predictions.npy")
+        arrays = {name: np.load(folder / f"{name}.npy") for name in ("scores", "mean_iou")}
+        return [{**row, **result, **arrays}]
+    predictions = np.load(folder / "predictions.npy")
     if not run.test_sets:
-        return [{**fields, **result, "predictions": predictions, "scores": predictions == labels}]
-    confidences = np.load(own / "confidences.npy")
+        return [{**row, **result, "predictions": predictions, "scores": predictions == labels}]
+    named = zip(run.test_sets, np.load(folder / "confidences.npy"), predictions, strict=True)
     return [
-        {**fields, "shift": name, "confidences": sure, "predictions": found}
-        | {"scores": found == labels}
-        for name, sure, found in zip(run.test_sets, confidences, predictions, strict=True)
+        {**row, "shift": name, "confidences": sure, "predictions": found, "scores": found == labels}
+        for name, sure, found in named
     ]
 
 
-def overview(study: Study, runs: Iterable[Run]) -> pd.DataFrame:
-    """A table of the runs about to run, a row per arm: what each needs and what is there."""
+def overview(study: Study, wanted: Iterable[Run]) -> pd.DataFrame:
+    """A table of runs before they are trained, a row per arm: what each needs, what is there."""
     rows = [
         {
             "arm": run.arm,
@@ -94,67 +81,67 @@ def overview(study: Study, runs: Iterable[Run]) -> pd.DataFrame:
             "runs": 1,
             "already in the store": is_made(study, run),
         }
-        for run in runs
+        for run in wanted
     ]
-    listed = ("real %", "synthetic per class")
-    grouped = pd.DataFrame(rows).groupby("arm", sort=False)
-    return grouped.agg(
-        dict.fromkeys(listed, _listed) | dict.fromkeys(("runs", "already in the store"), "sum")
-    )
+    shown: dict[str, Any] = dict.fromkeys(("real %", "synthetic per class"), _listed)
+    shown |= dict.fromkeys(("runs", "already in the store"), "sum")
+    return pd.DataFrame(rows).groupby("arm", sort=False).agg(shown)
 
 
 def _listed(values: pd.Series) -> str:
     return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def stacks(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in parts that are trained in one go: heads of one recipe, everything else alone.
+def stacks(wanted: Sequence[Run]) -> list[list[Run]]:
+    """Parts that are trained in one go: heads of one recipe together, every other run alone.
 
     A run comes after its partner.
     """
     heads: dict[Any, list[Run]] = {}
-    parts: list[list[Run]] = []
-    for run in sorted(runs, key=lambda run: run.updates_as is not None):
+    alone: list[list[Run]] = []
+    for run in sorted(wanted, key=lambda run: run.updates_as is not None):
         if run.task == "classification" and run.protocol != "published" and not run.updates_as:
             recipe = (run.protocol, run.overrides, run.test_sets)
             heads.setdefault(recipe, []).append(run)
         else:
-            parts.append([run])
+            alone.append([run])
     stacked = [same[i : i + STACK] for same in heads.values() for i in range(0, len(same), STACK)]
-    return stacked + parts
+    return stacked + alone
 
 
-def make(study: Study, runs: Sequence[Run]) -> None:
-    """Train what is not in the store yet, and the partners that decide numbers of updates."""
-    missing = [run for run in dict.fromkeys(runs) if not is_made(study, run)]
+def make(study: Study, wanted: Sequence[Run]) -> None:
+    """Train the runs that the store lacks, after the partners that decide how many updates."""
+    missing = [run for run in dict.fromkeys(wanted) if not is_made(study, run)]
     if partners := [run.partner for run in missing if run.partner]:
         make(study, partners)
     prepare(study, missing)
-    for some in stacks(missing):
-        own = study_of(study, some[0])
-        if partner := some[0].partner:
-            updates = read_result(study, partner)["num_updates"]
-            own = own.changed(dict.fromkeys(LENGTH, updates))  # its last weights are tested
-
-        def write(
-            positions: list[int], folders: list[Path], some: list[Run] = some, own: Study = own
-        ) -> None:
-            trainer_of(own).train([some[position] for position in positions], folders)
-
-        with one_thread(study.settings):
-            study.store.get_all("runs", [spec(study, run) for run in some], write)
+    for stack in stacks(missing):
+        _train_stack(study, stack)
 
 
-def prepare(study: Study, runs: Sequence[Run]) -> None:
-    """Make the images and features that runs need, if the store has not got them."""
+def _train_stack(study: Study, stack: Sequence[Run]) -> None:
+    own = study_of(study, stack[0])
+    if partner := stack[0].partner:
+        updates = runs.read_result(study, partner)["num_updates"]
+        own = own.changed(dict.fromkeys(runs.LENGTH, updates))  # its last weights are tested
+
+    def train(positions: list[int], folders: list[Path]) -> None:
+        trainer_of(own).train([stack[position] for position in positions], folders)
+
+    with one_thread(study.settings):
+        study.store.get_all("runs", [runs.spec(study, run) for run in stack], train)
+
+
+def prepare(study: Study, wanted: Sequence[Run]) -> None:
+    """Make the images and features that runs need, if the store lacks them."""
     # The largest pools first: a model that is not kept makes all its images at once.
-    for run in sorted(runs, key=lambda run: -run.num_made):
+    for run in sorted(wanted, key=lambda run: -run.num_made):
         trainer_of(study_of(study, run)).prepare(run)
 
 
 @lru_cache(maxsize=4)
 def trainer_of(study: Study) -> Trainer:
-    """What trains runs in this process: the same object for the same settings."""
+    """This process's trainer for a study's settings."""
     return Trainer(study)
 
 
@@ -163,65 +150,59 @@ class Trainer:
 
     def __init__(self, study: Study) -> None:
         self.study, self.splits = study, study.data.splits
-        self.num_classes = len(study.data.class_names)
+        self.settings, self.num_classes = study.settings.classifier, len(study.data.class_names)
         self.pools = cache(partial(technique_pools, study))
-        self.features_of = cache(self._features_of)  # of images as they are
+        self.features_of = cache(self._features_of)  # of images that are not augmented
         self.kept_of = cache(self._kept)  # rows of pools' images
         self.pixels_of = cache(lambda name: features.pixel_vectors(self.splits[name].images()))
-        self.shifted = cache(self._shifted)  # features of test images
         self.maps = cache(lambda: segmenter.FeatureMaps(study))
 
     def pools_of(self, run: Run) -> list[Pool]:
         """The synthetic images of a run, a pool per class."""
         if not run.technique:
             return []
-        percent = pool_percent(self.study, run)
+        percent = runs.pool_percent(self.study, run)
         return self.pools(run.technique, run.draw, run.num_made, percent)
 
     def kept(self, run: Run) -> np.ndarray:
-        """Which of the pools' images, one pool after the other, a run's rule keeps."""
+        """Rows of the pools' images, one pool after the other, that a run's rule keeps."""
         return self.kept_of(run.model_copy(update={"seed": 0}))
 
     def _kept(self, run: Run) -> np.ndarray:
         assert run.rule
-        rows, pools = real_rows(self.study, run), self.pools_of(run)
-        labels = self.splits["train"].labels[rows]
-        real = self.features_of("train")[rows]
-        made = self.features_of(tuple(pools))[:, 0]
+        rows = real_rows(self.study, run)
+        real, labels = self.features_of("train")[rows], self.splits["train"].labels[rows]
         data = classifier.TrainingSet(real, torch.from_numpy(labels), training_seed(run))
-        recipe = self.study.settings.classifier.controlled
         with one_thread(self.study.settings):
-            head = classifier.train_reference_head(data, recipe, self.num_classes)
+            head = classifier.train_reference_head(data, self.settings.controlled, self.num_classes)
+        made = self.features_of(tuple(self.pools_of(run)))[:, 0]
         with torch.no_grad():
-            probabilities = head(made).softmax(dim=1).numpy()
+            probabilities = head(made).softmax(dim=1)
         kept = []
-        for label in range(self.num_classes):
-            first = label * run.chosen_from
-            own = slice(first, first + run.chosen_from)
-            candidates = selection.Candidates(
-                made[own].numpy(),
-                probabilities[own],
-                label,
-                real[labels == label, 0].numpy(),
-                np.random.default_rng((run.draw, label)),
-            )
-            kept.append(first + selection.RULES[run.rule](candidates, run.synthetic_per_class))
+        pools = zip(made.split(run.chosen_from), probabilities.split(run.chosen_from), strict=True)
+        for label, (vectors, shares) in enumerate(pools):
+            of_class = real[labels == label, 0].numpy()
+            rng = np.random.default_rng((run.draw, label))
+            judged = selection.Candidates(vectors.numpy(), shares.numpy(), label, of_class, rng)
+            chosen = selection.RULES[run.rule](judged, run.synthetic_per_class)
+            kept.append(label * run.chosen_from + chosen)
         return np.concatenate(kept)
 
     def _features_of(self, part: str | tuple[Pool, ...]) -> torch.Tensor:
-        """Features of a split, by its name, or of pools: (n, 1, features)."""
-        images = self.splits[part].images() if isinstance(part, str) else images_of(part)
+        """Features of a split or shifted test images, by name, or of pools: (n, 1, features)."""
+        if not isinstance(part, str):
+            images = images_of(part)
+        elif part in self.splits:
+            images = self.splits[part].images()
+        else:
+            images = runs.images_tested_on(self.study, part)
         return features.image_features(self.study, images)
 
-    def _shifted(self, name: str) -> torch.Tensor:
-        images = images_tested_on(self.study, name)
-        return features.image_features(self.study, images)[:, 0]
-
-    def tested(self, run: Run) -> torch.Tensor:
-        """What a run's head is tested on, one test set after the other: (n, features)."""
+    def test_features(self, run: Run) -> torch.Tensor:
+        """Features of a run's test sets, one after the other: (n, features)."""
         if run.protocol == "pixels":
             return self.pixels_of("test")[:, 0]
-        return torch.cat([self.shifted(name) for name in run.test_sets or ("none",)])
+        return torch.cat([self.features_of(name)[:, 0] for name in run.test_sets or ("test",)])
 
     def prepare(self, run: Run) -> None:
         """Load or make what a run needs, so that runs can then be trained."""
@@ -229,21 +210,21 @@ class Trainer:
         if run.task == "segmentation":
             self.maps().of(self.training_set(run)[0])
         elif run.protocol == "published":
-            features.load_backbone(self.study.settings.classifier.backbone)
+            features.load_backbone(self.settings.backbone)
         elif run.protocol == "controlled":
             self.features_of("validation")
-            self.tested(run)
+            self.test_features(run)
             if run.augmentation == "none" or run.augmentation in mixing.ALPHAS:
                 self.features(run)
             else:
-                for images, number in self._to_view(run):
+                for images, number in self._augmented(run):
                     features.fill(self.study, images, run.augmentation, number)
 
     def training_set(self, run: Run) -> tuple[Images, np.ndarray]:
         """The images that a run trains on, real ones first, and their labels."""
-        rows, synthetic = real_rows(self.study, run), self._synthetic(run)
+        rows = real_rows(self.study, run)
         labels = np.repeat(np.arange(self.num_classes), run.synthetic_per_class)
-        images = self.splits["train"].images(rows) + synthetic
+        images = self.splits["train"].images(rows) + self._synthetic(run)
         return images, np.concatenate([self.splits["train"].labels[rows], labels])
 
     def _synthetic(self, run: Run) -> Images:
@@ -251,34 +232,38 @@ class Trainer:
         every = images_of(self.pools_of(run))
         return every.taken(self.kept(run).tolist()) if run.rule else every
 
+    def _source_rows(self, run: Run) -> np.ndarray:
+        """Rows of the real images that a run's synthetic images follow."""
+        rows = np.array([row for pool in self.pools_of(run) for row in pool.source_rows], int)
+        return rows[self.kept(run)] if run.rule else rows
+
     def targets(self, run: Run) -> torch.Tensor:
         """Labels of a run's training images, or, if some are mixed, the shares of each class.
 
         (n,), (n, classes) or, if each view has its own, (n, views, classes).
         """
-        labels = torch.from_numpy(self.training_set(run)[1])
-        own = label_weight(self.study, run)
-        if own == 1.0 and run.augmentation not in mixing.ALPHAS:
+        labels, own = (
+            torch.from_numpy(self.training_set(run)[1]),
+            runs.label_weight(self.study, run),
+        )
+        is_mixed = run.augmentation in mixing.ALPHAS
+        if own == 1.0 and not is_mixed:
             return labels
-        whole = torch.nn.functional.one_hot(labels, self.num_classes).float()
+        shares = torch.nn.functional.one_hot(labels, self.num_classes).float()
         if own < 1.0:
-            self._share(run, whole, own)
-        return self._mixture(run).mixed(whole) if run.augmentation in mixing.ALPHAS else whole
-
-    def _share(self, run: Run, whole: torch.Tensor, own: float) -> None:
-        """Give a part of synthetic images' labels to the class of the image that they follow."""
-        rows = np.array([row for pool in self.pools_of(run) for row in pool.source_rows])
-        rows = rows[self.kept(run)] if run.rule else rows
-        other = torch.from_numpy(self.splits["train"].labels[rows])
-        first = len(whole) - len(rows)  # of the synthetic images
-        whole[first:] *= own
-        whole[first:] += (1 - own) * torch.nn.functional.one_hot(other, self.num_classes)
+            followed = torch.from_numpy(self.splits["train"].labels[self._source_rows(run)])
+            synthetic = shares[-len(followed) :]
+            synthetic *= own
+            synthetic += (1 - own) * torch.nn.functional.one_hot(followed, self.num_classes)
+        return self._mixture(run).mixed(shares) if is_mixed else shares
 
     def _mixture(self, run: Run) -> mixing.Mixture:
         """What each view of a run's training images is mixed with: the same for all its seeds."""
-        settings, number = self.study.settings.classifier, len(self.training_set(run)[0])
-        views, side = settings.controlled.num_views(number), settings.image_size
-        return mixing.draw_mixture(run.augmentation, number, views, run.draw, side)
+        number = len(self.training_set(run)[0])
+        views = self.settings.controlled.num_views(number)
+        return mixing.draw_mixture(
+            run.augmentation, number, views, run.draw, self.settings.image_size
+        )
 
     def features(self, run: Run) -> list[torch.Tensor]:
         """Features of a run's real training images, then of its synthetic ones, if it has any.
@@ -288,16 +273,18 @@ class Trainer:
         if run.protocol == "pixels":
             return [features.pixel_vectors(self.training_set(run)[0])]
         if run.augmentation == "cutmix":
-            chosen, side = self._mixture(run), self.study.settings.classifier.image_size
-            images = mixing.cut_and_pasted(self.training_set(run)[0], chosen, side)
-            return [features.image_features(self.study, images).view(*chosen.rows.shape, -1)]
+            mixture = self._mixture(run)
+            images = mixing.cut_and_pasted(
+                self.training_set(run)[0], mixture, self.settings.image_size
+            )
+            return [features.image_features(self.study, images).view(*mixture.rows.shape, -1)]
         if run.augmentation == "mixup":
             plain = self.features(run.model_copy(update={"augmentation": "none"}))
             return [self._mixture(run).mixed(torch.cat(plain)[:, 0])]
         if run.augmentation != "none":
             return [
                 features.image_features(self.study, images, run.augmentation, number)
-                for images, number in self._to_view(run)
+                for images, number in self._augmented(run)
             ]
         real = self.features_of("train")[real_rows(self.study, run)]
         if not (pools := self.pools_of(run)):
@@ -305,19 +292,16 @@ class Trainer:
         made = self.features_of(tuple(pools))
         return [real, made[self.kept(run)] if run.rule else made]
 
-    def _to_view(self, run: Run) -> list[tuple[Images, int]]:
+    def _augmented(self, run: Run) -> list[tuple[Images, int]]:
         """Real and synthetic images that are augmented, and how many views each of them has."""
         real = self.splits["train"].images(real_rows(self.study, run))
         synthetic = self._synthetic(run)
-        settings, total = self.study.settings.classifier.controlled, len(real) + len(synthetic)
-        both = [
-            (real, settings.num_views(total)),
-            (synthetic, settings.num_views(total, synthetic=True)),
-        ]
+        num_views = partial(self.settings.controlled.num_views, len(real) + len(synthetic))
+        both = [(real, num_views()), (synthetic, num_views(synthetic=True))]
         return [(images, number) for images, number in both if len(images)]
 
     def train(self, some: Sequence[Run], folders: Sequence[Path]) -> None:
-        """Train runs: one, or several of the controlled protocol.
+        """Train one run, or several heads side by side.
 
         A folder gets ``result.json`` and what there is per test image.
         """
@@ -360,17 +344,14 @@ class Trainer:
         """What the heads of runs learn from; those that differ in their seed alone share it."""
 
         @cache
-        def seen(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def shared(run: Run) -> classifier.TrainingSet:
             parts = self.features(run)
-            counts = [torch.full((len(part),), part.shape[1]) for part in parts]
+            counts = torch.cat([torch.full((len(part),), part.shape[1]) for part in parts])
             vectors = torch.cat([part.flatten(0, 1) for part in parts])
-            return vectors, self.targets(run), torch.cat(counts)
+            return classifier.TrainingSet(vectors, self.targets(run), run.seed, counts)
 
-        sets = []
-        for run in some:
-            vectors, targets, counts = seen(run.model_copy(update={"seed": 0}))
-            sets.append(classifier.TrainingSet(vectors, targets, training_seed(run), counts))
-        return sets
+        sets = [(run, shared(run.model_copy(update={"seed": 0}))) for run in some]
+        return [replace(data, seed=training_seed(run)) for run, data in sets]
 
     def controlled(self, some: Sequence[Run]) -> list[classifier.Outcome]:
         """Classifiers under the controlled protocol, on kept features or all of them on pixels."""
@@ -378,21 +359,21 @@ class Trainer:
         return classifier.train_controlled(
             self.head_sets(some),
             (held_out("validation")[:, 0], self.splits["validation"].labels),
-            self.tested(some[0]),
-            self.study.settings.classifier.controlled,
+            self.test_features(some[0]),
+            self.settings.controlled,
             self.num_classes,
         )
 
     def published(self, run: Run) -> classifier.Outcome:
         """A classifier under the thesis's protocol, on images."""
-        settings, validation = self.study.settings.classifier, self.splits["validation"]
+        validation = self.splits["validation"]
         return classifier.train_published(
             *self.training_set(run),
             (validation.images(), validation.labels),
             self.splits["test"].images(),
-            settings.backbone,
+            self.settings.backbone,
             run.augmentation,
-            settings.published,
+            self.settings.published,
             training_seed(run),
             self.num_classes,
             device_of(self.study.settings),
@@ -400,8 +381,9 @@ class Trainer:
 
     def _segmentation(self, run: Run) -> segmenter.Segmented:
         """Synthetic images share the trimap of the image that they follow: it is kept once."""
-        followed = [row for pool in self.pools_of(run) for row in pool.source_rows]
-        rows, which = np.unique([*real_rows(self.study, run), *followed], return_inverse=True)
+        rows, which = np.unique(
+            [*real_rows(self.study, run), *self._source_rows(run)], return_inverse=True
+        )
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
         images, protocol = self.training_set(run)[0], run.protocol
         assert protocol != "pixels"
