@@ -115,11 +115,9 @@ def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:
 def _digits() -> Dataset:
     """The study's half of the digits: per class 40 for training, 10 for validation, the rest."""
     images, labels = digits_halves()[1]
-    starts = {"train": (0, 40), "validation": (40, 50), "test": (50, None)}
-    splits = {}
-    for name, (start, end) in starts.items():
-        rows = np.concatenate([np.flatnonzero(labels == label)[start:end] for label in range(10)])
-        splits[name] = _on_black(images[rows], labels[rows])
+    cut = [np.split(np.flatnonzero(labels == label), [40, 50]) for label in range(10)]
+    parts = zip(SPLITS, map(np.concatenate, zip(*cut, strict=True)), strict=True)
+    splits = {name: _on_black(images[rows], labels[rows]) for name, rows in parts}
     return Dataset("digits", DIGIT_CLASSES, splits)
 
 

@@ -69,11 +69,10 @@ def image_folder(folder: Path, download: bool = False) -> Dataset:
     for name, size in zip(classes, np.bincount(labels), strict=True):
         if size < 4:
             raise InputError(f"data.folder: {folder / name}: {size} images; needs at least 4")
-    trimaps = None
-    if (folder / "trimaps").is_dir():
-        trimaps = [folder / "trimaps" / f.parent.name / f"{f.stem}.png" for f in files]
+    drawn = folder / "trimaps"
+    trimaps = [drawn / file.parent.name / f"{file.stem}.png" for file in files]
     parts = _parts(labels, lambda n: [n // 2, 3 * n // 4])
-    splits = [_split(part, files, labels, trimaps) for part in parts]
+    splits = [_split(part, files, labels, trimaps if drawn.is_dir() else None) for part in parts]
     return _dataset("imagefolder", classes, splits)
 
 

@@ -46,6 +46,5 @@ def shifted(split: Split, name: str) -> Images:
         recipe = {"version": CODE_VERSION, "shift": name, "row": row}
         return digest({**recipe, "image": split.image_digest(row)})
 
-    rows = range(len(split))
     group = f"{split.name}, {name}"
-    return Images(tuple(ImageSource(load, digest_of, row, group) for row in rows))
+    return Images(tuple(ImageSource(load, digest_of, row, group) for row in range(len(split))))

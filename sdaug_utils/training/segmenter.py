@@ -21,14 +21,8 @@ from sdaug_utils.data.images import Images, Split
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Protocol, Segmenter
 from sdaug_utils.study import Study
-from sdaug_utils.training import classifier
-from sdaug_utils.training.features import (
-    FEATURE_BATCH,
-    folded_backbone,
-    normalise,
-    padded,
-    to_pixels,
-)
+from sdaug_utils.training.classifier import batches
+from sdaug_utils.training.features import FEATURE_BATCH, folded_backbone, normalise, pad, to_pixels
 
 CODE_VERSION = 5
 NUM_CLASSES = 3
@@ -49,7 +43,7 @@ class Segmented:
 
 
 class FeatureMaps:
-    """Feature maps of images under the frozen backbone, kept in memory if they are small."""
+    """Feature maps of 8-bit RGB images under the frozen backbone, kept in memory if small."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.settings = study, study.settings.segmenter
@@ -58,19 +52,19 @@ class FeatureMaps:
         self.held_out = cache(self._held_out)  # of a split
 
     def of(self, images: Images) -> Features:
-        """What gives the maps of some of the images: (n, channels, height, width), 32-bit floats.
+        """A function of rows that returns their images' maps: (n, channels, height, width).
 
-        Images are 8-bit RGB of any size; what is kept is made at once, 16-bit floats.
+        Maps are 32-bit floats; those that are kept are computed at once, as 16-bit floats.
         """
         if not self.settings.keep_features:
             return lambda rows: self._maps([images[row] for row in rows]).float()
         keys = images.digests()
-        missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.items())
+        missing = {key: row for row, key in enumerate(keys) if key not in self.known}
         with one_thread(self.study.settings):
             for start in range(0, len(missing), FEATURE_BATCH):
-                part = missing[start : start + FEATURE_BATCH]
-                kept = self._maps(padded([images[i] for _, i in part])).half().cpu().contiguous()
-                self.known.update(zip((key for key, _ in part), kept, strict=False))
+                part = list(missing)[start : start + FEATURE_BATCH]
+                maps = self._maps(pad([images[missing[key]] for key in part]))
+                self.known.update(zip(part, maps.half().cpu().contiguous(), strict=False))
         every = torch.stack([self.known[key] for key in keys])
         return lambda rows: every[list(rows)].to(self.device).float()
 
@@ -148,9 +142,7 @@ def train(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, last) if controlled else None
     best_loss, best_step, best = float("inf"), 0, copy.deepcopy(head.state_dict())
     step, curve = 0, list[tuple[int, float]]()
-    for step, rows in enumerate(
-        classifier.batches(len(images), settings.batch_size, last, seed), 1
-    ):
+    for step, rows in enumerate(batches(len(images), settings.batch_size, last, seed), 1):
         head.train()
         logits = _upsampled(head, features(rows.tolist()), side)
         wanted = targets[of_image[rows]].to(device)
@@ -185,9 +177,8 @@ def _tested(
         jaccard(predicted[name], held_out[name][1].numpy(), NUM_CLASSES)
         for name in ("validation", "test")
     )
-    labels = (predicted["test"] + 1).astype(np.uint8)
     score = float(validation[0].mean())
-    return Segmented(test[0], test[1], labels, score, num_updates, selected_step, curve)
+    return Segmented(*test, predicted["test"] + 1, score, num_updates, selected_step, curve)
 
 
 def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:

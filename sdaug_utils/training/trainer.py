@@ -73,23 +73,17 @@ def _rows(study: Study, run: Run) -> list[dict[str, Any]]:
 
 def overview(study: Study, wanted: Iterable[Run]) -> pd.DataFrame:
     """A table of runs before they are trained, a row per arm: what each needs, what is there."""
+
+    def listed(values: pd.Series) -> str:
+        return ", ".join(f"{value:g}" for value in values.unique())
+
     rows = [
-        {
-            "arm": run.arm,
-            "real %": run.real_percent,
-            "synthetic per class": run.synthetic_per_class,
-            "runs": 1,
-            "already in the store": is_made(study, run),
-        }
+        (run.arm, run.real_percent, run.synthetic_per_class, 1, is_made(study, run))
         for run in wanted
     ]
-    shown: dict[str, Any] = dict.fromkeys(("real %", "synthetic per class"), _listed)
-    shown |= dict.fromkeys(("runs", "already in the store"), "sum")
-    return pd.DataFrame(rows).groupby("arm", sort=False).agg(shown)
-
-
-def _listed(values: pd.Series) -> str:
-    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
+    how: dict[str, Any] = {"real %": listed, "synthetic per class": listed}
+    how |= {"runs": "sum", "already in the store": "sum"}
+    return pd.DataFrame(rows, columns=["arm", *how]).groupby("arm", sort=False).agg(how)
 
 
 def stacks(wanted: Sequence[Run]) -> list[list[Run]]:
