@@ -188,7 +188,7 @@ def test_maps_are_freed_with_the_trainer_that_made_them(world):
 
 def test_the_validation_curve_is_kept(world, grid):
     outcome = results_of(world, grid[:1]).iloc[0]
-    curve = runs.validation_curve(world, grid[0]).set_index("step")["score"]
+    curve = pd.Series(dict(runs.read_result(world, grid[0])["validation_curve"]))
     assert curve.index.tolist() == [10, 20]  # every validation_steps
     assert curve[outcome["selected_step"]] == curve.max() == outcome["validation_score"]
 

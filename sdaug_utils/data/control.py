@@ -33,12 +33,12 @@ def canny(image: np.ndarray, resolution: int | None = None) -> np.ndarray:
     return np.repeat(edges[..., None], 3, axis=2)
 
 
-def silhouette(image: np.ndarray, threshold: int = 12) -> np.ndarray:
+def silhouette(image: np.ndarray) -> np.ndarray:
     """The subject of a picture on black, as a boolean mask of shape (height, width).
 
-    Pixels above ``threshold`` (0 to 255), one-pixel gaps closed and holes filled.
+    Pixels above a grey level of 12, one-pixel gaps closed and holes filled.
     """
-    bright = (image.max(axis=2) > threshold).astype(np.uint8)
+    bright = (image.max(axis=2) > 12).astype(np.uint8)
     closed = cv2.morphologyEx(bright, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     contours, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(np.zeros_like(closed), contours, -1, 1, cv2.FILLED).astype(bool)

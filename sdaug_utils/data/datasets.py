@@ -182,9 +182,7 @@ def digits_halves() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np
     return (every[foundation], labels[foundation]), (every[study], labels[study])
 
 
-def pad_to_rgb(grey: np.ndarray, size: int = 32) -> np.ndarray:
-    """Centre an 8-bit grey image (height, width) on black: (size, size, 3)."""
-    before = [(size - side) // 2 for side in grey.shape]
-    after = [size - side - (size - side) // 2 for side in grey.shape]
-    padded = np.pad(grey, list(zip(before, after, strict=True)))
+def pad_to_rgb(grey: np.ndarray) -> np.ndarray:
+    """Centre an 8-bit grey square of an even number of pixels on black: (32, 32, 3)."""
+    padded = np.pad(grey, (32 - len(grey)) // 2)
     return np.repeat(padded[..., None], 3, axis=2)

@@ -1,7 +1,7 @@
 """Test images that differ from those trained on, each in one way, by torchvision's own transforms.
 
-Those corruptions of ImageNet-C (Hendrycks and Dietterich, ICLR 2019) that mean something at small
-sizes, and rotations, each of one strength; an image's own number seeds what is drawn for it.
+Rotations, and the corruptions of ImageNet-C (Hendrycks and Dietterich, ICLR 2019) that make sense
+at small sizes, each of one strength; an image's own number seeds what is drawn for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHIFTS = ("rotation", "darkness", "low contrast", "blur", "noise")
 
 
 def shifted(split: Split, name: str) -> Images:
-    """A split's images, each changed in the way of ``SHIFTS`` that ``name`` says: 8-bit RGB."""
+    """A split's images, each changed as ``name``, one of ``SHIFTS``, says: 8-bit RGB."""
 
     def load(row: int) -> np.ndarray:
         from torchvision.transforms.v2 import InterpolationMode, functional

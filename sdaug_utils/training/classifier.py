@@ -124,7 +124,7 @@ def train_heads(
 def _drawn(
     data: TrainingSet, settings: Controlled, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """All vectors and targets, and the rows of both that the updates see, some updates a part.
+    """All vectors and targets, and the rows of each that the updates see, in parts.
 
     Where an image has fewer views than others, each of them comes up more often.
     """

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from sdaug_utils.data import augment, shifts
 from sdaug_utils.data.datasets import subset
@@ -27,7 +27,8 @@ CODE_VERSION = 4
 RECIPE = "classifier.controlled"  # a section of the settings
 LENGTH = (f"{RECIPE}.max_train_steps", f"{RECIPE}.validation_steps")
 """If both have the same value, the last weights are tested."""
-Overrides = tuple[tuple[str, str | int | float], ...]  # paths in the settings, and values
+Override = tuple[str, str | int | float]  # a path in the settings, and its value
+Sorted = AfterValidator(lambda values: tuple(sorted(values)))
 SETTING = ("task", "protocol", "arm", "real_percent", "synthetic_per_class")
 """Columns in which settings of an experiment differ; each has a run per draw and seed."""
 
@@ -46,15 +47,12 @@ class Run(Parameters):
     controls_from_outside: bool = False  # as in the thesis: a leak, and an arm of its own
     rule: Rule | None = None  # by which the synthetic images are chosen ...
     chosen_from: int = 0  # ... from so many of each class
-    overrides: Overrides = ()  # settings that differ from the profile's, by path
+    overrides: Annotated[
+        tuple[Override, ...], Sorted
+    ] = ()  # settings that differ from the profile's, by path
     updates_as: Protocol | None = None  # as many updates as the same run of this protocol had
     test_sets: tuple[str, ...] = ()  # names of test sets; (): the images as they are, alone
     variant: str = ""  # what figures call its overrides
-
-    @field_validator("overrides")
-    @classmethod
-    def _in_one_order(cls, value: Overrides) -> Overrides:
-        return tuple(sorted(value))
 
     @field_validator("test_sets")
     @classmethod
@@ -215,11 +213,6 @@ def read_result(study: Study, run: Run) -> dict[str, Any]:
     return json.loads((folder_of(study, run) / "result.json").read_text())
 
 
-def validation_curve(study: Study, run: Run) -> pd.DataFrame:
-    """``score`` on validation images (a classifier's accuracy, a segmenter's loss) by ``step``."""
-    return pd.DataFrame(read_result(study, run)["validation_curve"], columns=["step", "score"])
-
-
 def examples(study: Study, run: Run) -> tuple[np.ndarray, np.ndarray]:
     """What a trained segmenter predicts for one test image per class.
 
@@ -264,9 +257,9 @@ def scores(results: pd.DataFrame, **setting: Any) -> np.ndarray:
     if rows.empty:
         raise KeyError(f"no run of {setting}")
     ordered = rows.sort_values(["draw", "seed"])
-    num_draws, num_seeds = ordered["draw"].nunique(), ordered["seed"].nunique()
-    runs = ordered[["draw", "seed"]].drop_duplicates()
+    keys = ordered[["draw", "seed"]]
+    num_draws, num_seeds = keys.nunique()
     mixed = any(len(set(ordered[column])) > 1 for column in SETTING if column in ordered)
-    if mixed or len(ordered) != num_draws * num_seeds or len(runs) != len(ordered):
+    if mixed or len(keys) != num_draws * num_seeds or keys.duplicated().any():
         raise ValueError(f"runs of {setting} are not of one setting, one per draw and seed")
     return np.stack(ordered["scores"].to_list()).reshape(num_draws, num_seeds, -1)

@@ -1,7 +1,7 @@
 """Which of a pool's images to keep: rules that see features, and the run's own real images.
 
-The thesis leaves it to future work (chapter 6). A rule gets a class's candidates and says which of
-them it keeps; no image from outside a run's real subset judges.
+The thesis leaves it to future work (chapter 6). A rule gets a class's candidates and returns the
+rows that it keeps; no real image from outside a run's subset is used.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def diversity(candidates: Candidates, number: int) -> np.ndarray:
 
 
 def distribution(candidates: Candidates, number: int) -> np.ndarray:
-    """One after the other, whichever brings the kept ones' features nearest to the real ones'.
+    """Greedily, each time the image that brings the kept features nearest to the real ones.
 
-    Near by the Fréchet distance of normal distributions, as in FID, but with the study's own
+    Nearest by the Fréchet distance of normal distributions, as in FID, but with the study's own
     backbone, and variances alone: a few real images have no covariance.
     """
     features, real = candidates.features, candidates.real

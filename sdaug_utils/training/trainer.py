@@ -236,11 +236,8 @@ class Trainer:
 
         (n,), (n, classes) or, if each view has its own, (n, views, classes).
         """
-        labels, own = (
-            torch.from_numpy(self.training_set(run)[1]),
-            runs.label_weight(self.study, run),
-        )
-        is_mixed = run.augmentation in mixing.ALPHAS
+        labels = torch.from_numpy(self.training_set(run)[1])
+        own, is_mixed = runs.label_weight(self.study, run), run.augmentation in mixing.ALPHAS
         if own == 1.0 and not is_mixed:
             return labels
         shares = torch.nn.functional.one_hot(labels, self.num_classes).float()
@@ -253,24 +250,20 @@ class Trainer:
 
     def _mixture(self, run: Run) -> mixing.Mixture:
         """What each view of a run's training images is mixed with: the same for all its seeds."""
-        number = len(self.training_set(run)[0])
+        number, side = len(self.training_set(run)[0]), self.settings.image_size
         views = self.settings.controlled.num_views(number)
-        return mixing.draw_mixture(
-            run.augmentation, number, views, run.draw, self.settings.image_size
-        )
+        return mixing.draw_mixture(run.augmentation, number, views, run.draw, side)
 
     def features(self, run: Run) -> list[torch.Tensor]:
-        """Features of a run's real training images, then of its synthetic ones, if it has any.
+        """Features of a run's real training images and of its synthetic ones, if it has any.
 
-        Each (n, views, features). Where images are mixed, they are all in one.
+        Each (n, views, features). Where images are mixed, one tensor has them all.
         """
         if run.protocol == "pixels":
             return [features.pixel_vectors(self.training_set(run)[0])]
         if run.augmentation == "cutmix":
-            mixture = self._mixture(run)
-            images = mixing.cut_and_pasted(
-                self.training_set(run)[0], mixture, self.settings.image_size
-            )
+            mixture, side = self._mixture(run), self.settings.image_size
+            images = mixing.cut_and_pasted(self.training_set(run)[0], mixture, side)
             return [features.image_features(self.study, images).view(*mixture.rows.shape, -1)]
         if run.augmentation == "mixup":
             plain = self.features(run.model_copy(update={"augmentation": "none"}))
@@ -375,9 +368,8 @@ class Trainer:
 
     def _segmentation(self, run: Run) -> segmenter.Segmented:
         """Synthetic images share the trimap of the image that they follow: it is kept once."""
-        rows, which = np.unique(
-            [*real_rows(self.study, run), *self._source_rows(run)], return_inverse=True
-        )
+        every = [*real_rows(self.study, run), *self._source_rows(run)]
+        rows, which = np.unique(every, return_inverse=True)
         trimaps = [self.splits["train"].trimap(int(row)) for row in rows]
         images, protocol = self.training_set(run)[0], run.protocol
         assert protocol != "pixels"
