@@ -42,11 +42,7 @@ def naming(corpus: str, class_name: str) -> Images:
 
 @cache
 def revision(corpus: str) -> str:
-    """What identifies a corpus, for the store's keys.
-
-    Raises InputError if there is no such folder or no list of captions in it, or a listed image is
-    missing.
-    """
+    """A corpus's part of keys; InputError if its list of captions or a listed image is missing."""
     if corpus == "miniature":
         verify_checksums(MINIATURE_DATA)
         return file_digest(MINIATURE_DATA / "corpus.png")

@@ -49,10 +49,7 @@ def _require_known(what: str, names: Iterable[str], known: Sequence[str]) -> Non
 def restricted(
     whole: Dataset, classes: Sequence[str] | None, max_images_per_class: Mapping[str, int] | None
 ) -> Dataset:
-    """Some classes of a data set, and the first images of each.
-
-    Raises InputError if a class or split is unknown.
-    """
+    """Some classes and the first images of each; InputError if a class or split is unknown."""
     chosen, limits = tuple(classes or whole.class_names), max_images_per_class or {}
     _require_known("class", chosen, whole.class_names)
     _require_known("max_images_per_class:", limits, SPLITS)

@@ -90,7 +90,7 @@ def train_heads(
     The gradient of softmax cross-entropy is written out, and heads share batched products: at this
     size autograd and an optimiser object cost several times what the arithmetic does, and a study
     trains thousands of heads. What a head learns does not depend on those beside it.
-    ``evaluate(step, heads)`` is called after ``every`` so many updates.
+    ``evaluate(step, heads)`` is called after every ``every`` updates.
     """
     drawn = [_drawn(data, settings, num_classes) for data in sets]
     num_features = drawn[0][0].shape[1]

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -35,7 +35,6 @@ PIXELS = 28  # side of the pictures that a classifier without a network sees
 FEATURE_BATCH = 16  # larger ones do not fit into a processor's cache
 WRITTEN_AT_ONCE = 128 * FEATURE_BATCH  # features: a process that is killed loses no more
 Arrays = Sequence[np.ndarray]  # 8-bit RGB images of any size
-Item = TypeVar("Item")
 
 
 @cache
@@ -119,7 +118,7 @@ def normalise(pixels: torch.Tensor, backbone: torch.nn.Module) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def pad(batch: list[Item]) -> list[Item]:
+def pad(batch: list[np.ndarray]) -> list[np.ndarray]:
     """Fill a batch up with its last item: rounding depends on a batch's shape."""
     return batch + batch[-1:] * (FEATURE_BATCH - len(batch))
 

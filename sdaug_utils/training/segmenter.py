@@ -120,7 +120,6 @@ def train(
     (Loshchilov & Hutter, 2017), the best weights are tested. ``published``: a constant rate,
     validation after each epoch, an end after ``patience`` epochs without improvement, the last
     weights are tested (thesis, section 4.2.2).
-
     Trimaps are arrays (height, width) of labels 1 to 3, brought to one size by nearest neighbour;
     ``which`` says which of them each image has: by default each has its own. Of the ``splits``,
     ``validation`` and ``test`` are used.

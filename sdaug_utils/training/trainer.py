@@ -87,10 +87,7 @@ def overview(study: Study, wanted: Iterable[Run]) -> pd.DataFrame:
 
 
 def stacks(wanted: Sequence[Run]) -> list[list[Run]]:
-    """Parts that are trained in one go: heads of one recipe together, every other run alone.
-
-    A run comes after its partner.
-    """
+    """Runs in groups that are trained together, heads of one recipe; partners come first."""
     heads: dict[Any, list[Run]] = {}
     alone: list[list[Run]] = []
     for run in sorted(wanted, key=lambda run: run.updates_as is not None):
@@ -288,10 +285,7 @@ class Trainer:
         return [(images, number) for images, number in both if len(images)]
 
     def train(self, some: Sequence[Run], folders: Sequence[Path]) -> None:
-        """Train one run, or several heads side by side.
-
-        A folder gets ``result.json`` and what there is per test image.
-        """
+        """Train one run, or several heads side by side, and write the results into folders."""
         if some[0].task == "segmentation":
             outcomes: list[Any] = [self._segmentation(some[0])]
         elif some[0].protocol == "published":
