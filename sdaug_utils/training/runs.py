@@ -179,7 +179,7 @@ def pool_keys(study: Study, run: Run) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _pool_keys(study: Study, technique: Technique, draw: int, percent: float) -> list[str]:
+def _pool_keys(study: Study, technique: TechniqueName, draw: int, percent: float) -> list[str]:
     requests = technique_requests(study, technique, draw, 1, percent)
     return [digest(request.spec) for request in requests]
 
