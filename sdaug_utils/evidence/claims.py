@@ -19,9 +19,7 @@ from sdaug_utils.training.runs import SETTING, chosen, scores
 
 TABLES = Path(__file__).parent / "tables"
 MORE_KEYS = ("num_inputs", "input_set", "measure", "budget", "shift")
-NOTHING = metrics.Estimate(  # of what has no runs
-    np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan)
-)
+NO_RUNS = metrics.Estimate(np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan))
 BASELINE = {"arm": "baseline", "synthetic_per_class": 0}
 PUBLISHED_KEYS = ["task", "arm", "real_percent", "synthetic_per_class"]
 NOT_EVIDENCE = "NO_SYNTHETIC_IMAGES_IN_TRAINING|ALMOST_NO_SYNTHETIC_IMAGES"
@@ -53,11 +51,31 @@ def published_results(dataset: str) -> pd.DataFrame:
     )
 
 
+def published_settings(
+    arms: Collection[str], dataset: str, task: str = "classification"
+) -> pd.DataFrame:
+    """The thesis's values of some arms on one of its data sets, columns as in :func:`gains`."""
+    table = published_results(dataset).rename(columns={"technique": "arm", "value": "score"})
+    rows = (table["task"] == task) & table["arm"].isin(arms)
+    return table.loc[rows, ["arm", "real_percent", "synthetic_per_class", "score"]]
+
+
+@cache
+def _claims_file() -> dict[str, Any]:
+    return yaml.safe_load((TABLES / "claims.yaml").read_text())
+
+
+def notebook_of(claim: str) -> str:
+    """The number of the notebook that decides a claim, by the claim's id."""
+    number = claim.split("-")[0]
+    return _claims_file()["decided_in"].get(number, number)
+
+
 def read_claims(experiment: str) -> list[dict[str, Any]]:
     """The claims that a notebook decides, by its name or number, or the one claim of an id.
 
     A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``;
-    those that decide it are ``primary``, the others are shown beside.
+    the ``primary`` ones decide it, the others are only shown.
     """
     data, claims = _claims_file(), []
     for claim in data["claims"]:
@@ -73,30 +91,16 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
     return claims
 
 
-def notebook_of(claim: str) -> str:
-    """The number of the notebook that decides a claim, by the claim's id."""
-    number = claim.split("-")[0]
-    return _claims_file()["decided_in"].get(number, number)
-
-
-@cache
-def _claims_file() -> dict[str, Any]:
-    return yaml.safe_load((TABLES / "claims.yaml").read_text())
-
-
 def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dict[str, Any]]:
     """A comparison for each combination of the values that it lists under ``each``."""
     columns = comparison.get("each", {})
     for values in itertools.product(*columns.values()):
-        chosen = dict(zip(columns, values, strict=True))
-        shown = {column: names.get(value, value) for column, value in chosen.items()}
+        each = dict(zip(columns, values, strict=True))
+        shown = {column: names.get(value, value) for column, value in each.items()}
         filled: dict[str, Any] = {"what": comparison["what"].format(**shown)}
-        for key in ("first", "second"):
-            if selector := comparison.get(key):
-                filled[key] = {
-                    column: chosen[column] if value == "each" else value
-                    for column, value in selector.items()
-                }
+        for key in {"first", "second"} & set(comparison):
+            selector = comparison[key]
+            filled[key] = selector | {x: each[x] for x in selector if selector[x] == "each"}
         yield {**comparison, **filled}
 
 
@@ -115,7 +119,7 @@ def verdict(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -
     """Judge a difference, with its 95 % interval, against the :func:`region` of a claim.
 
     An interval wholly inside supports, one wholly outside contradicts, any other is inconclusive.
-    For "within" and "at most", which say that there is nothing, it is the 90 % interval that
+    For "within" and "at most", which say that there is no effect, it is the 90 % interval that
     supports: two one-sided tests at 5 % (Schuirmann, 1987).
     """
     lower, upper = region(expect, margin)
@@ -132,44 +136,40 @@ def p_supported(found: metrics.Estimate, expect: Expectation, margin: float = 0.
 
 
 def p_value(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
-    """The smaller p-value of the two tests that decide: that of support, that of contradiction."""
+    """The smaller p-value of the two tests that decide: of support and of contradiction."""
     lower, upper = region(expect, margin)
     outside = [found.p_value(b, side) for b, side in ((lower, -1), (upper, 1)) if np.isfinite(b)]
     return min(p_supported(found, expect, margin), 2 * min(outside))
 
 
 def power(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
-    """What would decide an inconclusive comparison.
+    """What would decide an inconclusive comparison, with 80 % power.
 
-    Returns:
-        The smallest distance from its bound that is shown with 80 % power, and the number of draws
-        that would show the distance that was found (inf: no number would).
+    Returns the smallest distance from the claim's bound that would be found, and the number of
+    draws that would show the distance seen here (inf: no number would).
     """
-    bounds = [bound for bound in region(expect, margin) if np.isfinite(bound)]
-    distance = min(abs(found.mean - bound) for bound in bounds)
     lower, upper = region(expect, margin)
+    distance = min(abs(found.mean - lower), abs(found.mean - upper))
     level = 0.9 if expect in EQUIVALENCE and lower < found.mean < upper else 0.95
     return found.detectable(level=level), found.draws_needed(distance, level)
 
 
 def all_of(verdicts: list[Verdict]) -> Verdict:
-    """A claim of several parts holds if all hold and falls if one falls."""
+    """The verdict on a claim of several parts: all must hold, and one that fails is enough."""
     if "contradicted" in verdicts:
         return "contradicted"
-    found = set(verdicts)
-    return found.pop() if len(found) == 1 else "inconclusive"
+    return verdicts[0] if len(set(verdicts)) == 1 else "inconclusive"
 
 
 def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, np.ndarray]]:
-    """The settings that a selector of a claim names, with their weights.
+    """The scores of the settings that a selector of a claim names, with their weights.
 
     A selector gives for columns of ``results`` a value, a list of them, or a range (``from``,
     ``to``). Without ``reduce`` the settings are averaged; ``best`` takes the one with the highest
     mean validation score; ``slope over X`` is the least-squares slope per doubling of column X,
-    ``trend over X`` per step of it, averaged over what else differs.
+    ``trend over X`` per step of it, averaged over the other columns' values.
 
-    Raises:
-        NotRun: a value that the selector names has no run, or a slope has fewer than two points.
+    Raises NotRun if a value that the selector names has no run, or a slope has one point only.
     """
     rows, how = results, selector.get("reduce", "mean")
     for column, wanted in selector.items():
@@ -196,14 +196,15 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
     lines: dict[tuple[Any, ...], list[tuple[float, np.ndarray]]] = {}
     for group, array in zip(groups, arrays, strict=True):
         setting = group.iloc[0]
-        others = tuple(setting[key] for key in keys if key != column)
         x = np.log2(setting[column]) if kind == "slope" else setting[column]
-        lines.setdefault(others, []).append((x, array))
+        lines.setdefault(tuple(setting[keys].drop(column)), []).append((x, array))
     weighted = []
     for points in lines.values():
         if len(points) < 2:
             raise NotRun(f"a slope over {column} needs two points")
-        weights = metrics.slope_weights([x for x, _ in points]) / len(lines)
+        places = np.asarray([x for x, _ in points])
+        centred = places - np.mean(places)
+        weights = centred / (centred**2).sum() / len(lines)
         weighted += [(w, array) for w, (_, array) in zip(weights, points, strict=True)]
     return weighted
 
@@ -219,8 +220,7 @@ def _selectors(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 def compared(results: pd.DataFrame, comparison: dict[str, Any]) -> metrics.Estimate:
     """The difference that decides a comparison: ``first`` minus ``second``, or a sum of ``terms``.
 
-    Raises:
-        NotRun: ``results`` lacks runs that it needs.
+    Raises NotRun if ``results`` lacks runs that it needs.
     """
     parts = _selectors(comparison)
     weighted = [(part["weight"] * w, array) for part in parts for w, array in terms(results, part)]
@@ -240,59 +240,63 @@ def _at_chance(results: pd.DataFrame, comparison: dict[str, Any]) -> bool:
 def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """One row per comparison of each claim that an experiment decides.
 
-    Columns: ``id``, ``section``, ``claim``, ``comparison``, whether it is ``primary``,
-    ``difference``, ``low``, ``high`` (absolute, 95 % interval), the number of draws (or subjects),
-    of runs per setting and of test images behind them, ``p_value``, what an inconclusive one lacks
-    (:func:`power`: ``detectable``, ``draws_needed``), ``comparison_verdict``, and ``verdict``, of
-    the claim, by its primary comparison. Without runs it is ``not tested``, and so it is where a
-    baseline's interval includes chance.
+    ``difference``, ``low`` and ``high`` are absolute, with a 95 % interval; ``detectable`` and
+    ``draws_needed`` are what an inconclusive comparison lacks (:func:`power`); ``verdict`` is the
+    claim's, by its primary comparisons. Without runs a comparison is ``not tested``, and so it is
+    where a baseline's interval includes chance.
     """
     rows = []
     for claim in read_claims(experiment):
-        parts, outcomes = [], []
-        for comparison in claim["comparisons"]:
-            expect, margin = comparison["expect"], comparison.get("margin", 0.0)
-            outcome: Verdict = "not tested"
-            found, to_decide = NOTHING, (np.nan, np.nan)
-            try:
-                found = compared(results, comparison)
-                if not _at_chance(results, comparison):
-                    outcome = verdict(found, expect, margin)
-            except NotRun:
-                pass
-            if outcome == "inconclusive":
-                to_decide = power(found, expect, margin)
-            if comparison["primary"]:
-                outcomes.append(outcome)
-            parts.append(
-                {
-                    **{key: claim[key] for key in ("id", "section", "claim")},
-                    "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
-                    "primary": comparison["primary"],
-                    "difference": found.mean,
-                    "low": found.low,
-                    "high": found.high,
-                    "num_draws": found.num_draws,
-                    "num_runs": found.num_runs,
-                    "num_test_images": found.num_images,
-                    "p_value": np.nan
-                    if outcome == "not tested"
-                    else p_value(found, expect, margin),
-                    "detectable": to_decide[0],
-                    "draws_needed": to_decide[1],
-                    "comparison_verdict": outcome,
-                }
-            )
-        rows += [{**part, "verdict": all_of(outcomes)} for part in parts]
+        parts = [_judged(results, claim, comparison) for comparison in claim["comparisons"]]
+        whole = all_of([part["comparison_verdict"] for part in parts if part["primary"]])
+        rows += [{**part, "verdict": whole} for part in parts]
     return pd.DataFrame(rows)
+
+
+def _judged(
+    results: pd.DataFrame, claim: dict[str, Any], comparison: dict[str, Any]
+) -> dict[str, Any]:
+    expect, margin = comparison["expect"], comparison.get("margin", 0.0)
+    outcome: Verdict = "not tested"
+    found, p, lacking = NO_RUNS, np.nan, (np.nan, np.nan)
+    try:
+        found = compared(results, comparison)
+        if not _at_chance(results, comparison):
+            outcome, p = verdict(found, expect, margin), p_value(found, expect, margin)
+    except NotRun:
+        pass
+    if outcome == "inconclusive":
+        lacking = power(found, expect, margin)
+    return {
+        **{key: claim[key] for key in ("id", "section", "claim")},
+        "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
+        "primary": comparison["primary"],
+        "difference": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "num_draws": found.num_draws,  # or of subjects
+        "num_runs": found.num_runs,  # of each setting
+        "num_test_images": found.num_images,
+        "p_value": p,
+        "detectable": lacking[0],
+        "draws_needed": lacking[1],
+        "comparison_verdict": outcome,
+    }
+
+
+def _bound(expect: Expectation, margin: float) -> str:
+    if expect in ("above", "below") or margin == 0:
+        return f"{expect} 0"
+    unit = "point" if margin == 0.01 else "points"
+    return f"{expect} {'±' * (expect == 'within')}{100 * margin:g} {unit}"
 
 
 def holm(judged: pd.DataFrame) -> pd.DataFrame:
     """All claims' verdicts with columns ``p_holm`` and ``verdict_holm``, which allow for many.
 
     Holm (1979): the probability that any of the claims that stay decided is wrong is at most 5 %.
-    Of a claim's own parts all must hold (their largest p-value counts), or one must fall (the
-    smallest, times their number).
+    A claim of several parts is supported if all are (their largest p-value counts), and
+    contradicted if one is (the smallest counts, times their number).
     """
     p_values: dict[str, float] = {}
     for name, parts in judged[judged["primary"]].groupby("id", sort=False):
@@ -311,13 +315,6 @@ def holm(judged: pd.DataFrame) -> pd.DataFrame:
     return judged.assign(p_holm=found, verdict_holm=judged["verdict"].mask(weak, "inconclusive"))
 
 
-def _bound(expect: Expectation, margin: float) -> str:
-    if expect in ("above", "below") or margin == 0:
-        return f"{expect} 0"
-    unit = "point" if margin == 0.01 else "points"
-    return f"{expect} {'±' * (expect == 'within')}{100 * margin:g} {unit}"
-
-
 def gains(
     results: pd.DataFrame,
     by: Sequence[str] = ("arm", "real_percent", "synthetic_per_class"),
@@ -326,40 +323,37 @@ def gains(
 ) -> pd.DataFrame:
     """One row per setting: its score, and its gain over a reference setting.
 
+    Scores are accuracies, or weighted Jaccard indices, in 0 to 1; gains are in absolute points, or
+    ``relative`` in per cent, and empty where there is no reference. Intervals are of 95 %.
+
     Args:
         results: runs, one per draw and seed of each setting.
         by: columns that tell settings from each other.
         against: column values that turn a setting into its reference; all else stays equal.
-        dataset: of the thesis, whose single runs stand beside; by default none does.
+        dataset: of the thesis, whose single runs are ``published``; by default none are.
 
-    Returns:
-        The columns ``by``; ``published``, ``published_gain_points``, ``published_gain_relative``;
-        ``score``, ``score_low``, ``score_high`` (accuracy, or weighted Jaccard index, in 0 to 1,
-        with its 95 % interval); ``gain_points``, ``gain_points_low``, ``gain_points_high``
-        (absolute points), ``gain_relative`` (per cent), all empty where there is nothing to
-        compare with; ``num_draws``, ``num_seeds``, ``num_test_images``.
-
-    Raises:
-        KeyError: a setting with real images has no reference.
-        ValueError: a setting has not one run per draw and seed.
+    Raises KeyError if a setting with real images has no reference, ValueError if one has not one
+    run per draw and seed.
     """
-    theirs, rows = _published_values(dataset), []
+    table = published_results(dataset).rename(columns={"technique": "arm"})
+    theirs = table.drop_duplicates(PUBLISHED_KEYS).set_index(PUBLISHED_KEYS)["value"]
 
     def published(runs: pd.DataFrame) -> float:
-        return (
-            theirs.get(tuple(runs.iloc[0].reindex(PUBLISHED_KEYS)), np.nan) if len(runs) else np.nan
-        )
+        if runs.empty:
+            return np.nan
+        return theirs.get(tuple(runs.iloc[0].reindex(PUBLISHED_KEYS)), np.nan)
 
+    rows = []
     for values, group in results.groupby([*by], sort=False):
         setting: dict[str, Any] = dict(zip(by, values, strict=True))
         other = chosen(results, **(setting | dict(against)))
         value, reference = published(group), published(other)
-        score, change, relative = metrics.estimate(scores(group)), NOTHING, np.nan
-        if other.empty and setting.get("real_percent", 1) > 0:
-            raise KeyError(f"nothing to compare {setting} with: no run with {dict(against)}")
+        score, change, relative = metrics.estimate(scores(group)), NO_RUNS, np.nan
         if len(other):
             change = metrics.paired_difference(scores(group), scores(other))
             relative = 100 * change.mean / scores(other).mean()
+        elif setting.get("real_percent", 1) > 0:
+            raise KeyError(f"nothing to compare {setting} with: no run with {dict(against)}")
         rows.append(
             {
                 **setting,
@@ -383,9 +377,7 @@ def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
     """Runs of three ``budget``s, as claims read them, from accuracy against updates.
 
     ``few``, ``many``: so many updates for each arm; ``own``: few for the baseline, many for others.
-
-    Args:
-        curve: test accuracy in 0 to 1 by ``arm``, ``draw`` and ``step``, at one learning rate.
+    ``curve`` is test accuracy in 0 to 1 by ``arm``, ``draw`` and ``step``, at one learning rate.
     """
     own = np.where(curve["arm"] == "baseline", few, many)
     parts = [
@@ -393,47 +385,26 @@ def at_budgets(curve: pd.DataFrame, few: int, many: int) -> pd.DataFrame:
         for budget, steps in (("own", own), ("many", many), ("few", few))
     ]
     runs = pd.concat(parts, ignore_index=True)
-    arrays = pd.Series([np.array([value]) for value in runs["test_accuracy"]], index=runs.index)
-    return runs.assign(scores=arrays)
+    return runs.assign(scores=pd.Series([np.array([value]) for value in runs["test_accuracy"]]))
 
 
 def what_helps(gains: pd.DataFrame, num_classes: int, name: Callable[[str], str]) -> str:
     """One sentence on which arms beat the baseline at one real percentage.
 
-    Args:
-        gains: rows of :func:`gains`, the baseline's among them.
-        name: how an arm is called.
+    ``gains`` are rows of :func:`gains`, the baseline's among them; ``name`` gives an arm's label.
     """
     baseline = gains[gains["arm"] == "baseline"].iloc[0]
     others = gains[gains["arm"] != "baseline"].sort_values("gain_points", ascending=False)
     best = others.iloc[0]
     where = f"At {best['real_percent']:g} % real images"
-    gain = (
-        f"{name(best['arm'])}, {best['gain_points']:+.1f} points "
-        f"[{best['gain_points_low']:.1f}, {best['gain_points_high']:.1f}]"
-    )
-    helping = [name(arm) for arm in others.loc[others["gain_points_low"] > 0, "arm"]]
     if baseline["score_low"] <= 1 / num_classes:
         return f"{where} the baseline may be at chance: nothing can be compared with it."
+    interval = f"[{best['gain_points_low']:.1f}, {best['gain_points_high']:.1f}]"
+    gain = f"{name(best['arm'])}, {best['gain_points']:+.1f} points {interval}"
+    helping = [name(arm) for arm in others.loc[others["gain_points_low"] > 0, "arm"]]
     if not helping:
         return f"{where} nothing is shown to help: the highest mean has {gain}."
     return (
         f"{where} the highest mean has {gain}. Better than real images alone, by their 95 % "
         f"intervals: {', '.join(helping)}."
     )
-
-
-def _published_values(dataset: str) -> pd.Series:
-    """The thesis's values by ``PUBLISHED_KEYS``."""
-    table = published_results(dataset).rename(columns={"technique": "arm"})
-    return table.drop_duplicates(PUBLISHED_KEYS).set_index(PUBLISHED_KEYS)["value"]
-
-
-def published_settings(
-    arms: Collection[str], dataset: str, task: str = "classification"
-) -> pd.DataFrame:
-    """The thesis's values of some arms on one of its data sets, columns as in :func:`gains`."""
-    table = published_results(dataset)
-    chosen = table[(table["task"] == task) & table["technique"].isin(arms)]
-    names = {"technique": "arm", "value": "score"}
-    return chosen.rename(columns=names)[["arm", "real_percent", "synthetic_per_class", "score"]]

@@ -1,6 +1,7 @@
-"""One style for every figure; sample sheets; curves; published beside reproduced."""
+"""Figures and tables in one style: curves, intervals, sheets of images, verdicts."""
 
 import io
+import itertools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -20,10 +21,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sdaug_utils.evidence.claims import TABLES, notebook_of
+from sdaug_utils.evidence.records import write_result
 from sdaug_utils.params import load_settings
 from sdaug_utils.registry import repeats_of, techniques
-from sdaug_utils.store import write_atomically
-from sdaug_utils.study import WRITTEN, figures_folder
+from sdaug_utils.study import figures_folder
 
 LARGEST = 128  # pixels of an image's side on a sheet
 REAL_ARMS = {
@@ -35,8 +36,6 @@ REAL_ARMS = {
     "cutmix": ("CutMix", "#657f9a", "^"),
     "hypernym": ("Bare name of the kind", "black", "x"),
 }
-
-
 RULES = {
     "chance": ("Chance", "black", "o"),
     "confidence": ("Confidence", "#c44e52", "v"),
@@ -45,8 +44,6 @@ RULES = {
     "diversity": ("Diversity", "#5b7f3a", "D"),
     "distribution": ("Distribution", "#8a5aa8", "P"),
 }
-
-
 NOT_TECHNIQUES = REAL_ARMS | RULES
 VARIANTS = "osD^v<>Pp*hX"  # markers
 
@@ -54,7 +51,7 @@ VARIANTS = "osD^v<>Pp*hX"  # markers
 def arm_style(arm: str) -> tuple[str, str, str]:
     """Label, colour and marker of an arm, the same in every figure.
 
-    An arm is ``baseline``, an augmentation or a technique; what a ``+`` adds makes it paler.
+    An arm is ``baseline``, an augmentation or a technique; each part after a ``+`` makes it paler.
     """
     first, *more = arm.split("+")
     if first in NOT_TECHNIQUES:
@@ -71,15 +68,15 @@ def arm_style(arm: str) -> tuple[str, str, str]:
 
 
 def label_of(arm: str) -> str:
-    """How figures and tables name an arm; what is neither known nor a technique is a variant."""
+    """How figures and tables name an arm; an unknown name is a variant's, and its own label."""
     first = arm.split("+")[0]
     return arm_style(arm)[0] if first in NOT_TECHNIQUES or first in techniques() else arm
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
     """Arms in one order for all figures: real images, then techniques by name."""
-    places = {arm: place for place, arm in enumerate((*REAL_ARMS, *techniques()))}
-    return sorted(set(arms), key=lambda arm: (places[arm.split("+")[0]], arm))
+    order = [*REAL_ARMS, *techniques()]
+    return sorted(set(arms), key=lambda arm: (order.index(arm.split("+")[0]), arm))
 
 
 def set_style() -> None:
@@ -103,12 +100,10 @@ def set_style() -> None:
 def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = None) -> None:
     """Write a figure as .png and .pdf, and the numbers behind it, if there are any, as .csv."""
     target = figures_folder(profile)
-    target.mkdir(parents=True, exist_ok=True)
     png = partial(figure.savefig, format="png")
     pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
-    for suffix, write in (("png", png), ("pdf", pdf)):
-        write_atomically(target / f"{name}.{suffix}", write)
-        WRITTEN.append(str(target / f"{name}.{suffix}"))
+    write_result(target / f"{name}.png", png)
+    write_result(target / f"{name}.pdf", pdf)
     if data is not None:
         save_table(profile, name, data)
 
@@ -117,11 +112,8 @@ def save_table(profile: str, name: str, data: pd.DataFrame) -> None:
     """Write the numbers of a table as .csv, with the profile's treatment in a first column."""
     if treatment := load_settings(profile).treatment:
         data = data.assign(treatment=treatment)[["treatment", *data.columns]]
-    target = figures_folder(profile)
-    target.mkdir(parents=True, exist_ok=True)
     write = partial(data.to_csv, index=False, float_format="%.6g", lineterminator="\n")
-    write_atomically(target / f"{name}.csv", write)
-    WRITTEN.append(str(target / f"{name}.csv"))
+    write_result(figures_folder(profile) / f"{name}.csv", write)
 
 
 def curves(
@@ -133,7 +125,7 @@ def curves(
     high: str | None = None,
     logarithmic: bool = True,
 ) -> None:
-    """A line per arm, with intervals where there are columns for them.
+    """A line per arm, with intervals from the columns ``low`` and ``high`` if they are given.
 
     Points of one x are set a little apart, so that their intervals can be told from each other.
     Rows without a value are left out.
@@ -161,15 +153,6 @@ def _ticks(axes: Axes, values: pd.Series) -> None:
         axes.minorticks_off()
 
 
-def reference(axes: Axes, row: pd.Series, label: str, value: str = "score") -> None:
-    """A horizontal line with its interval, if there is one, to compare curves with."""
-    drawn = [line for line in axes.lines if line.get_gid() == "reference"]
-    style = ("-", "--", ":", "-.")[len(drawn) % 4]
-    axes.axhline(row[value], ls=style, color="black", lw=1.3, label=label, gid="reference")
-    if f"{value}_low" in row:
-        axes.axhspan(row[f"{value}_low"], row[f"{value}_high"], color="black", alpha=0.08, lw=0)
-
-
 def amounts(
     published: pd.DataFrame,
     reproduced: pd.DataFrame,
@@ -180,32 +163,35 @@ def amounts(
     """Score against the number of synthetic images: the thesis's and, below or beside it, ours.
 
     A column per real percentage. Horizontal lines are baselines: at the column's own real
-    percentage, or at others. Where the thesis has no values, ours stand alone.
+    percentage, or at ``reference_percents``. Without published values, ours stand alone.
     """
     tables = {"Published (thesis)": published, "Reproduced": reproduced}
     tables = {name: table for name, table in tables.items() if len(table)}
     columns = len(real_percents)
     shape = (len(tables), columns) if columns > 1 else (1, len(tables))
-    figure, axes = plt.subplots(
-        *shape,
-        figsize=(1.6 + 4.2 * shape[1], 0.6 + 3.3 * shape[0]),
-        layout="constrained",
-        squeeze=False,
-    )
-    panels = iter(axes.flat)
-    for name, table in tables.items():
-        for percent in real_percents:
-            panel = next(panels)
-            made = table[(table["real_percent"] == percent) & (table["synthetic_per_class"] > 0)]
-            low_high = ("score_low", "score_high") if "score_low" in table else ()
-            curves(panel, made, "synthetic_per_class", "score", *low_high)
-            for wanted in reference_percents or [percent]:
-                real = table[(table["arm"] == "baseline") & (table["real_percent"] == wanted)]
-                label = f"{wanted:g} % real images only" if reference_percents else "Baseline"
-                for _, row in real.iterrows():
-                    reference(panel, row, label)
-            title = f"{name}, {percent:g} % real" if percent else f"{name}, no real images"
-            panel.set(title=title, xlabel="synthetic images per class")
+    size = (1.6 + 4.2 * shape[1], 0.6 + 3.3 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    shown = itertools.product(tables.items(), real_percents)
+    for panel, ((name, table), percent) in zip(axes.flat, shown, strict=True):
+        made = table[(table["real_percent"] == percent) & (table["synthetic_per_class"] > 0)]
+        ends = ("score_low", "score_high") if "score_low" in table else ()
+        curves(panel, made, "synthetic_per_class", "score", *ends)
+        baselines = table[table["arm"] == "baseline"]
+        references = [
+            row
+            for wanted in reference_percents or [percent]
+            for row in baselines[baselines["real_percent"] == wanted].to_dict("records")
+        ]
+        styles = itertools.cycle(("-", "--", ":", "-."))
+        for row, style in zip(references, styles, strict=False):
+            own = (
+                f"{row['real_percent']:g} % real images only" if reference_percents else "Baseline"
+            )
+            panel.axhline(row["score"], ls=style, color="black", lw=1.3, label=own)
+            if ends:
+                panel.axhspan(*(row[end] for end in ends), color="black", alpha=0.08, lw=0)
+        title = f"{name}, {percent:g} % real" if percent else f"{name}, no real images"
+        panel.set(title=title, xlabel="synthetic images per class")
     for panel in axes[:, 0]:
         panel.set_ylabel(score)
     handles = axes.flat[-1].get_legend_handles_labels()
@@ -218,22 +204,20 @@ def dots(
     table: pd.DataFrame,
     order: Sequence[str],
     by: str = "arm",
-    value: str = "gain_points",
     offset: float = 0.0,
     **style: Any,
 ) -> None:
-    """A point with its interval per row of a table, from above in the order of a column's values.
+    """A gain with its interval per row of a table; the values of column ``by`` from top to bottom.
 
-    Columns ``<value>_low`` and ``<value>_high`` hold the intervals. What ``offset`` moves down
-    stands beside what does not.
+    ``offset`` moves the points down, to draw several tables in one panel.
     """
     for place, name in enumerate(order):
         _, colour, marker = arm_style(name)
+        own = {"color": colour, "marker": marker} | style
         for _, row in table[table[by] == name].iterrows():
-            own = {"color": colour, "marker": marker} | style
             height = place + offset
-            axes.plot(row[value], height, ls="", markersize=6, **own)
-            ends = (row[f"{value}_low"], row[f"{value}_high"])
+            axes.plot(row["gain_points"], height, ls="", markersize=6, **own)
+            ends = (row["gain_points_low"], row["gain_points_high"])
             axes.hlines(height, *ends, color=own["color"], lw=1.3)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(order)), [label_of(name) for name in order])
@@ -264,14 +248,12 @@ def as_text(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     A missing value is a dash.
     """
     layout = yaml.safe_load((TABLES / "columns.yaml").read_text())[kind]
-    shown = {}
+    shown: dict[str, Any] = {}
     for header, (source, form) in layout["columns"].items():
-        write = label_of if form == "label" else int if form == "count" else form.format
+        write = {"label": label_of, "count": int}.get(form, form.format)
         if source.endswith("*"):
-            low, high = (
-                table[source[:-1] + end].map(write).astype(object) for end in ("low", "high")
-            )
-            shown[header] = "[" + low + ", " + high + "]"
+            low, high = (table[source[:-1] + end].map(write) for end in ("low", "high"))
+            shown[header] = [f"[{ends[0]}, {ends[1]}]" for ends in zip(low, high, strict=True)]
         else:
             shown[header] = table[source].map(write)
     empty = {"nan": "–", "+nan": "–", "[nan, nan]": "–", "[+nan, +nan]": "–"}
@@ -280,9 +262,9 @@ def as_text(table: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     """Published beside reproduced: absolute points with interval, then relative."""
-    places = {arm: place for place, arm in enumerate(in_order(table["arm"]))}
-    rows = table.sort_values("arm", key=lambda arms: arms.map(places), kind="stable")
-    rows = rows.sort_values("real_percent", ascending=False, kind="stable")
+    place = table["arm"].map(in_order(table["arm"]).index)
+    order = ["real_percent", "place"]
+    rows = table.assign(place=place).sort_values(order, ascending=[False, True])
     no_gain = (rows["arm"] == "baseline") | rows["gain_points"].isna()
     shown = as_text(rows, "side by side")
     gains = [name for name in map(str, shown) if name.startswith(("gain", "relative", "95 % "))]
@@ -291,17 +273,16 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_decide(judged: pd.DataFrame) -> list[str]:
-    """What would decide each comparison: a difference, or a number of draws; "" if decided.
+    """What would decide each comparison: a difference and a number of draws; "" if decided.
 
-    The distance from its bound that would have been shown with 80 % power, and how many draws (or
-    subjects) would show, with the same power, the distance that was found; more test images, if no
-    number of draws would.
+    As :func:`sdaug_utils.evidence.claims.power` found them; more test images, if no number of draws
+    (or subjects) would.
     """
     found = []
     for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
-        unit = repeats_of(notebook_of(row["id"]))
         number = row["draws_needed"]
-        more = "more test images" if np.isinf(number) else f"{number:.0f} {unit}"
+        more = f"{number:.0f} {repeats_of(notebook_of(row['id']))}"
+        more = "more test images" if np.isinf(number) else more
         missing = f"{100 * row['detectable']:.1f} points, {more}"
         found.append("" if np.isnan(row["detectable"]) else missing)
     return found
@@ -311,8 +292,7 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """The claims and what became of them; differences in absolute points.
 
     ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
-    Beside an open claim stands what would decide it (:func:`to_decide`). What is
-    shown beside a claim's primary comparison follows it with a dot, its verdict in brackets.
+    Comparisons that do not decide a claim follow it with a dot, their verdicts in brackets.
     """
     points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})
     secondary = ~judged["primary"]
@@ -334,7 +314,7 @@ def show(figure: Figure, num_colours: int = 64) -> None:
 
 
 def png_of(figure: Figure, num_colours: int) -> bytes:
-    """A figure as a PNG file, in few colours; it is closed."""
+    """A figure as a PNG file, in few colours; the figure is closed."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=figure.dpi)
     plt.close(figure)
@@ -351,22 +331,16 @@ def described(figure: Figure) -> str:
             columns = [label.get_text() for label in axes.get_xticklabels()]
             parts.append(f"images in rows ({', '.join(rows)}), columns: {', '.join(columns)}")
             continue
-        pair = [text for text in (axes.get_ylabel(), axes.get_xlabel()) if text]
-        parts.append(": ".join(filter(None, [axes.get_title(), " against ".join(pair)])))
-        labels = axes.get_legend_handles_labels()[1]
-        series |= dict.fromkeys(labels or rows)
+        pair = " against ".join(filter(None, [axes.get_ylabel(), axes.get_xlabel()]))
+        parts.append(": ".join(filter(None, [axes.get_title(), pair])))
+        series |= dict.fromkeys(axes.get_legend_handles_labels()[1] or rows)
     shown = "; ".join(filter(None, dict.fromkeys(parts)))
     named = [name for name in series if name and not name.lstrip("−-").replace(".", "").isdigit()]
     return f"{shown}. Shown: {', '.join(named)}." if named else f"{shown}."
 
 
 def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[str]) -> Figure:
-    """A sheet of images, a labelled row each, in titled groups side by side.
-
-    Args:
-        rows: label to groups of 8-bit RGB arrays, made square; all rows have as many groups.
-        titles: one per group.
-    """
+    """A sheet of 8-bit RGB images, made square: a labelled row each, in groups with titles."""
     heights = [image.shape[0] for row in rows.values() for group in row for image in group]
     side = min([*heights, LARGEST])
     groups = [mosaic(group, gap=1, side=side) for group in zip(*rows.values(), strict=True)]
@@ -374,12 +348,12 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     starts = np.cumsum([0, *(group.shape[1] + side // 4 for group in groups)])
     whole = np.hstack([part for group in groups for part in (group, between)])
     inches = 0.62 / side
-    last = groups[-1].shape[1] * inches
     longest = max(map(len, rows))
     margin = 0.3 + 0.09 * longest + 0.03 * max(0, longest - 12)
-    names = max(1.2, margin, 0.2 + 0.09 * len(titles[-1]) - last)
+    beyond = 0.2 + 0.09 * len(titles[-1]) - groups[-1].shape[1] * inches  # of the last title
+    width = whole.shape[1] * inches + max(1.2, margin, beyond)
     figure, axes = plt.subplots(
-        figsize=(whole.shape[1] * inches + names, whole.shape[0] * inches + 0.3),
+        figsize=(width, whole.shape[0] * inches + 0.3),
         dpi=64,  # on screen; files are finer
         layout="constrained",
     )
@@ -393,18 +367,14 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     return figure
 
 
-def mosaic(rows: Iterable[Sequence[np.ndarray]], gap: int, side: int | None = None) -> np.ndarray:
-    """Rows of 8-bit RGB images as one, all squares of one side, on white.
-
-    By default the side is the first one's height, at most 128: a sheet may have many rows.
-    """
-    lines = [list(row) for row in rows]
-    side, columns = side or min(lines[0][0].shape[0], LARGEST), max(map(len, lines))
-    whole = np.full((len(lines) * (side + gap), columns * (side + gap), 3), 255, np.uint8)
-    for top, line in zip(range(0, len(whole), side + gap), lines, strict=True):
-        for left, image in zip(range(0, whole.shape[1], side + gap), line, strict=False):
-            square = Image.fromarray(image).resize((side, side))
-            whole[top : top + side, left : left + side] = np.asarray(square)
+def mosaic(rows: Sequence[Sequence[np.ndarray]], gap: int, side: int) -> np.ndarray:
+    """Rows of 8-bit RGB images as one image on white, all squares of one side in pixels."""
+    step, columns = side + gap, max(map(len, rows))
+    whole = np.full((len(rows) * step, columns * step, 3), 255, np.uint8)
+    for top, row in enumerate(rows):
+        for left, image in enumerate(row):
+            square = np.asarray(Image.fromarray(image).resize((side, side)))
+            whole[top * step :, left * step :][:side, :side] = square
     return whole
 
 
@@ -415,7 +385,8 @@ def trimap_picture(trimap: np.ndarray) -> np.ndarray:
 
 
 def save_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, scale: int = 2) -> None:
-    """Write a sheet of equally large images as a plain mosaic, each enlarged ``scale`` times."""
-    picture = Image.fromarray(mosaic(rows.values(), gap=2)[:-2, :-2])
-    size = (picture.width * scale, picture.height * scale)
-    picture.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)
+    """Write a sheet of equally large images as a plain mosaic, enlarged ``scale`` times."""
+    lines = list(rows.values())
+    picture = mosaic(lines, gap=2, side=min(lines[0][0].shape[0], LARGEST))[:-2, :-2]
+    enlarged = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    Image.fromarray(enlarged).save(path, optimize=True)

@@ -1,11 +1,11 @@
 """Scores of images, and means, intervals and paired differences of scores.
 
-Scores have the shape (draws, seeds, test images). Draws of the real subset and test images are a
-sample each, crossed: every draw meets every test image (as readers meet cases in radiology, whose
-methods these are: Dorfman, Berbaum & Metz, 1992). Seeds are averaged within a draw. The variance of
-a mean is that of a two-way analysis with random effects, and its interval is Student's, with the
-degrees of freedom of Hillis (2007): those of the draws where the draws decide, more where they
-hardly differ. Where there is a single score per draw (or per subject) it is Student's own.
+Scores have the shape (draws, seeds, test images). Draws of the real subset and test images are both
+random samples, and crossed: every draw meets every test image (as readers meet cases in radiology,
+whose methods these are: Dorfman, Berbaum & Metz, 1992). Seeds are averaged within a draw. The
+variance of a mean is that of a two-way analysis with random effects. Its interval is Student's,
+with the degrees of freedom of Hillis (2007): those of the draws where draws dominate, more where
+they hardly differ. With a single score per draw (or per subject) it is Student's ordinary interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ MOST_DRAWS = 999
 
 @dataclass(frozen=True)
 class Spread:
-    """Variances of a mean score, by what makes it uncertain.
+    """Variances of a mean score, by their source.
 
     ``of_draws``: of the draws' means over all test images (it includes the residual / n).
     ``of_images``: the variance component of the n test images, / n.
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval, and what is behind it."""
+    """A mean with its 95 % interval, and the numbers of runs, draws and images behind it."""
 
     mean: float
     low: float
@@ -63,13 +63,13 @@ class Estimate:
         return float(2 * scipy.stats.t.sf(abs(t), freedom))
 
     def detectable(self, num_draws: int | None = None, level: float = 0.95) -> float:
-        """The difference that so many draws (as here, unless said) show with 80 % power."""
+        """The difference that is found with 80 % power; by default with as many draws as here."""
         error, freedom = self.spread.error(num_draws or self.num_draws)
         quantiles = scipy.stats.t.ppf([0.5 + level / 2, POWER], freedom)
         return float(error * quantiles.sum())
 
     def draws_needed(self, difference: float, level: float = 0.95) -> float:
-        """With how many draws this difference would be shown, with 80 % power; inf if with none."""
+        """How many draws show this difference with 80 % power; infinity if no number does."""
         numbers = range(2, MOST_DRAWS + 1)
         found = (n for n in numbers if self.detectable(n, level) <= abs(difference))
         return next(found, np.inf)
@@ -99,19 +99,18 @@ def components(scores: np.ndarray) -> Spread:
 
 
 def run_deviations(values: np.ndarray) -> dict[str, float]:
-    """Standard deviations of a mean score of (draws, seeds, test images), by what makes it vary.
+    """Standard deviations of a mean score of (draws, seeds, test images), by their source.
 
-    ``draw``: the draw alone. ``seed``: another run on the same draw; not a number if there is but
-    one per draw, whose luck then counts as the draw's. ``test images``: another set of as many. By
-    expected mean squares; what comes out below nothing is nothing.
+    ``draw``: the draw alone. ``seed``: another run on the same draw; not a number if there is one
+    run per draw, whose chance then counts as the draw's. ``test images``: another set of as many.
+    They come from expected mean squares, of which negative ones count as 0.
     """
     runs = values.mean(axis=2, dtype=np.float64)
     num_seeds = runs.shape[1]
     of_seed = runs.var(axis=1, ddof=1).mean() if num_seeds > 1 else np.nan
-    luck = of_seed / num_seeds if num_seeds > 1 else 0.0
     spread = components(values.mean(axis=1, dtype=np.float64))
     variances = {
-        "draw": max(spread.of_draws - luck, 0.0),
+        "draw": max(spread.of_draws - np.nan_to_num(of_seed) / num_seeds, 0.0),
         "seed": of_seed,
         "test images": spread.of_images,
     }
@@ -119,33 +118,20 @@ def run_deviations(values: np.ndarray) -> dict[str, float]:
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """First minus second: the same draws, the same test images, seeds averaged within a draw.
-
-    Raises:
-        ValueError: the two do not have the same draws and test images.
-    """
+    """First minus second, paired as in :func:`contrast`."""
     return contrast([(1.0, first), (-1.0, second)])
 
 
 def contrast(terms: Sequence[tuple[float, np.ndarray]]) -> Estimate:
-    """A weighted sum of scores, paired throughout: the same draws, the same test images.
+    """A weighted sum of scores, paired by draw and test image; seeds are averaged within a draw.
 
-    Raises:
-        ValueError: the terms do not have the same draws and test images.
+    Raises ValueError if the terms do not have the same draws and test images.
     """
-    shapes = {(values.shape[0], values.shape[2]) for _, values in terms}
-    if len(shapes) > 1:
+    if len({(values.shape[0], values.shape[2]) for _, values in terms}) > 1:
         raise ValueError(f"not paired: {[values.shape for _, values in terms]}")
     total = sum(weight * values.mean(axis=1, keepdims=True) for weight, values in terms)
-    result = estimate(np.asarray(total))
     runs = min(values[..., 0].size for _, values in terms)
-    return replace(result, num_runs=runs)
-
-
-def slope_weights(x: Sequence[float]) -> np.ndarray:
-    """Weights that turn scores at positions x into their least-squares slope."""
-    centred = np.asarray(x) - np.mean(x)
-    return centred / (centred**2).sum()
+    return replace(estimate(np.asarray(total)), num_runs=runs)
 
 
 def attributes(image: np.ndarray) -> dict[str, float]:
@@ -175,7 +161,7 @@ ATTRIBUTES: dict[Attribute, tuple[str, int]] = {
     "small": ("size", -1),
     "large": ("size", 1),
 }
-"""Which measure of :func:`attributes` a word is about, and towards which end."""
+"""Which measure of :func:`attributes` a word is about, and whether it means less or more of it."""
 
 
 def typical_attributes(images: Sequence[np.ndarray]) -> dict[str, float]:
@@ -203,24 +189,18 @@ def diversity(features: np.ndarray) -> float:
     return float(1 - (cosines.sum() - np.trace(cosines)) / (n * (n - 1)))
 
 
-def calibration_error(confidences: np.ndarray, is_right: np.ndarray, num_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., ICML 2017): how far certainty is from accuracy.
+def calibration_error(confidences: np.ndarray, is_right: np.ndarray) -> float:
+    """Expected calibration error (Guo et al., ICML 2017) of n probabilities in 0 to 1.
 
-    Predictions are put into bins of equal width by their probability (n,), in 0 to 1; the error is
-    the mean of the bins' |accuracy - mean probability|, by their number of predictions.
+    They are put into 15 bins of equal width; the error is the mean of the bins'
+    |accuracy - mean probability|, weighted by their number of predictions.
     """
-    bins = np.minimum((confidences * num_bins).astype(int), num_bins - 1)
-    gaps = [
-        (bins == number).mean() * abs(is_right[own].mean() - confidences[own].mean())
-        for number in range(num_bins)
-        if (own := bins == number).any()
-    ]
-    return float(sum(gaps))
-
-
-def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Euclidean distances of features (n, d) and (m, d): (n, m)."""
-    return scipy.spatial.distance.cdist(first, second)
+    bins = np.minimum((confidences * 15).astype(int), 14)
+    error = 0.0
+    for number in np.unique(bins):
+        own = bins == number
+        error += own.mean() * abs(is_right[own].mean() - confidences[own].mean())
+    return float(error)
 
 
 def prdc(real: np.ndarray, made: np.ndarray, nearest: int = 5) -> dict[str, float]:
@@ -232,8 +212,9 @@ def prdc(real: np.ndarray, made: np.ndarray, nearest: int = 5) -> dict[str, floa
     synthetic image is, over k; coverage: the share of real ones with a synthetic neighbour.
     """
     k = min(nearest, len(real) - 1, len(made) - 1)
+    distances = scipy.spatial.distance.cdist
     between = distances(real, made)
-    radii = np.sort(distances(real, real), axis=1)[:, k]  # without itself, at distance 0
+    radii = np.sort(distances(real, real), axis=1)[:, k]  # place 0 is the image itself
     radii_made = np.sort(distances(made, made), axis=1)[:, k]
     inside = between < radii[:, None]
     return {
@@ -250,7 +231,8 @@ def copies(made: np.ndarray, known: np.ndarray) -> float:
     One minus authenticity (Alaa et al., ICML 2022). Features are (n, d) of synthetic images and
     (m, d) of those that the model has learnt from.
     """
-    between, among = distances(made, known), distances(known, known)
+    between = scipy.spatial.distance.cdist(made, known)
+    among = scipy.spatial.distance.cdist(known, known)
     np.fill_diagonal(among, np.inf)
     closest = between.argmin(axis=1)
     return float((between.min(axis=1) < among.min(axis=1)[closest]).mean())

@@ -1,6 +1,7 @@
-"""Raw runs, shipped: a row each, with all that figures, tables and verdicts are made from."""
+"""Raw runs, shipped with the project: figures, tables and verdicts are made from them alone."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,37 +17,32 @@ SMALL = {
     "mean_iou": np.float32,
     "confidences": np.float16,
 }
-"""Columns with a value per test image, and as what they are written."""
+"""Columns with a value per test image, and the types that they are written in."""
 
 
 def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Results, written to ``results/<profile>/<name>.parquet`` once made.
+    """The results of ``make`` as they are then in ``results/<profile>/<name>.parquet``.
 
-    With ``run_all.py --from-results`` they are read from there, and ``make`` is not called. In
-    either case what is returned is what was written.
-
-    Raises:
-        InputError: they are to be read, and are not there.
+    With ``run_all.py --from-results`` they are only read; InputError if there are none.
     """
     path = results_folder(profile) / f"{name}.parquet"
     if not invocation_of(profile).from_results:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = _small(make())
-        write_atomically(path, lambda temporary: rows.to_parquet(temporary, compression="zstd"))
-        WRITTEN.append(str(path))
+        rows = make().reset_index(drop=True)
+        for column in SMALL.keys() & set(rows):
+            rows[column] = pd.Series([_small(values, SMALL[column]) for values in rows[column]])
+        write_result(path, lambda temporary: rows.to_parquet(temporary, compression="zstd"))
     if not path.exists():
         raise InputError(f"{path.name}: no such results in {path.parent}: run it first")
     return pd.read_parquet(path)
 
 
-def _small(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose arrays are of the smallest type that holds them; one score alone stays exact."""
+def _small(values: np.ndarray, kind: type) -> np.ndarray:
+    """An array in a smaller type; a single score stays exact."""
+    return values if values.dtype == bool or values.size == 1 else values.astype(kind)
 
-    def small(values: np.ndarray, kind: type) -> np.ndarray:
-        return values if values.dtype == bool or values.size == 1 else values.astype(kind)
 
-    rows = rows.reset_index(drop=True)
-    for name, kind in SMALL.items():
-        if name in rows:
-            rows[name] = pd.Series([small(values, kind) for values in rows[name]])
-    return rows
+def write_result(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file of results, of a figure or of a table, and remember that this process did."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+    WRITTEN.append(str(path))
