@@ -104,7 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         notebooks.remake(jobs)
         report.write_claims(profile)
-        report.write_deviations(profile)
     if offline or arguments.download_only:
         return 0
     number, timeout = arguments.workers, arguments.timeout * 60.0

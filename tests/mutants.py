@@ -136,7 +136,7 @@ FAULTS = (
     Fault(
         "chance not subtracted",
         f"{EVIDENCE}/subjects.py",
-        "            - len(subject.labels) / self.num_classes,",
+        "            - len(subject.labels) / len(self.kinds),",
         "            + 0.0,",
         "chance_is_nothing",
     ),

@@ -81,13 +81,14 @@ def read_claims(experiment: str) -> list[dict[str, Any]]:
     for claim in data["claims"]:
         number = claim["id"].split("-")[0]
         of_notebook = number.isdigit() and experiment.startswith(f"{number}-")
-        if of_notebook or experiment in (claim["id"], number):
-            section = claim.get("source") or f"4.3.{int(number)}"
-            same = {key: claim[key] for key in ("expect", "margin") if key in claim}
-            parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
-            parts += [{**same, **part, "primary": False} for part in claim.get("secondary", [])]
-            every = [one for part in parts for one in _expanded(part, data["names"])]
-            claims.append({**claim, "section": section, "comparisons": every})
+        if not of_notebook and experiment not in (claim["id"], number):
+            continue
+        section = claim.get("source") or f"4.3.{int(number)}"
+        same = {key: claim[key] for key in ("expect", "margin") if key in claim}
+        parts = [{**part, "primary": True} for part in claim.get("comparisons", [claim])]
+        parts += [{**same, **part, "primary": False} for part in claim.get("secondary", [])]
+        every = [one for part in parts for one in _expanded(part, data["names"])]
+        claims.append({**claim, "section": section, "comparisons": every})
     return claims
 
 
@@ -106,13 +107,9 @@ def _expanded(comparison: dict[str, Any], names: dict[str, str]) -> Iterator[dic
 
 def region(expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
     """Where a claim puts a difference: above or below 0, within ± margin, at most margin."""
-    regions = {
-        "above": (0.0, np.inf),
-        "below": (-np.inf, 0.0),
-        "within": (-margin, margin),
-        "at most": (-np.inf, margin),
-    }
-    return regions[expect]
+    lower = {"above": 0.0, "within": -margin}.get(expect, -np.inf)
+    upper = {"below": 0.0, "within": margin, "at most": margin}.get(expect, np.inf)
+    return lower, upper
 
 
 def verdict(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> Verdict:
@@ -125,21 +122,21 @@ def verdict(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -
     lower, upper = region(expect, margin)
     if found.high < lower or found.low > upper:
         return "contradicted"
-    return "supported" if p_supported(found, expect, margin) <= 0.05 else "inconclusive"
+    return "supported" if p_values(found, expect, margin)[0] <= 0.05 else "inconclusive"
 
 
-def p_supported(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
-    """p-value for a claim: two-sided; of "within" and "at most" the larger one-sided one."""
+def p_values(
+    found: metrics.Estimate, expect: Expectation, margin: float = 0.0
+) -> tuple[float, float]:
+    """p-value of the test that supports a claim, and that of the test that contradicts it.
+
+    Two-sided; for "within" and "at most" the one that supports is the larger one-sided one.
+    """
     lower, upper = region(expect, margin)
-    each = [found.p_value(b, side) for b, side in ((lower, 1), (upper, -1)) if np.isfinite(b)]
-    return max(each) if expect in EQUIVALENCE else min(1.0, 2 * max(each))
-
-
-def p_value(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
-    """The smaller p-value of the two tests that decide: of support and of contradiction."""
-    lower, upper = region(expect, margin)
-    outside = [found.p_value(b, side) for b, side in ((lower, -1), (upper, 1)) if np.isfinite(b)]
-    return min(p_supported(found, expect, margin), 2 * min(outside))
+    bounds = [(b, side) for b, side in ((lower, 1), (upper, -1)) if np.isfinite(b)]
+    inside = max(found.p_value(bound, side) for bound, side in bounds)
+    outside = min(found.p_value(bound, -side) for bound, side in bounds)
+    return inside if expect in EQUIVALENCE else min(1.0, 2 * inside), 2 * outside
 
 
 def power(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
@@ -193,19 +190,16 @@ def terms(results: pd.DataFrame, selector: dict[str, Any]) -> list[tuple[float, 
         validation = [group["validation_score"].mean() for group in groups]
         return [(1.0, arrays[int(np.argmax(validation))])]
     kind, column = how.split(" over ")
-    lines: dict[tuple[Any, ...], list[tuple[float, np.ndarray]]] = {}
-    for group, array in zip(groups, arrays, strict=True):
-        setting = group.iloc[0]
-        x = np.log2(setting[column]) if kind == "slope" else setting[column]
-        lines.setdefault(tuple(setting[keys].drop(column)), []).append((x, array))
-    weighted = []
-    for points in lines.values():
-        if len(points) < 2:
+    settings = pd.DataFrame([group.iloc[0][keys] for group in groups]).reset_index(drop=True)
+    lines = settings.groupby([key for key in keys if key != column], sort=False)[column]
+    weighted: list[tuple[float, np.ndarray]] = []
+    for _, line in lines:
+        if len(line) < 2:
             raise NotRun(f"a slope over {column} needs two points")
-        places = np.asarray([x for x, _ in points])
-        centred = places - np.mean(places)
-        weights = centred / (centred**2).sum() / len(lines)
-        weighted += [(w, array) for w, (_, array) in zip(weights, points, strict=True)]
+        x = line.to_numpy(float)
+        x = np.log2(x) if kind == "slope" else x
+        weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum() / len(lines)
+        weighted += zip(weights, [arrays[row] for row in line.index], strict=True)
     return weighted
 
 
@@ -262,7 +256,7 @@ def _judged(
     try:
         found = compared(results, comparison)
         if not _at_chance(results, comparison):
-            outcome, p = verdict(found, expect, margin), p_value(found, expect, margin)
+            outcome, p = verdict(found, expect, margin), min(p_values(found, expect, margin))
     except NotRun:
         pass
     if outcome == "inconclusive":
@@ -324,13 +318,9 @@ def gains(
     """One row per setting: its score, and its gain over a reference setting.
 
     Scores are accuracies, or weighted Jaccard indices, in 0 to 1; gains are in absolute points, or
-    ``relative`` in per cent, and empty where there is no reference. Intervals are of 95 %.
-
-    Args:
-        results: runs, one per draw and seed of each setting.
-        by: columns that tell settings from each other.
-        against: column values that turn a setting into its reference; all else stays equal.
-        dataset: of the thesis, whose single runs are ``published``; by default none are.
+    ``relative`` in per cent, and empty where there is no reference. Intervals are of 95 %. Settings
+    differ in the columns ``by``; the values ``against`` turn a setting into its reference. The
+    thesis's runs on ``dataset`` are ``published``; by default none are.
 
     Raises KeyError if a setting with real images has no reference, ValueError if one has not one
     run per draw and seed.
@@ -360,7 +350,9 @@ def gains(
                 "published": value,
                 "published_gain_points": 100 * (value - reference),
                 "published_gain_relative": 100 * (value / reference - 1),
-                **{"score": score.mean, "score_low": score.low, "score_high": score.high},
+                "score": score.mean,
+                "score_low": score.low,
+                "score_high": score.high,
                 "gain_points": 100 * change.mean,
                 "gain_points_low": 100 * change.low,
                 "gain_points_high": 100 * change.high,
@@ -393,11 +385,11 @@ def what_helps(gains: pd.DataFrame, num_classes: int, name: Callable[[str], str]
 
     ``gains`` are rows of :func:`gains`, the baseline's among them; ``name`` gives an arm's label.
     """
-    baseline = gains[gains["arm"] == "baseline"].iloc[0]
-    others = gains[gains["arm"] != "baseline"].sort_values("gain_points", ascending=False)
+    is_baseline = gains["arm"] == "baseline"
+    others = gains[~is_baseline].sort_values("gain_points", ascending=False)
     best = others.iloc[0]
     where = f"At {best['real_percent']:g} % real images"
-    if baseline["score_low"] <= 1 / num_classes:
+    if gains[is_baseline].iloc[0]["score_low"] <= 1 / num_classes:
         return f"{where} the baseline may be at chance: nothing can be compared with it."
     interval = f"[{best['gain_points_low']:.1f}, {best['gain_points_high']:.1f}]"
     gain = f"{name(best['arm'])}, {best['gain_points']:+.1f} points {interval}"

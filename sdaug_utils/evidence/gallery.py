@@ -1,4 +1,4 @@
-"""Pools to page through: a widget where a notebook is at work, a sheet where it is only read."""
+"""Pools to page through: a widget in a live notebook, a sheet of images where it is only read."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Gallery:
     """Techniques side by side: the same class, the same places in their pools' sequences."""
 
     def __init__(self, pools: Mapping[str, Sequence[Pool]], sheet: Figure, num_colours: int):
-        self.pools, self.alt = dict(pools), figures.described(sheet)
+        self.pools, self.alt = pools, figures.described(sheet)
         self.sheet = base64.b64encode(figures.png_of(sheet, num_colours)).decode()
-        every = [pool for of_classes in self.pools.values() for pool in of_classes]
+        every = [pool for of_classes in pools.values() for pool in of_classes]
         self.class_names = list(dict.fromkeys(pool.class_name for pool in every))
         self.num_pages = -(-max(len(pool.files) for pool in every) // PER_PAGE)
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The widget, and the sheet for whoever cannot show it."""
-        shown = {"image/png": self.sheet, "text/plain": self.alt}
+        """The widget, and the sheet for programs that cannot show it."""
         widget = self.widget()._repr_mimebundle_()
-        return shown | {WIDGET: widget[WIDGET]}, {"image/png": {"alt": self.alt}}
+        shown = {"image/png": self.sheet, "text/plain": self.alt, WIDGET: widget[WIDGET]}
+        return shown, {"image/png": {"alt": self.alt}}
 
     def widget(self) -> Any:
-        """What chooses a class and a page, and the images of that page."""
+        """Controls for class and page, and the images of that page."""
         import ipywidgets
 
         names = ipywidgets.Dropdown(options=self.class_names, description="class")
@@ -53,44 +53,35 @@ class Gallery:
         turn()
         return ipywidgets.VBox([ipywidgets.HBox([names, pages]), picture, text])
 
-    def _chosen(self, class_name: str, page: int) -> dict[str, tuple[Pool, range]]:
-        """The pool of each technique that has one of the class, and its images on the page."""
-        found = {}
-        for technique, of_classes in self.pools.items():
-            for pool in of_classes:
-                if pool.class_name == class_name:
-                    last = min((page + 1) * PER_PAGE, len(pool.files))
-                    found[technique] = (pool, range(page * PER_PAGE, last))
-        return found
+    def _chosen(self, class_name: str, page: int) -> list[tuple[str, Pool, range]]:
+        """Each technique that has a pool of the class, the pool, and its images on the page."""
+        return [
+            (technique, pool, range(len(pool.files))[page * PER_PAGE : (page + 1) * PER_PAGE])
+            for technique, of_classes in self.pools.items()
+            for pool in of_classes
+            if pool.class_name == class_name
+        ]
 
     def page(self, class_name: str, page: int) -> bytes:
         """A row of images per technique, as a PNG file."""
-        rows = [
-            list(pool.images().taken(list(places)))
-            for pool, places in self._chosen(class_name, page).values()
-        ]
-        largest = max((image.shape[0] for row in rows for image in row), default=SIDE)
+        chosen = self._chosen(class_name, page)
+        rows = [list(pool.images().taken(places)) for _, pool, places in chosen if places]
+        largest = max(image.shape[0] for row in rows for image in row)
         side = min(max(SIDE, largest), figures.LARGEST)
         file = io.BytesIO()
-        Image.fromarray(figures.mosaic([row for row in rows if row], gap=2, side=side)).save(
-            file, "PNG"
-        )
+        Image.fromarray(figures.mosaic(rows, gap=2, side=side)).save(file, "PNG")
         return file.getvalue()
 
     def caption(self, class_name: str, page: int) -> str:
         """What the rows are, with the seeds of their images, as HTML."""
         lines = []
-        for technique, (pool, places) in self._chosen(class_name, page).items():
+        for technique, pool, places in self._chosen(class_name, page):
             seeds = ", ".join(str(pool.seeds[place]) for place in places)
-            shown = f"images {places.start} to {places[-1]}, seeds {seeds}" if places else "no more"
+            shown = f"images {places[0]} to {places[-1]}, seeds {seeds}" if places else "no more"
             lines.append(f"<b>{figures.label_of(technique)}</b>: {shown}")
         return "<br>".join(lines)
 
 
 def show(pools: Mapping[str, Sequence[Pool]], sheet: Figure, num_colours: int = 64) -> None:
-    """Display pools of some techniques: a gallery in JupyterLab, ``sheet`` on the web.
-
-    Args:
-        pools: of each technique, a pool per class.
-    """
+    """Display a pool per class of some techniques: a gallery in JupyterLab, ``sheet`` elsewhere."""
     display(Gallery(pools, sheet, num_colours))

@@ -1,10 +1,9 @@
-"""How like real images, and how like what they were made from, a technique's images are."""
+"""How similar a technique's images are to real ones, and to those that they were made from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from sdaug_utils.data.datasets import subset
@@ -33,19 +32,16 @@ def likeness(
             made = feature_arrays(study, images_of(pools))[:, 0].reshape(len(pools), count, -1)
             seen = subset(train.labels, real_percent, draw)
             inputs = feature_arrays(study, train.images(seen))[:, 0]
-            of_classes = [
-                _of_class(images, inputs[train.labels[seen] == label], real[test.labels == label])
-                for label, images in enumerate(made)
-            ]
+            of_classes = []
+            for label, images in enumerate(made):
+                own_inputs = inputs[train.labels[seen] == label]
+                own_real = real[test.labels == label]
+                of_class = {
+                    "copies": copies(images, own_inputs),
+                    "copies_of_real": copies(own_real, own_inputs),
+                    "diversity": diversity(images),
+                }
+                of_classes.append(of_class | prdc(own_real, images))
             means = pd.DataFrame(of_classes).mean().to_dict()
             rows.append({"arm": technique, "draw": draw, **means})
     return pd.DataFrame(rows)
-
-
-def _of_class(made: np.ndarray, inputs: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    return {
-        "copies": copies(made, inputs),
-        "copies_of_real": copies(real, inputs),
-        "diversity": diversity(made),
-        **prdc(real, made),
-    }

@@ -109,11 +109,8 @@ def run_deviations(values: np.ndarray) -> dict[str, float]:
     num_seeds = runs.shape[1]
     of_seed = runs.var(axis=1, ddof=1).mean() if num_seeds > 1 else np.nan
     spread = components(values.mean(axis=1, dtype=np.float64))
-    variances = {
-        "draw": max(spread.of_draws - np.nan_to_num(of_seed) / num_seeds, 0.0),
-        "seed": of_seed,
-        "test images": spread.of_images,
-    }
+    of_draw = max(spread.of_draws - np.nan_to_num(of_seed) / num_seeds, 0.0)
+    variances = {"draw": of_draw, "seed": of_seed, "test images": spread.of_images}
     return {name: float(np.sqrt(variance)) for name, variance in variances.items()}
 
 
@@ -146,11 +143,8 @@ def attributes(image: np.ndarray) -> dict[str, float]:
     grey = image.mean(axis=2)
     inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     texture = np.abs(cv2.Laplacian(grey, cv2.CV_64F))[inside if inside.any() else mask].mean()
-    return {
-        "brightness": float(grey[mask].mean()),
-        "texture": float(texture),
-        "size": float(mask.mean()),
-    }
+    brightness, size = float(grey[mask].mean()), float(mask.mean())
+    return {"brightness": brightness, "texture": float(texture), "size": size}
 
 
 ATTRIBUTES: dict[Attribute, tuple[str, int]] = {

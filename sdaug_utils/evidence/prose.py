@@ -12,7 +12,7 @@ subjects, with its interval, times a hundred.
 
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -21,14 +21,12 @@ import pandas as pd
 from sdaug_utils.study import figures_folder
 
 MARK = re.compile(r"(<!-- ([\w-]+); (.+?); (.+?) -->).*?<!-- / -->", re.DOTALL)
-Read = Callable[[str], pd.DataFrame]
 
 
-def filled(text: str, read: Read) -> str:
-    """A text with each marked value as the tables have it now.
+def filled(text: str, read: Callable[[str], pd.DataFrame]) -> str:
+    """A text with each marked value as the tables have it now; ``read`` gives a table by its name.
 
-    Raises:
-        ValueError: a mark names no table, or not exactly one row of it.
+    Raises ValueError if a mark names no table, or not exactly one row of it.
     """
 
     def renewed(mark: re.Match[str]) -> str:
@@ -40,7 +38,7 @@ def filled(text: str, read: Read) -> str:
         if len(rows) != 1:
             raise ValueError(f"{name}; {query}: {len(rows)} rows, not one")
         typeset = shown.format(**rows.iloc[0])
-        typeset = re.sub(r"-(?=0(\.0+)?(?![.\d]))", "", typeset)  # what rounds to nothing
+        typeset = re.sub(r"-(?=0(\.0+)?(?![.\d]))", "", typeset)  # zero has no sign
         typeset = re.sub(r"-(?=\d)", "−", typeset)
         return f"{begin}{typeset}<!-- / -->"
 
@@ -52,13 +50,8 @@ def emptied(text: str) -> str:
     return MARK.sub(r"\1", text)
 
 
-def read_table(profile: str, name: str) -> pd.DataFrame:
-    """A table of ``figures/<profile>``, with what a format may want beside its columns."""
-    return with_points(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
-
-
 def with_points(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of verdicts or of subjects with its values in absolute points, too."""
+    """A table of verdicts or of means over subjects, with its values in points, too."""
     for value in {"difference", "mean"} & set(table):
         ends = {"points": value, "points_low": "low", "points_high": "high"}
         table = table.assign(**{name: 100 * table[column] for name, column in ends.items()})
@@ -67,7 +60,11 @@ def with_points(table: pd.DataFrame) -> pd.DataFrame:
 
 def renew(path: Path, profile: str) -> None:
     """Fill in the values of a Markdown file, or of a notebook's Markdown cells."""
-    read = cache(partial(read_table, profile))  # many marks name one table
+
+    @cache  # many marks name one table
+    def read(name: str) -> pd.DataFrame:
+        return with_points(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
+
     if path.suffix != ".ipynb":
         path.write_text(filled(path.read_text(), read))
         return
@@ -75,6 +72,6 @@ def renew(path: Path, profile: str) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = filled(cell.source, read)
-    for name in ("files", "key"):  # of the run that it is from
+    for name in ("files", "key"):  # they tell a run, not the committed notebook
         notebook.metadata.get("sdaug", {}).pop(name, None)
     nbformat.write(notebook, path)

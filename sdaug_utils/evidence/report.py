@@ -2,13 +2,14 @@
 
 python -m sdaug_utils.evidence.report README.md CLAIMS.md notebooks/*.ipynb
 
-renews a table of verdicts and every number in prose between marks (``sdaug_utils.evidence.prose``).
+renews the tables of verdicts and every number in prose between marks
+(``sdaug_utils.evidence.prose``).
 """
 
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sdaug_utils.compute import LIBRARIES, TOOLS, hardware, made_with
+from sdaug_utils import compute
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.evidence import metrics, prose
 from sdaug_utils.evidence.claims import TABLES, holm
@@ -30,16 +31,17 @@ from sdaug_utils.study import figures_folder, results_folder
 from sdaug_utils.training.features import BACKBONES
 from sdaug_utils.training.runs import scores
 
-TABLE = "<!-- {}: made by 'make notebooks' -->", "<!-- end of {} -->"
+MARKS = "<!-- {}: made by 'make notebooks' -->", "<!-- end of {} -->"
 
 
 def revision() -> dict[str, str | int | None]:
     """The commit that this project is at, and how many of its files differ from it."""
 
     def git(*command: str) -> str:
-        return subprocess.run(
+        run = subprocess.run(
             ["git", *command], cwd=PROJECT, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        )
+        return run.stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
@@ -48,14 +50,15 @@ def revision() -> dict[str, str | int | None]:
         return {"commit": None, "files changed since": None}
 
 
-def software(artefacts: Iterable[Path] = ()) -> dict[str, str]:
+def software(artefacts: Iterable[Path]) -> dict[str, str]:
     """Versions of Python and of the libraries that do the work (thesis, table B.1).
 
     Of those that make ``artefacts``, all versions that the artefacts in use were made with.
     """
-    facts = {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
-    found = makers(artefacts) or [made_with()]
-    for name in (*LIBRARIES, "device"):
+    facts = {"python": platform.python_version()}
+    facts |= {name: version(name) for name in compute.TOOLS}
+    found = makers(artefacts) or [compute.made_with()]
+    for name in (*compute.LIBRARIES, "device"):
         facts[name] = "; ".join(sorted({maker[name] for maker in found}))
     facts["made on"] = facts.pop("device")
     return facts
@@ -73,7 +76,7 @@ def hyperparameters(settings: Settings) -> dict[str, pd.DataFrame]:
 
 
 def models(settings: Settings) -> dict[str, str]:
-    """The models in use: hub ids with the commit that they stand for, backbones' weights."""
+    """The models in use: the commits of those from the Hugging Face hub, the backbones' weights."""
     named = {"text-to-image model": resolved(settings.foundation)}
     for technique in techniques().values():
         named |= {what: resolved(*model) for what, model in technique.models(settings).items()}
@@ -83,73 +86,57 @@ def models(settings: Settings) -> dict[str, str]:
     return named
 
 
-def write_tables(profile: str, artefacts: Iterable[Path] = ()) -> None:
-    """Tables A.1 and B.1, and ``claims.csv``.
-
-    ``artefacts`` of the store are those that the notebooks used.
-    """
-    tables: dict[str, dict[str, Any]] = {
-        "table-a-1-hardware": hardware(),
+def write_tables(profile: str, artefacts: Iterable[Path]) -> None:
+    """Tables A.1, B.1 (of the ``artefacts`` that the notebooks used), of claims and deviations."""
+    tables: dict[str, Mapping[str, Any]] = {
+        "table-a-1-hardware": compute.hardware(),
         "table-b-1-software": software(artefacts) | models(load_settings(profile)),
     }
     for name, facts in tables.items():
         save_table(profile, name, pd.DataFrame(facts.items(), columns=["what", "value"]))
     write_claims(profile)
-    write_deviations(profile)
 
 
 def write_claims(profile: str) -> None:
-    """``claims.csv``: the notebooks' verdicts in one table, and as Holm's rule leaves them.
+    """``claims.csv``: the notebooks' verdicts, corrected for their number by :func:`holm`.
 
-    The literature's claims, of experiments beyond the thesis, are a table and a family of their
-    own.
+    Claims of experiments beyond the thesis are corrected on their own, in ``claims-beyond.csv``.
+    ``deviations.csv`` has the :func:`deviations` of each of the thesis's experiments.
     """
+    of_thesis = {name[:2]: one.in_thesis for name, one in experiments().items()}
     for name, in_thesis in (("claims", True), ("claims-beyond", False)):
-        files = [figures_folder(profile) / f"verdicts-{x}.csv" for x in _numbers(in_thesis)]
-        if files := [file for file in files if file.exists()]:
-            every = pd.concat(map(pd.read_csv, files), ignore_index=True)
-            save_table(profile, name, holm(every))
-
-
-def _numbers(in_thesis: bool) -> list[str]:
-    """The numbers of the thesis's notebooks, or of all others."""
-    return [name[:2] for name, one in experiments().items() if one.in_thesis == in_thesis]
-
-
-def deviations(results: pd.DataFrame) -> pd.DataFrame:
-    """What makes the gain of an arm vary, by real percentage, in points: a standard deviation each.
-
-    The gains are those over the baseline; variances (:func:`metrics.run_deviations`) are averaged
-    over arms and numbers of synthetic images. Empty where there is no baseline.
-    """
-    rows = []
-    for percent, group in results.groupby("real_percent", sort=False):
-        if percent == 0 or "baseline" not in set(group["arm"]):
-            continue
-        baseline = scores(group, arm="baseline").astype(float)
-        arms = [
-            scores(runs) - baseline
-            for (arm, _), runs in group.groupby(["arm", "synthetic_per_class"])
-            if arm != "baseline"
-        ]
-        if not arms:
-            continue
-        found = pd.DataFrame([metrics.run_deviations(gain) for gain in arms])
-        mean = 100 * np.sqrt((found**2).mean())
-        rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(arms)})
-    return pd.DataFrame(rows)
-
-
-def write_deviations(profile: str) -> None:
-    """``deviations.csv``: what makes gains vary, for each of the thesis's experiments."""
-    files = [results_folder(profile) / f"{number}.parquet" for number in _numbers(True)]
-    tables = [
+        numbers = [number for number, known in of_thesis.items() if known == in_thesis]
+        files = [figures_folder(profile) / f"verdicts-{number}.csv" for number in numbers]
+        if tables := [pd.read_csv(file) for file in files if file.exists()]:
+            save_table(profile, name, holm(pd.concat(tables, ignore_index=True)))
+    files = [results_folder(profile) / f"{x}.parquet" for x in of_thesis if of_thesis[x]]
+    found = [
         deviations(runs).assign(experiment=path.stem)
         for path in files
         if path.exists() and "real_percent" in (runs := pd.read_parquet(path))
     ]
-    if tables:
-        save_table(profile, "deviations", pd.concat(tables, ignore_index=True))
+    if found:
+        save_table(profile, "deviations", pd.concat(found, ignore_index=True))
+
+
+def deviations(results: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviations of an arm's gain over the baseline, by real percentage, in points.
+
+    Variances (:func:`metrics.run_deviations`) are averaged over arms and numbers of synthetic
+    images. Empty where there is no baseline.
+    """
+    rows = []
+    for percent, group in results[results["real_percent"] > 0].groupby("real_percent", sort=False):
+        is_baseline = group["arm"] == "baseline"
+        settings = group[~is_baseline].groupby(["arm", "synthetic_per_class"])
+        if not is_baseline.any() or not len(settings):
+            continue
+        baseline = scores(group[is_baseline]).astype(float)
+        gains = [scores(runs) - baseline for _, runs in settings]
+        found = pd.DataFrame([metrics.run_deviations(gain) for gain in gains])
+        mean = 100 * np.sqrt((found**2).mean())
+        rows.append({"real_percent": percent, **mean.to_dict(), "num_settings": len(found)})
+    return pd.DataFrame(rows)
 
 
 def deviation_table(table: pd.DataFrame) -> str:
@@ -163,29 +150,25 @@ def deviation_table(table: pd.DataFrame) -> str:
 
 
 def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
-    """What tables show of each claim of ``claims.csv``, in points: ``id``, ``claim``,
-    ``difference``, ``verdict`` and ``holm``.
+    """What tables show of each claim of ``claims.csv``, with differences in points.
 
-    Only the primary comparisons are shown, which decide. Beside an open one is what would decide
-    it; beside one that is decided, whether it stays so by Holm's rule.
+    Only the primary comparisons, which decide, are shown. ``holm`` is what would decide an open
+    claim, or whether a decided one stays so by Holm's rule.
     """
     rows = []
-    primary = claims[claims["primary"]]
-    for (name, claim), parts in primary.groupby(["id", "claim"], sort=False):
+    for (name, claim), parts in claims[claims["primary"]].groupby(["id", "claim"], sort=False):
         differences = [
             "–" if np.isnan(mean) else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
             for mean, low, high in parts[["difference", "low", "high"]].to_numpy()
         ]
-        first = parts.iloc[0]
-        found, strict = first["verdict"], first["verdict_holm"]
+        found, strict, p = parts.iloc[0][["verdict", "verdict_holm", "p_holm"]]
+        remark = "the same" if strict == found else f"{strict} (p = {p:.2f})"
         if found == "inconclusive":
             remark = "; ".join(filter(None, to_decide(parts)))
         elif found == "not tested":
             remark = ""
-        else:
-            remark = "the same" if strict == found else f"{strict} (p = {first['p_holm']:.2f})"
-        shown = {"difference": "; ".join(differences), "verdict": found, "holm": remark}
-        rows.append({"id": str(name), "claim": str(claim), **shown})
+        row = {"id": name, "claim": claim, "difference": "; ".join(differences)}
+        rows.append({**row, "verdict": found, "holm": remark})
     return rows
 
 
@@ -196,22 +179,23 @@ def verdict_table(claims: pd.DataFrame) -> str:
     return "\n".join([head, "|---|---|---|---|---|", *(row.format(**x) for x in verdicts(claims))])
 
 
+TABLES_SHOWN: dict[str, Callable[[pd.DataFrame], str]] = {
+    "claims": verdict_table,
+    "claims-beyond": verdict_table,
+    "deviations": deviation_table,
+}
+
+
 def renew(path: Path, profile: str = "miniature") -> None:
     """Put tables between their marks, if there are any, and the numbers in prose."""
-    if path.suffix == ".md":
-        text = path.read_text()
-        tables: dict[str, Callable[[pd.DataFrame], str]] = {
-            "claims": verdict_table,
-            "claims-beyond": verdict_table,
-            "deviations": deviation_table,
-        }
-        for name, table in tables.items():
-            start, end = (mark.format(name) for mark in TABLE)
-            if start in text:
-                made = table(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
-                before, rest = text.split(start)
-                text = f"{before}{start}\n{made}\n{end}{rest.split(end)[1]}"
-        path.write_text(text)
+    text = path.read_text()
+    for name, table in TABLES_SHOWN.items():
+        start, end = (mark.format(name) for mark in MARKS)
+        if start in text:
+            made = table(pd.read_csv(figures_folder(profile) / f"{name}.csv"))
+            before, rest = text.split(start)
+            text = f"{before}{start}\n{made}\n{end}{rest.split(end)[1]}"
+    path.write_text(text)
     prose.renew(path, profile)
 
 

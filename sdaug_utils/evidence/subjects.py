@@ -14,13 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sdaug_utils.data.images import Images, shuffled
-from sdaug_utils.evidence.metrics import (
-    diversity,
-    estimate,
-    obeys,
-    similarity,
-    typical_attributes,
-)
+from sdaug_utils.evidence.metrics import diversity, estimate, obeys, similarity, typical_attributes
 from sdaug_utils.generation.pool_files import Pool
 from sdaug_utils.generation.pools import fill
 from sdaug_utils.generation.technique import Request, request
@@ -46,14 +40,18 @@ class Subject:
     rows: tuple[int, ...]  # of the train split
     held_back: tuple[int, ...] = ()  # images of the subject that no model sees, to judge by
 
+    @property
+    def judged_by(self) -> list[int]:
+        """The rows that fidelity is measured against: the inputs, if none are held back."""
+        return list(self.held_back or self.rows)
+
 
 def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[Subject]:
     """Images that are near each other within a class, for each of the first classes.
 
-    An image, the first of the thesis's shuffle, and its nearest neighbours: twice as many as asked
-    for, in an order that a seed decides. The first half are inputs, none of them nearer to the
-    middle than the others but by chance; the second half are held back. Nearness is the cosine of
-    centred features.
+    An image, the first of the thesis's shuffle, and its nearest neighbours by the cosine of centred
+    features: twice as many as asked for, in random order. The first half are inputs, the second
+    half are held back.
     """
     train = study.data.splits["train"]
     features = centred_features(study)
@@ -62,7 +60,7 @@ def nearest_subjects(study: Study, num_subjects: int, num_images: int) -> list[S
         rows = orders[label]
         cosines = similarity(features[rows[:1]], features[rows])[0]
         nearest = rows[np.argsort(-cosines, kind="stable")[: 2 * num_images]]
-        mixed = [int(row) for row in np.random.default_rng(label).permutation(nearest)]
+        mixed = np.random.default_rng(label).permutation(nearest).tolist()
         inputs, held_back = mixed[:num_images], mixed[num_images:]
         subjects.append(Subject(name, (label,), tuple(inputs), tuple(held_back)))
     return subjects
@@ -75,14 +73,13 @@ def input_sets(study: Study, num_subjects: int) -> list[list[Subject]]:
     one in the middle of the order); one image each of the class, the two others, and the two
     farthest. Nearness is that of the classes' mean features.
     """
-    train = study.data.splits["train"]
     features = centred_features(study)
-    of_class = shuffled(train.labels)
+    of_class = shuffled(study.data.splits["train"].labels)
     means = np.stack([features[rows].mean(axis=0) for rows in of_class])
     cosines = similarity(means, means)
     subjects = []
     for label, name in enumerate(study.data.class_names[:num_subjects]):
-        others = [int(k) for k in np.argsort(-cosines[label], kind="stable") if k != label]
+        others = [k for k in np.argsort(-cosines[label], kind="stable").tolist() if k != label]
         near, middle = others[0], others[len(others) // 2]
         far = [k for k in reversed(others) if k not in (near, middle)][:2]
         one, two = [(label, 3)], [(near, 2)]
@@ -94,8 +91,23 @@ def input_sets(study: Study, num_subjects: int) -> list[list[Subject]]:
 
 
 def _subject(name: str, parts: Sequence[tuple[int, int]], of_class: list[np.ndarray]) -> Subject:
+    """A subject of the first images of some classes: ``parts`` are labels and numbers of images."""
     rows = [int(row) for label, count in parts for row in of_class[label][:count]]
-    return Subject(name, tuple(dict.fromkeys(label for label, _ in parts)), tuple(rows))
+    return Subject(name, tuple(label for label, _ in parts), tuple(rows))
+
+
+def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
+    """The same subjects with their first images only: nested sets of inputs."""
+    return [replace(subject, rows=subject.rows[:number]) for subject in subjects]
+
+
+def stand_ins(study: Study, num_subjects: int, sizes: Sequence[int]) -> list[Subject]:
+    """As many subjects as an experiment has, with so many inputs each, of the first classes."""
+    rows = np.flatnonzero(study.data.splits["train"].labels < num_subjects).tolist()
+    return [
+        Subject(f"subject {i}", (label,), tuple(rows[i : i + size]))
+        for i, (label, size) in enumerate(itertools.product(range(num_subjects), sizes))
+    ]
 
 
 def pools_of(study: Study, requests: Sequence[Request], num_prompts: int) -> list[list[Pool]]:
@@ -112,51 +124,11 @@ def subject_requests(
     images_per_prompt: int,
 ) -> list[Request]:
     """A pool for each subject and prompt, subject by subject."""
-    train = study.data.splits["train"]
+    train, indices = study.data.splits["train"], range(images_per_prompt)
+    known = techniques()[technique]
     return [
-        request(
-            study,
-            techniques()[technique],
-            subject.name,
-            prompt,
-            range(images_per_prompt),
-            inputs=train.images(subject.rows),
-        )
+        request(study, known, subject.name, prompt, indices, inputs=train.images(subject.rows))
         for subject, prompt in itertools.product(subjects, prompts)
-    ]
-
-
-def hypernym_requests(
-    study: Study,
-    technique: str,
-    name: str,
-    num_subjects: int,
-    prompts: Iterable[str],
-    images_per_prompt: int,
-) -> list[Request]:
-    """What each subject's images are compared to: the same prompts with a kind's bare name.
-
-    Nothing is personalised. A pool for each subject and prompt, subject by subject.
-    """
-    plain, indices = techniques()[technique], range(images_per_prompt)
-    return [
-        request(study, plain, name, prompt, indices, draw=number)
-        for number, prompt in itertools.product(range(num_subjects), prompts)
-    ]
-
-
-def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
-    """The same subjects with their first images only: nested sets of inputs."""
-    return [replace(subject, rows=subject.rows[:number]) for subject in subjects]
-
-
-def stand_ins(study: Study, num_subjects: int, sizes: Sequence[int]) -> list[Subject]:
-    """As many subjects as an experiment has, with so many inputs each, of the first classes."""
-    rows = np.flatnonzero(study.data.splits["train"].labels < num_subjects)
-    chosen = enumerate(itertools.product(range(num_subjects), sizes))
-    return [
-        Subject(f"subject {i}", (label,), tuple(int(row) for row in rows[i : i + size]))
-        for i, (label, size) in chosen
     ]
 
 
@@ -171,12 +143,9 @@ class Judge:
         features = image_features(study, self.train.images())
         self.mean = features[:, 0].mean(dim=0).numpy()
         self.real = features[:, 0].numpy() - self.mean  # (n, d), of the training images
-        self.num_classes = len(study.data.class_names)
         data = TrainingSet(features, torch.from_numpy(self.train.labels), seed=0)
         settings = study.settings.classifier.controlled
-        self.head = train_reference_head(
-            data, settings, self.num_classes
-        )  # of all the real training images
+        self.head = train_reference_head(data, settings, len(self.kinds))
 
     def __call__(
         self, pools: Sequence[Pool], prompts: dict[str, Any], subject: Subject
@@ -186,13 +155,13 @@ class Judge:
         ``fidelity``: mean cosine between features of images and of the subject's held-back images
         (of its inputs, if none are held back). ``prompt_fidelity``: the share that obeys the
         prompt's attribute, chance 0.5. ``in_context``: both at once, fidelity where the attribute
-        is obeyed and nothing where it is not, over the prompts that ask for one. ``nearest_input``:
+        is obeyed and 0 where it is not, over the prompts that ask for one. ``nearest_input``:
         the cosine to the nearest input, high for copies. ``diversity``: one minus the mean cosine
         among images of one prompt. ``in_class``: the share that a classifier of real images puts in
-        a class of the inputs, minus chance; ``in_kind``: in a class of their kinds, as it is.
+        a class of the inputs, minus chance; ``in_kind``: the share in a class of their kinds.
         ``among_inputs``: the mean cosine among the real images that fidelity is measured against.
         """
-        inputs, real = self.real[list(subject.rows)], self.real[self._yardstick(subject)]
+        inputs, real = self.real[list(subject.rows)], self.real[subject.judged_by]
         of_classes = np.flatnonzero(np.isin(self.train.labels, subject.labels))
         typical = typical_attributes(self.train.images(of_classes))
         fidelity, nearest, diverse = [], [], []
@@ -212,7 +181,7 @@ class Judge:
                 obeyed += does
                 in_context += (faithful * does).tolist()
         found = self.head(every).argmax(dim=1).numpy()
-        wanted = set(self.kinds[list(subject.labels)])
+        wanted = self.kinds[list(subject.labels)]
         return {
             "fidelity": float(np.mean(fidelity)),
             "prompt_fidelity": float(np.mean(obeyed)) if obeyed else np.nan,
@@ -220,22 +189,18 @@ class Judge:
             "diversity": float(np.mean(diverse)),
             "nearest_input": float(np.mean(nearest)),
             "in_class": float(np.isin(found, subject.labels).mean())
-            - len(subject.labels) / self.num_classes,
+            - len(subject.labels) / len(self.kinds),
             "in_kind": float(np.mean([kind in wanted for kind in self.kinds[found]])),
             "among_inputs": self.among(subject),
         }
-
-    @staticmethod
-    def _yardstick(subject: Subject) -> list[int]:
-        return list(subject.held_back or subject.rows)
 
     def among(self, subject: Subject) -> float:
         """The mean cosine among the real images that fidelity to a subject is measured against.
 
         Not a number if there is but one.
         """
-        rows = self._yardstick(subject)
-        return 1 - diversity(self.real[rows]) if len(rows) > 1 else np.nan
+        real = self.real[subject.judged_by]
+        return 1 - diversity(real) if len(real) > 1 else np.nan
 
 
 def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -252,19 +217,11 @@ def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def summary(results: pd.DataFrame, over: str) -> pd.DataFrame:
     """Mean and 95 % interval over subjects of each measure, by arm and the column ``over``."""
-    rows = []
-    keys = ["arm", over, "measure"]
+    rows, keys = [], ["arm", over, "measure"]
     for names, group in results.groupby(keys, sort=False):
         mean = estimate(np.stack(group.sort_values("draw")["scores"].to_list())[:, None])
-        rows.append(
-            {
-                **dict(zip(keys, names, strict=True)),
-                "mean": mean.mean,
-                "low": mean.low,
-                "high": mean.high,
-                "num_subjects": mean.num_runs,
-            }
-        )
+        ends = {"low": mean.low, "high": mean.high, "num_subjects": mean.num_runs}
+        rows.append({**dict(zip(keys, names, strict=True)), "mean": mean.mean, **ends})
     return pd.DataFrame(rows)
 
 

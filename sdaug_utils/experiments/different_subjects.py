@@ -1,16 +1,17 @@
 """Experiment 02: inputs that are less and less alike (thesis, section 4.3.2)."""
 
+import itertools
 from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, field_validator
 
 from sdaug_utils.errors import InputError
-from sdaug_utils.evidence.subjects import Subject, hypernym_requests, input_sets, stand_ins
+from sdaug_utils.evidence.subjects import Subject, input_sets, stand_ins
 from sdaug_utils.experiments.base import Subjects
-from sdaug_utils.generation.technique import Request
+from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.params import known_technique
-from sdaug_utils.registry import register_experiment
+from sdaug_utils.registry import register_experiment, techniques
 from sdaug_utils.study import Study
 
 SIZES = [3, 5, 7, 5]  # of the four sets of inputs
@@ -54,10 +55,11 @@ class DifferentSubjects(Subjects):
 
     def bare_requests(self, study: Study) -> list[Request]:
         """Images of a kind's bare name by the same prompts: nothing is personalised."""
-        names = (self.bare_technique, self.bare_name)
-        return hypernym_requests(
-            study, *names, self.num_subjects, self.prompts, self.images_per_prompt
-        )
+        technique, indices = techniques()[self.bare_technique], range(self.images_per_prompt)
+        return [  # the same prompts for each subject that they are compared with
+            request(study, technique, self.bare_name, prompt, indices, draw=number)
+            for number, prompt in itertools.product(range(self.num_subjects), self.prompts)
+        ]
 
     def technique_names(self, study: Study) -> list[tuple[Study, str]]:
         return [*super().technique_names(study), (study, self.bare_technique)]

@@ -1,6 +1,6 @@
 """The pages of the site: a front page, a page per notebook, a gallery.
 
-All that they show is beside them: the site opens from a disk, without a network.
+All files that they need are in the same folder: the site opens without a network.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sdaug_utils.study import CONFIG, figures_folder, open_study
 from sdaug_utils.summary import RECORD
 
 TEMPLATES = Path(__file__).parent / "templates"
+LOADER = jinja2.FileSystemLoader(TEMPLATES)
 MAIN_FIGURE = "fig-4-08-training-percentage.png"
 Rows = list[list[Any]]
 
@@ -42,9 +43,7 @@ class Site:
         self.folder, self.executed = folder, executed
         notebooks = [(f"{path.stem}.html", path.stem[:2]) for path in executed]
         self.pages = [("index.html", "Report"), *notebooks, ("gallery.html", "Gallery")]
-        self.environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
-        )
+        self.environment = jinja2.Environment(loader=LOADER, autoescape=True, trim_blocks=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for file in ("filters.js", "gallery.js"):
@@ -53,16 +52,12 @@ class Site:
         (folder / "style.css").write_text(style)
 
     def write(self, here: str, template: str, title: str, **values: Any) -> None:
-        """One of the pages; the first and the last have one neighbour only."""
+        """One of the pages."""
         place = [name for name, _ in self.pages].index(here)
-        shown = {
-            "title": title,
-            "pages": self.pages,
-            "here": here,
-            "previous": self.pages[place - 1] if place else None,
-            "next": self.pages[place + 1] if place + 1 < len(self.pages) else None,
-        }
-        made = self.environment.get_template(template).render(shown | values)
+        around = [None, *self.pages, None]  # the first and the last page have one neighbour only
+        shown = {"title": title, "pages": self.pages, "here": here}
+        neighbours = {"previous": around[place], "next": around[place + 2]}
+        made = self.environment.get_template(template).render(shown | neighbours | values)
         (self.folder / here).write_text(made)
 
     def write_notebooks(self) -> list[tuple[str, str, str]]:
@@ -78,33 +73,27 @@ class Site:
 
     def write_gallery(self, profile: str, record: Mapping[str, Any]) -> None:
         """The gallery of the pools that a run has used."""
-        pools = [
-            pool
-            for domain, folders in pools_of(record).items()
-            if folders
-            for pool in write_gallery(
-                open_study(profile, None, domain, False), folders, self.folder
-            )
-        ]
+        pools = []
+        for domain, folders in pools_of(record).items():
+            if folders:
+                study = open_study(profile, None, domain, download=False)
+                pools += write_gallery(study, folders, self.folder)
         (self.folder / "pools.js").write_text(f"const POOLS = {json.dumps(pools)};\n")
         self.write("gallery.html", "gallery.html.j2", "Gallery", number=len(pools))
 
 
 def write_site(runs: Path) -> Path:
-    """Make the site of what a run left in a folder: its notebooks, and a record of what it was.
+    """Make the site of a run from its folder, which holds its notebooks and ``run.json``.
 
-    Returns:
-        The front page, ``report/index.html`` in that folder.
-
-    Raises:
-        InputError: there is no executed notebook in the folder.
+    Returns the front page, ``report/index.html`` in that folder. Raises InputError if there is no
+    executed notebook.
     """
     executed, record_file = sorted(runs.glob("[0-9][0-9]-*.ipynb")), runs / RECORD
     if not executed or not record_file.exists():
         raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
     record = json.loads(record_file.read_text())
     profile, name = str(runs / CONFIG), invocation_of(str(runs / CONFIG)).name
-    os.environ.update(record["environment"])  # as that run was asked for
+    os.environ.update(record["environment"])  # the folders of that run
     site = Site(runs / "report.partial", executed)
     questions = site.write_notebooks()
     site.write_gallery(profile, record)
@@ -130,28 +119,25 @@ def write_site(runs: Path) -> Path:
 def heading(notebook: Any) -> tuple[str, str]:
     """A notebook's title, and its question."""
     first = notebook.cells[0].source
-    title = first.splitlines()[0].lstrip("# ")
     asked = re.search(r"\*\*Question\.\*\* (.*)", first)
-    return title, asked.group(1) if asked else ""
+    return first.splitlines()[0].lstrip("# "), asked.group(1) if asked else ""
 
 
 def body(notebook: Any) -> str:
-    """A notebook as HTML, its code a click away."""
+    """A notebook as HTML; its code is folded away."""
     from nbconvert import HTMLExporter
 
-    loader = jinja2.FileSystemLoader(TEMPLATES)
     exporter = HTMLExporter(
-        template_name="basic", template_file="outputs.html.j2", extra_loaders=[loader]
+        template_name="basic", template_file="outputs.html.j2", extra_loaders=[LOADER]
     )
     made, _ = exporter.from_notebook_node(notebook)
-    return re.sub(r'<div class="output_html', '<div tabindex="0" class="output_html', made)
+    return made.replace('<div class="output_html', '<div tabindex="0" class="output_html')
 
 
 def with_links(html: str, executed: Collection[str], site: Path) -> str:
-    """A notebook's page with the links of the notebook as they are from the site.
+    """A notebook's page with links that lead on from the site.
 
-    They lead to the pages of other notebooks, or to the project's own files: those that are not
-    shown here, and all else.
+    To the pages of other notebooks, or to the project's own files where the site has no page.
     """
     project = Path(os.path.relpath(PROJECT, site)).as_posix()
 
@@ -164,59 +150,55 @@ def with_links(html: str, executed: Collection[str], site: Path) -> str:
 
 
 def code_style() -> str:
-    """Colours of code, by day and by night."""
+    """Colours of code, for light and dark mode."""
     from pygments.formatters import HtmlFormatter
 
-    day, night = (
+    light, dark = (
         HtmlFormatter(style=name).get_style_defs(".highlight")
         for name in ("default", "github-dark")
     )
-    return f"{day}\n@media (prefers-color-scheme: dark) {{\n{night}\n}}\n"
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
 
 def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
     """The folders of the pools that a run's notebooks used, by the domain that they are about."""
-    root, found = Store().root, dict[params.Domain, dict[Path, None]]()
+    root, found = Store().root, dict[params.Domain, list[Path]]()
     for notebook, facts in record["notebooks"].items():
-        of_domain = found.setdefault(experiments()[notebook].domain, {})
-        of_domain |= dict.fromkeys(root / pool for pool in facts["pools"])
-    return {
-        domain: [folder for folder in folders if (folder / "spec.json").exists()]
-        for domain, folders in found.items()
-    }
+        of_domain = found.setdefault(experiments()[notebook].domain, [])
+        folders = [root / pool for pool in facts["pools"]]
+        of_domain += [
+            folder
+            for folder in folders
+            if folder not in of_domain and (folder / "spec.json").exists()
+        ]
+    return found
 
 
 def verdict_rows(profile: str, executed: Iterable[str]) -> list[dict[str, str]]:
-    """What the table of claims shows of each, whole, in points."""
+    """The rows of the table of claims, with their chapters and the pages that they link to."""
     pages = {stem[:2]: f"{stem}.html" for stem in executed}
-    rows = []
-    for name in ("claims", "claims-beyond"):
-        table = figures_folder(profile) / f"{name}.csv"
-        if not table.exists():
-            continue
-        for one in report.verdicts(pd.read_csv(table)):
-            chapter = one["id"].split("-")[0]
-            page = pages.get(claims.notebook_of(one["id"]), "")
-            rows.append(one | {"chapter": chapter, "page": page})
+    tables = [figures_folder(profile) / f"{name}.csv" for name in ("claims", "claims-beyond")]
+    rows = [row for path in tables if path.exists() for row in report.verdicts(pd.read_csv(path))]
+    for row in rows:
+        row["chapter"] = row["id"].split("-")[0]
+        row["page"] = pages.get(claims.notebook_of(row["id"]), "")
     return rows
 
 
 def card(profile: str, record: Mapping[str, Any]) -> dict[str, Rows]:
-    """The report card: tables by title, each with its head."""
-    facts = {key: value for key, value in record.items() if not isinstance(value, dict)}
+    """What ran where: tables by title, the first row of each its head."""
+    facts = [[key, value] for key, value in record.items() if not isinstance(value, dict)]
     columns = ["minutes", "images", "models", "runs", "status"]
+    notebooks = record["notebooks"].items()
     found: dict[str, Rows] = {
-        "The run": [["what", "value"], *map(list, facts.items())],
-        "Experiments": [["notebook", *columns]]
-        + [
-            [name, *(of_notebook[column] for column in columns)]
-            for name, of_notebook in record["notebooks"].items()
+        "The run": [["what", "value"], *facts],
+        "Experiments": [
+            ["notebook", *columns],
+            *([name, *(used[column] for column in columns)] for name, used in notebooks),
         ],
     }
-    for title, name in (
-        ("Hardware", "table-a-1-hardware"),
-        ("Software and models", "table-b-1-software"),
-    ):
+    tables = {"Hardware": "table-a-1-hardware", "Software and models": "table-b-1-software"}
+    for title, name in tables.items():
         file = figures_folder(profile) / f"{name}.csv"
         if file.exists():
             table = pd.read_csv(file, dtype=str).fillna("–")
