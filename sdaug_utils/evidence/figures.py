@@ -99,11 +99,10 @@ def set_style() -> None:
 
 def save(figure: Figure, profile: str, name: str, data: pd.DataFrame | None = None) -> None:
     """Write a figure as .png and .pdf, and the numbers behind it, if there are any, as .csv."""
-    target = figures_folder(profile)
-    png = partial(figure.savefig, format="png")
     pdf = partial(figure.savefig, format="pdf", metadata={"CreationDate": None})
-    write_result(target / f"{name}.png", png)
-    write_result(target / f"{name}.pdf", pdf)
+    folder = figures_folder(profile)
+    write_result(folder / f"{name}.png", partial(figure.savefig, format="png"))
+    write_result(folder / f"{name}.pdf", pdf)
     if data is not None:
         save_table(profile, name, data)
 
@@ -215,20 +214,16 @@ def dots(
         _, colour, marker = arm_style(name)
         own = {"color": colour, "marker": marker} | style
         for _, row in table[table[by] == name].iterrows():
-            height = place + offset
-            axes.plot(row["gain_points"], height, ls="", markersize=6, **own)
+            axes.plot(row["gain_points"], place + offset, ls="", markersize=6, **own)
             ends = (row["gain_points_low"], row["gain_points_high"])
-            axes.hlines(height, *ends, color=own["color"], lw=1.3)
+            axes.hlines(place + offset, *ends, color=own["color"], lw=1.3)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(order)), [label_of(name) for name in order])
     axes.set_ylim(len(order) - 0.5, -0.5)
 
 
 def update_curves(axes: Axes, curve: pd.DataFrame) -> None:
-    """Accuracy against updates: a thin line per draw, a thick one for their mean.
-
-    Solid lines are for the lowest learning rate, dashed ones for the next.
-    """
+    """Accuracy against updates: thin lines for draws, thick for means, dashed for higher rates."""
     rates = sorted(set(curve["learning_rate"]))
     for (arm, rate), rows in curve.groupby(["arm", "learning_rate"], sort=False):
         label, colour, _ = arm_style(str(arm))
@@ -273,11 +268,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_decide(judged: pd.DataFrame) -> list[str]:
-    """What would decide each comparison: a difference and a number of draws; "" if decided.
-
-    As :func:`sdaug_utils.evidence.claims.power` found them; more test images, if no number of draws
-    (or subjects) would.
-    """
+    """What would decide each open comparison, as ``claims.power`` found it; "" for the others."""
     found = []
     for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
         number = row["draws_needed"]
@@ -352,11 +343,8 @@ def sheet(rows: Mapping[str, Sequence[Sequence[np.ndarray]]], titles: Sequence[s
     margin = 0.3 + 0.09 * longest + 0.03 * max(0, longest - 12)
     beyond = 0.2 + 0.09 * len(titles[-1]) - groups[-1].shape[1] * inches  # of the last title
     width = whole.shape[1] * inches + max(1.2, margin, beyond)
-    figure, axes = plt.subplots(
-        figsize=(width, whole.shape[0] * inches + 0.3),
-        dpi=64,  # on screen; files are finer
-        layout="constrained",
-    )
+    size = (width, whole.shape[0] * inches + 0.3)
+    figure, axes = plt.subplots(figsize=size, dpi=64, layout="constrained")  # files are finer
     axes.imshow(whole, interpolation="nearest")
     axes.set_xticks(starts[:-1], titles, ha="left")
     axes.set_yticks(side / 2 + (side + 1) * np.arange(len(rows)), list(rows))

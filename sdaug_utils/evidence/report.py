@@ -38,10 +38,9 @@ def revision() -> dict[str, str | int | None]:
     """The commit that this project is at, and how many of its files differ from it."""
 
     def git(*command: str) -> str:
-        run = subprocess.run(
-            ["git", *command], cwd=PROJECT, check=True, capture_output=True, text=True
-        )
-        return run.stdout.strip()
+        return subprocess.check_output(
+            ["git", *command], cwd=PROJECT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
@@ -174,7 +173,7 @@ def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
 
 def verdict_table(claims: pd.DataFrame) -> str:
     """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim."""
-    head = "| | claim | difference [95 %] | verdict | by Holm's rule, or lacking |"
+    head = "| | claim | difference [95 %] | verdict | by Holm's rule, or what would decide it |"
     row = "| {id} | {claim} | {difference} | **{verdict}** | {holm} |"
     return "\n".join([head, "|---|---|---|---|---|", *(row.format(**x) for x in verdicts(claims))])
 

@@ -22,7 +22,6 @@ from sdaug_utils import params
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence import claims, report
-from sdaug_utils.params import invocation_of
 from sdaug_utils.registry import experiments
 from sdaug_utils.site.gallery import write_gallery
 from sdaug_utils.store import Store
@@ -48,8 +47,8 @@ class Site:
         folder.mkdir()
         for file in ("filters.js", "gallery.js"):
             shutil.copyfile(TEMPLATES / file, folder / file)
-        style = (TEMPLATES / "style.css").read_text() + code_style()
-        (folder / "style.css").write_text(style)
+        style = (TEMPLATES / "style.css").read_text()
+        (folder / "style.css").write_text(style + code_style())
 
     def write(self, here: str, template: str, title: str, **values: Any) -> None:
         """One of the pages."""
@@ -92,7 +91,7 @@ def write_site(runs: Path) -> Path:
     if not executed or not record_file.exists():
         raise InputError(f"{runs}: no executed notebook: run 'python run_all.py' first")
     record = json.loads(record_file.read_text())
-    profile, name = str(runs / CONFIG), invocation_of(str(runs / CONFIG)).name
+    profile, name = str(runs / CONFIG), params.invocation_of(str(runs / CONFIG)).name
     os.environ.update(record["environment"])  # the folders of that run
     site = Site(runs / "report.partial", executed)
     questions = site.write_notebooks()
@@ -127,9 +126,8 @@ def body(notebook: Any) -> str:
     """A notebook as HTML; its code is folded away."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(
-        template_name="basic", template_file="outputs.html.j2", extra_loaders=[LOADER]
-    )
+    template = {"template_name": "basic", "template_file": "outputs.html.j2"}
+    exporter = HTMLExporter(**template, extra_loaders=[LOADER])
     made, _ = exporter.from_notebook_node(notebook)
     return made.replace('<div class="output_html', '<div tabindex="0" class="output_html')
 
@@ -153,10 +151,8 @@ def code_style() -> str:
     """Colours of code, for light and dark mode."""
     from pygments.formatters import HtmlFormatter
 
-    light, dark = (
-        HtmlFormatter(style=name).get_style_defs(".highlight")
-        for name in ("default", "github-dark")
-    )
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
 
@@ -165,12 +161,9 @@ def pools_of(record: Mapping[str, Any]) -> dict[params.Domain, list[Path]]:
     root, found = Store().root, dict[params.Domain, list[Path]]()
     for notebook, facts in record["notebooks"].items():
         of_domain = found.setdefault(experiments()[notebook].domain, [])
-        folders = [root / pool for pool in facts["pools"]]
-        of_domain += [
-            folder
-            for folder in folders
-            if folder not in of_domain and (folder / "spec.json").exists()
-        ]
+        for folder in (root / pool for pool in facts["pools"]):
+            if folder not in of_domain and (folder / "spec.json").exists():
+                of_domain.append(folder)
     return found
 
 
