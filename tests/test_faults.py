@@ -107,7 +107,7 @@ def test_a_key_knows_the_pools_and_a_model_its_steps(world):
     assert runs.spec(world, chosen) != runs.spec(other, chosen)
     for name in ("dreambooth", "textual-inversion"):
         longer = changed(world, name.replace("-", "_"), max_train_steps=7)
-        models = [techniques()[name].model(x.settings, [], 0) for x in (world, longer)]
+        models = [techniques()[name].model_spec(x.settings, [], 0) for x in (world, longer)]
         assert models[0] != models[1]
 
 

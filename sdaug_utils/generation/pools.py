@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sdaug_utils.compute import Batch, device_of, one_thread
-from sdaug_utils.generation.foundation import Pipeline, compiled, takes_scale
+from sdaug_utils.generation.foundation import Pipeline, compiled, is_distilled
 from sdaug_utils.generation.pool_files import (
     ATTEMPTS,
     Pool,
@@ -182,7 +182,7 @@ def pipeline_sampler(
         arguments: of each pool what else the pipeline is called with, given the indices of some
             images: a list has a value for each of them, anything else is for all.
     """
-    twice = sampling.guidance_scale > 1 and not takes_scale(pipeline)
+    twice = sampling.guidance_scale > 1 and not is_distilled(pipeline)
 
     @cache
     def read(prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:

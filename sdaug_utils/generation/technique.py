@@ -16,11 +16,12 @@ from sdaug_utils.data.images import shuffled
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, load_pipeline, revision
 from sdaug_utils.params import Parameters, Sampling, Settings
-from sdaug_utils.registry import techniques
+from sdaug_utils.registry import register, techniques
 from sdaug_utils.store import Spec, digest
 from sdaug_utils.study import Study
 
 CODE_VERSION = 2
+Section = tuple[str, type[Parameters]]  # of the settings, and what checks it
 NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
 
 
@@ -37,7 +38,7 @@ class Request:
     rows: np.ndarray | None  # (N,) of the train split: image i is made from rows[i % N]
 
     def source_rows(self, indices: Sequence[int]) -> tuple[int, ...]:
-        """The row of the train split that each image is made from; none if there is none."""
+        """The row of the train split that each image is made from; empty if made from none."""
         if self.rows is None:
             return ()
         return tuple(int(self.rows[index % len(self.rows)]) for index in indices)
@@ -46,15 +47,15 @@ class Request:
 class Technique:
     """All that the study knows of one way to make images; as it stands, from plain prompts.
 
-    A subclass in a file of ``generation/techniques`` says what is different and is registered;
-    nothing else needs to know it.
+    A subclass in a file of ``generation/techniques`` says what is different. One that has a name of
+    its own is registered, and nothing else needs to know it.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]  # in figures
     colour: ClassVar[str]
     marker: ClassVar[str]
-    section: ClassVar[tuple[str, type[Parameters]] | None] = None  # of the settings, and its model
+    section: ClassVar[Section | None] = None
     inputs: ClassVar[Literal["none", "first", "all"]] = "none"
     """Which images of a run's real subset it may see: the first are learnt from; where it is all,
     image i follows one of them, in turn."""
@@ -62,9 +63,13 @@ class Technique:
     kind: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class that makes its images, or ""
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
 
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            register(cls)
+
     @property
     def is_generative(self) -> bool:
-        """Whether its images are made, from seeds, and not found."""
+        """Whether its images are made from seeds, not found."""
         return bool(self.kind)
 
     @property
@@ -93,16 +98,12 @@ class Technique:
         return ""
 
     def check(self, settings: Settings) -> None:
-        """Check what only the foundation model can tell.
-
-        Raises:
-            InputError: a setting that does not go with it.
-        """
+        """Raise InputError for a setting that does not go with the foundation model."""
 
     def source_order(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
-        """The rows of the train split that a class's images follow, given those of every class.
+        """The rows of the train split that a class's images follow: by default its own.
 
-        By default its own, in the draw's order.
+        ``orders`` are the rows of every class, in the draw's order.
         """
         return orders[label]
 
@@ -111,25 +112,18 @@ class Technique:
         return 1.0
 
     def batch_key(self, settings: Settings, index: int) -> Any:
-        """What images must have in common to share a batch; None if nothing."""
+        """What an image must have in common with others to share a batch; by default nothing."""
         return None
 
     def require(self, study: Study, count: int) -> None:
-        """Check that there can be so many images of each class; by default there always can.
-
-        Raises:
-            InputError: there cannot.
-        """
+        """Raise InputError if there cannot be so many images of each class."""
 
     def found(self, study: Study, request: Request) -> Sequence[np.ndarray] | None:
         """The images themselves, 8-bit RGB, where they are found and not made."""
         return None
 
     def extra_spec(self, study: Study, rows: Any) -> dict[str, Any]:
-        """What else determines its images.
-
-        ``rows`` of the train split are those that they follow; None if they follow none.
-        """
+        """What else determines its images, which may follow ``rows`` of the train split."""
         return {}
 
     def load(self, settings: Settings) -> Pipeline:
@@ -147,11 +141,7 @@ class Technique:
 
 
 def require_a_step(section: str, strength: float, settings: Settings) -> None:
-    """Check that images which begin as real ones are changed at all.
-
-    Raises:
-        InputError: so little noise leaves none of the sampler's steps.
-    """
+    """Raise InputError if so little noise leaves images that begin as real ones as they are."""
     steps = settings.sampling.num_inference_steps
     if strength * steps < 1:
         raise InputError(
@@ -161,16 +151,16 @@ def require_a_step(section: str, strength: float, settings: Settings) -> None:
 
 
 def initial_images(study: Study, request: Request, indices: Sequence[int]) -> list[Image.Image]:
-    """The real images that images of given indices begin as, of the size of what is made."""
+    """The real images, in the size of what is made, that images of given indices begin as."""
     train, side = study.data.splits["train"], study.settings.sampling.resolution
     followed = map(train.load, request.source_rows(indices))
     return [Image.fromarray(image).resize((side, side)) for image in followed]
 
 
 def with_shared_components(pipeline: Pipeline, **parts: Any) -> Pipeline:
-    """A pipeline that shares all parts but those given, and the scheduler, which has a state.
+    """A pipeline with some parts of its own, which may work at the same time as the given one.
 
-    So several may work at the same time.
+    It shares the others except the scheduler, which has a state.
     """
     scheduler = copy.deepcopy(pipeline.scheduler)
     every = pipeline.components | {"scheduler": scheduler} | parts
@@ -214,26 +204,17 @@ def request(
     inputs: Sequence[np.ndarray] = (),
     rows: np.ndarray | None = None,
 ) -> Request:
-    """Images of one subject by one prompt.
+    """Images of one subject, whose ``name`` goes into the metadata as the class, by one prompt.
 
-    Args:
-        name: of the subject; it goes into the metadata as the class.
-        prompt: with a ``{}`` for the subject.
-        inputs: 8-bit RGB arrays of the subject that a model learns from.
-        rows: of the train split, which the images follow in turn.
+    In the prompt ``{}`` stands for the subject. A model learns from ``inputs``, 8-bit RGB; images
+    follow ``rows`` of the train split, in turn.
     """
     settings = study.settings
-    model = technique.model(settings, inputs, draw) if technique.learns else {}
-    spec = pool_spec(
-        settings,
-        technique.name,
-        name,
-        prompt.replace("{}", technique.subject_word(settings, name)),
-        draw,
-        technique.sampling(settings),
-        **({"personalisation": digest(model)} if model else {}),
-        **technique.extra_spec(study, rows),
-    )
+    model = technique.model_spec(settings, inputs, draw) if technique.learns else {}
+    more = technique.extra_spec(study, rows) | ({"personalisation": digest(model)} if model else {})
+    prompt = prompt.replace("{}", technique.subject_word(settings, name))
+    sampling = technique.sampling(settings)
+    spec = pool_spec(settings, technique.name, name, prompt, draw, sampling, **more)
     return Request(study, spec, indices, technique, model, inputs, rows)
 
 
@@ -242,49 +223,47 @@ def technique_requests(
 ) -> list[Request]:
     """``count`` images of each class by a technique, for one draw of the real subset.
 
-    Only the draw's subset of ``real_percent`` is seen, and only as much of it as the technique says
-    that it looks at: nothing from outside a run's subset leaks in. Where every subset holds all
-    the inputs of a model, it learns the same at every percentage.
+    Nothing from outside the draw's subset of ``real_percent`` is seen, and only as much of it as
+    the technique says. Where every subset holds all the inputs of a model, it learns the same at
+    every percentage.
 
     Where images are made from real ones, image i of a pool follows source row i mod N of the N rows
     that the pool goes through. A run may use those i whose source row is in its subset, in rising
     order, so that runs at other percentages share images.
     """
     technique = techniques()[technique_name]
-    # What else is asked of the same models and pools need not be worked out again.
+    # Requests that differ only in their indices share the rest, which takes time to work out.
     requests = _of_classes(study, technique, draw, real_percent if technique.learns else 100)
     if technique.inputs != "all":
         return [replace(one, indices=range(count)) for one in requests]
-    labels, asked = study.data.splits["train"].labels, []
-    allowed = subset(labels, real_percent, draw)  # it refuses to leave a class empty
+    allowed = subset(study.data.splits["train"].labels, real_percent, draw)  # no class is empty
+    made = []
     for one in requests:
         assert one.rows is not None
         inside = np.flatnonzero(np.isin(one.rows, allowed)).tolist()
-        indices = [
-            inside[place % len(inside)] + len(one.rows) * (place // len(inside))
-            for place in range(count)
-        ]
-        asked.append(replace(one, indices=indices))
-    return asked
+        rounds = [divmod(place, len(inside)) for place in range(count)]
+        indices = [inside[place] + turn * len(one.rows) for turn, place in rounds]
+        made.append(replace(one, indices=indices))
+    return made
 
 
 @lru_cache(maxsize=256)
 def _of_classes(study: Study, technique: Any, draw: int, real_percent: float) -> list[Request]:
-    """A request without images for each class: models learn from that percentage."""
-    train, prompt = study.data.splits["train"], study.settings.sampling.prompt
-    names = study.data.class_names
-    learnt_from: list[Sequence[np.ndarray]] = [()] * len(names)
+    """A request without indices for each class; models learn from ``real_percent``."""
+    train, names = study.data.splits["train"], study.data.class_names
+    inputs: list[Sequence[np.ndarray]] = [()] * len(names)
+    rows: list[np.ndarray | None] = [None] * len(names)
     if technique.learns:
         _, number = technique.num_inputs(study.settings)
         chosen = personalisation_inputs(train.labels, number, draw, real_percent)
-        learnt_from = [train.images(rows) for rows in chosen]
-    followed: list[np.ndarray | None] = [None] * len(names)
+        inputs = [train.images(some) for some in chosen]
     if technique.inputs == "all":
         orders = shuffled(train.labels, draw)
-        followed = [technique.source_order(orders, label) for label in range(len(names))]
+        rows = [technique.source_order(orders, label) for label in range(len(names))]
+    prompt = study.settings.sampling.prompt
     return [
-        request(study, technique, name, prompt, (), draw, inputs, rows)
-        for name, inputs, rows in zip(names, learnt_from, followed, strict=True)
+        request(study, technique, name, prompt, (), draw, inputs[label], rows[label])
+        for label, name in enumerate(names)
     ]
 
 

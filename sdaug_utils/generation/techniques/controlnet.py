@@ -1,28 +1,20 @@
 """ControlNet: images that follow the edges or trimap of a real one (Zhang et al., ICCV 2023)."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from sdaug_utils.compute import device_of, dtype_of
+from sdaug_utils.compute import dtype_of
 from sdaug_utils.data import control
 from sdaug_utils.data.images import Split
-from sdaug_utils.generation.foundation import (
-    Pipeline,
-    compiled,
-    load_pipeline,
-    locate,
-    revision,
-    to_channels_last,
-)
+from sdaug_utils.generation import foundation
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Sampling, Scheduler, Settings
-from sdaug_utils.registry import register
 from sdaug_utils.study import Study
 
 
@@ -38,47 +30,35 @@ class ControlNetSettings(Parameters):
     conditioning_scale: float = Field(gt=0)
 
 
-def _once(embed: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An embedding of control images that is made once for all steps of a pass."""
-    last: list[Any] = [None, None]  # control images, and their embedding
-
-    @torch.compiler.disable  # the rest of the network is compiled around it
-    def embedded(images: Any) -> Any:
-        if last[0] is not images:
-            last[:] = images, embed(images)
-        return last[1]
-
-    return embedded
-
-
 class ControlNet(Technique):
     """A control image for each real image of the subset; images of one follow it in turn."""
 
-    section: ClassVar = ("controlnet", ControlNetSettings)
-    inputs: ClassVar = "all"
-    kind: ClassVar = "StableDiffusionControlNetPipeline"
-    image_cost: ClassVar = "image with a ControlNet"
-    control: ClassVar[str]  # the parameter that names the model
+    section = ("controlnet", ControlNetSettings)
+    inputs, kind = "all", "StableDiffusionControlNetPipeline"
+    image_cost = "image with a ControlNet"
+    control_kind: ClassVar[str]  # the setting that names the model
 
     def sampling(self, settings: Settings) -> Sampling:
         keys = {"num_inference_steps", "guidance_scale", "scheduler"}
         return settings.sampling.model_copy(update=self.of(settings).model_dump(include=keys))
 
     def models(self, settings: Settings) -> dict[str, tuple[str, str]]:
-        name = getattr(self.of(settings), self.control)
-        return {f"ControlNet ({self.control})": (name, f"controlnet-{self.control}")}
+        name = getattr(self.of(settings), self.control_kind)
+        return {f"ControlNet ({self.control_kind})": (name, f"controlnet-{self.control_kind}")}
 
-    def load(self, settings: Settings) -> Pipeline:
+    def load(self, settings: Settings) -> foundation.Pipeline:
         import diffusers
 
         [model] = self.models(settings).values()
         controlnet = diffusers.ControlNetModel.from_pretrained(
-            locate(*model), dtype=dtype_of(settings), use_safetensors=True
-        ).to(device_of(settings))
+            foundation.locate(*model), dtype=dtype_of(settings), use_safetensors=True
+        )
         embedding = controlnet.controlnet_cond_embedding
-        embedding.forward = _once(embedding.forward)
-        compiled(settings, to_channels_last(controlnet))
-        return load_pipeline(settings, self.sampling(settings), self.kind, controlnet=controlnet)
+        # Embed control images once for all steps of a pass; the rest is compiled around it.
+        embedding.forward = torch.compiler.disable(lru_cache(maxsize=1)(embedding.forward))
+        return foundation.load_pipeline(
+            settings, self.sampling(settings), self.kind, controlnet=controlnet
+        )
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
         """A hash of each row's content that a control image is made of."""
@@ -93,7 +73,7 @@ class ControlNet(Technique):
         scale, palette = own.conditioning_scale, {own.palette} - {"miniature"}
         return {
             "controls": self.followed_digests(study.data.splits["train"], rows),
-            "controlnet": [revision(*model), scale, control.CODE_VERSION, *palette],
+            "controlnet": [foundation.revision(*model), scale, control.CODE_VERSION, *palette],
         }
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
@@ -111,11 +91,10 @@ class ControlNet(Technique):
         return following
 
 
-@register
 class Canny(ControlNet):
     """The Canny edges of a real image (thesis, section 4.3.6)."""
 
-    name, label, control = "controlnet-canny", "ControlNet (Canny)", "canny"
+    name, label, control_kind = "controlnet-canny", "ControlNet (Canny)", "canny"
     colour, marker = "#8a5aa8", "h"
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
@@ -125,11 +104,10 @@ class Canny(ControlNet):
         return control.canny(train.load(row), settings.sampling.resolution)
 
 
-@register
 class Segmentation(ControlNet):
     """The trimap of a real image, in the colours that the ControlNet knows (section 4.3.8)."""
 
-    name, control = "controlnet-segmentation", "segmentation"
+    name, control_kind = "controlnet-segmentation", "segmentation"
     label, colour, marker = "ControlNet (segmentation)", "#8a5aa8", "h"
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:

@@ -9,10 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from sdaug_utils.data.images import digests
-from sdaug_utils.generation.technique import Request, initial_images, require_a_step
+from sdaug_utils.generation.technique import Request, Section, initial_images, require_a_step
 from sdaug_utils.generation.techniques.textual_inversion import TextualInversion
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 from sdaug_utils.store import digest
 from sdaug_utils.study import Study
 
@@ -25,18 +24,13 @@ class DAFusionSettings(Parameters):
     strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.0], min_length=1)
 
 
-@register
 class DAFusion(TextualInversion):
     """Image i begins as a real one of the subset, with a strength drawn from ``strengths``."""
 
     name, label, colour, marker = "da-fusion", "DA-Fusion", "#5b7f3a", "H"
-    section: ClassVar[tuple[str, type[Parameters]]] = ("da_fusion", DAFusionSettings)
-    inputs: ClassVar = "all"
-    kind: ClassVar = "StableDiffusionImg2ImgPipeline"
-
-    @property
-    def model_folder(self) -> str:
-        return TextualInversion.name
+    section: ClassVar[Section] = ("da_fusion", DAFusionSettings)
+    inputs, kind = "all", "StableDiffusionImg2ImgPipeline"
+    model_folder = TextualInversion.name
 
     def strengths(self, settings: Settings) -> list[float]:
         """One of them is drawn for each image."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from sdaug_utils.generation.techniques.dreambooth import DreamBoothSettings
 from sdaug_utils.generation.techniques.dreambooth_lora import DreamBoothLoRA
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 
 ALL = 10**9  # images: as many as the subset has
 
 
 class DataDreamSettings(Parameters):
-    """As in the authors' code, but for a rate that stays, and a text encoder that does not learn.
+    """As in the authors' code, but the learning rate is constant and the text encoder frozen.
 
     What is not here is as in DreamBooth's section.
     """
@@ -27,7 +24,6 @@ class DataDreamSettings(Parameters):
     train_batch_size: int = Field(default=8, ge=1)
 
 
-@register
 class DataDream(DreamBoothLoRA):
     """Few weights learn what a class is from all that the subset has of it; no word is new.
 
@@ -36,7 +32,7 @@ class DataDream(DreamBoothLoRA):
     """
 
     name, label, colour, marker = "datadream", "DataDream", "#a8456e", ">"
-    section: ClassVar = ("datadream", DataDreamSettings)
+    section = ("datadream", DataDreamSettings)
 
     def recipe(self, settings: Settings) -> DreamBoothSettings:
         own = {**self.of(settings).model_dump(exclude={"rank"}), "prior_loss_weight": 0.0}

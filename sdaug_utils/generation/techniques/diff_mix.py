@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from sdaug_utils.generation.techniques.da_fusion import DAFusion, Strength
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 
 
 class DiffMixSettings(Parameters):
@@ -20,7 +18,6 @@ class DiffMixSettings(Parameters):
     gamma: float = Field(default=0.5, gt=0)  # the image's own class has strength ** gamma
 
 
-@register
 class DiffMix(DAFusion):
     """Images of the other classes, in turn, denoised with the class's learnt word.
 
@@ -30,7 +27,7 @@ class DiffMix(DAFusion):
     """
 
     name, label, colour, marker = "diff-mix", "Diff-Mix", "#b0763c", "p"
-    section: ClassVar = ("diff_mix", DiffMixSettings)
+    section = ("diff_mix", DiffMixSettings)
 
     def strengths(self, settings: Settings) -> list[float]:
         return [self.of(settings).strength]

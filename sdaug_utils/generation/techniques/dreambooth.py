@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +15,9 @@ from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, compiled, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.pools import Sampler, grow, pipeline_sampler
-from sdaug_utils.generation.technique import Request, pool_spec, with_shared_components
+from sdaug_utils.generation.technique import Request, Section, pool_spec, with_shared_components
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 from sdaug_utils.store import Spec, digest
 from sdaug_utils.study import Study
 
@@ -46,20 +44,14 @@ class DreamBoothSettings(Parameters):
         return self
 
 
-@register
 class DreamBooth(Personalised):
     """All weights of the U-Net, with prior preservation as an option."""
 
     name, label, colour, marker = "dreambooth", "DreamBooth", "#c44e52", "v"
-    section: ClassVar[tuple[str, type[Parameters]]] = ("dreambooth", DreamBoothSettings)
-    model_bytes: ClassVar = 1.72e9  # in half precision
-    latent_cost: ClassVar = "latent, fine-tuning of the U-Net"
-
-    def recipe(self, settings: Settings) -> DreamBoothSettings:
-        return settings.dreambooth
-
-    def num_inputs(self, settings: Settings) -> tuple[str, int]:
-        return "dreambooth.num_input_images", settings.dreambooth.num_input_images
+    section: ClassVar[Section] = ("dreambooth", DreamBoothSettings)
+    learning_section = "dreambooth"
+    model_bytes = 1.72e9  # in half precision
+    latent_cost: ClassVar[str] = "latent, fine-tuning of the U-Net"
 
     def subject_word(self, settings: Settings, class_name: str) -> str:
         return settings.dreambooth.instance_prompt
@@ -67,9 +59,12 @@ class DreamBooth(Personalised):
     def keeps_models(self, settings: Settings) -> bool:
         return settings.dreambooth.keep_models
 
-    def unusual(self, settings: Settings) -> dict[str, Any]:
-        optimizer = settings.dreambooth.optimizer
-        return {} if optimizer == "adamw" else {"optimizer": optimizer}
+    def extra_model_spec(self, settings: Settings, draw: int) -> dict[str, Any]:
+        prior, optimizer = self.class_images_spec(settings, draw), settings.dreambooth.optimizer
+        return {
+            "class_images": prior and digest(prior),
+            **({} if optimizer == "adamw" else {"optimizer": optimizer}),
+        }
 
     def class_images_spec(self, settings: Settings, draw: int) -> Spec | None:
         """The pool of what the model itself makes of the class prompt, for prior preservation."""
@@ -81,36 +76,29 @@ class DreamBooth(Personalised):
     def class_images(self, study: Study, pipeline: Pipeline, spec: Spec) -> Sequence[np.ndarray]:
         """The images of that pool, 8-bit RGB, made if they are not there."""
         sampling, number = study.settings.sampling, study.settings.dreambooth.num_class_images
-        asked = Request(study, dict(spec), range(number), self, {}, (), None)
-        arguments = [self.arguments(study, asked)]
-        batch = Batch(sampling.batch_size, "sampling.batch_size")
+        request = Request(study, dict(spec), range(number), self, {}, (), None)
 
         def sampler() -> Sampler:
-            return pipeline_sampler(
-                with_shared_components(pipeline), sampling, [spec["prompt"]], arguments
-            )
+            own, arguments = with_shared_components(pipeline), self.arguments(study, request)
+            return pipeline_sampler(own, sampling, [spec["prompt"]], [arguments])
 
-        [pool] = grow(study.store, [asked], sampler, batch, sampling.max_attempts)
+        batch = Batch(sampling.batch_size, "sampling.batch_size")
+        [pool] = grow(study.store, [request], sampler, batch, sampling.max_attempts)
         return pool.images()
 
     def learn(
-        self,
-        study: Study,
-        pipeline: Pipeline,
-        requests: Sequence[Request],
-        folders: Sequence[Path],
-        stepped: Callable[[], object] = lambda: None,
+        self, study: Study, pipeline: Pipeline, requests: Sequence[Request], folders: Sequence[Path]
     ) -> None:
         for request, folder in zip(requests, folders, strict=True):
-            self.save(pipeline, self.tuned(study, pipeline, request, stepped), folder)
+            self.save(pipeline, self.tuned(study, pipeline, request), folder)
 
     def tuned(
         self, study: Study, pipeline: Pipeline, request: Request, stepped: Callable = lambda: None
     ) -> torch.nn.Module:
         """A copy of the U-Net, fine-tuned on the request's inputs (Ruiz et al., 2023).
 
-        Raises:
-            InputError: the 8-bit optimiser is asked for and bitsandbytes does not work here.
+        ``stepped`` is called after each update. Raises InputError if the 8-bit optimiser is asked
+        for and bitsandbytes does not work here.
         """
         settings, resolution = self.recipe(study.settings), study.settings.sampling.resolution
         seed, size = self.seed(request), settings.train_batch_size
@@ -131,12 +119,7 @@ class DreamBooth(Personalised):
             unet.enable_gradient_checkpointing()
         compiled(study.settings, unet)
         weights = [weight for weight in unet.parameters() if weight.requires_grad]
-        adamw = (
-            _adamw_8bit()
-            if settings.optimizer == "adamw-8bit"
-            else partial(torch.optim.AdamW, fused=True)
-        )
-        optimizer = adamw(weights, lr=settings.learning_rate, weight_decay=1e-2)
+        optimizer = _optimizer(settings, weights)
         precision = Precision(study.settings)
         scale = scale_condition(pipeline, size * (1 + bool(prior)))
         for _ in range(settings.max_train_steps):
@@ -162,10 +145,6 @@ class DreamBooth(Personalised):
             stepped()
         return unet
 
-    def model(self, settings: Settings, inputs: Sequence[np.ndarray], draw: int) -> dict[str, Any]:
-        prior = self.class_images_spec(settings, draw)
-        return super().model(settings, inputs, draw) | {"class_images": prior and digest(prior)}
-
     def unfreeze(self, settings: Settings, unet: torch.nn.Module, seed: int) -> None:
         """Choose the weights that learn, or add them."""
         unet.requires_grad_(True)
@@ -178,8 +157,7 @@ class DreamBooth(Personalised):
         from safetensors.torch import load_file
 
         unet = copy.deepcopy(pipeline.unet)
-        weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-        unet.load_state_dict(weights)
+        unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
         return with_shared_components(pipeline, unet=unet)
 
     def model_cost(self, settings: Settings) -> tuple[str, int]:
@@ -188,7 +166,9 @@ class DreamBooth(Personalised):
         return self.latent_cost, recipe.max_train_steps * size
 
 
-def _adamw_8bit() -> Any:
+def _optimizer(settings: DreamBoothSettings, weights: list[torch.Tensor]) -> Any:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(weights, settings.learning_rate, weight_decay=1e-2, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except (ImportError, RuntimeError) as error:
@@ -196,4 +176,4 @@ def _adamw_8bit() -> Any:
             "dreambooth.optimizer: adamw-8bit needs bitsandbytes and a GPU that it knows "
             "('pip install bitsandbytes'); or choose adamw"
         ) from error
-    return AdamW8bit
+    return AdamW8bit(weights, settings.learning_rate, weight_decay=1e-2)

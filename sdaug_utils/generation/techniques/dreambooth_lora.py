@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from sdaug_utils.generation.foundation import Pipeline
-from sdaug_utils.generation.technique import with_shared_components
+from sdaug_utils.generation.technique import Section, with_shared_components
 from sdaug_utils.generation.techniques.dreambooth import DreamBooth, DreamBoothSettings
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 
 FILE = "pytorch_lora_weights.safetensors"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # as in diffusers
@@ -27,22 +26,21 @@ class LoRA(Parameters):
     max_train_steps: int = Field(default=400, ge=1)
 
 
-@register
 class DreamBoothLoRA(DreamBooth):
     """A technique of its own: few weights learn, at a rate of their own."""
 
     name, label = "dreambooth-lora", "DreamBooth by LoRA"
     colour, marker = "#e59a9c", "<"
-    section: ClassVar[tuple[str, type[Parameters]]] = ("dreambooth_lora", LoRA)
-    model_bytes: ClassVar = 0  # a few megabytes: not counted
-    latent_cost: ClassVar = "latent, fine-tuning by LoRA"
+    section: ClassVar[Section] = ("dreambooth_lora", LoRA)
+    model_bytes = 0  # a few megabytes: not counted
+    latent_cost = "latent, fine-tuning by LoRA"
 
     def recipe(self, settings: Settings) -> DreamBoothSettings:
         own = self.of(settings).model_dump(exclude={"rank"})
         return settings.dreambooth.model_copy(update=own)
 
-    def unusual(self, settings: Settings) -> dict[str, Any]:
-        return {"rank": self.of(settings).rank, **super().unusual(settings)}
+    def extra_model_spec(self, settings: Settings, draw: int) -> dict[str, Any]:
+        return {**super().extra_model_spec(settings, draw), "rank": self.of(settings).rank}
 
     def keeps_models(self, settings: Settings) -> bool:
         return True  # adapters are small
@@ -54,7 +52,7 @@ class DreamBoothLoRA(DreamBooth):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS))
         unet.add_adapter(config)  # type: ignore[operator]
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():  # as peft does by "gaussian", but from a generator of our own
+        with torch.no_grad():  # peft's "gaussian", from a generator of our own
             for name, weight in unet.named_parameters():
                 if "lora_A" in name:
                     weight.copy_(torch.randn(weight.shape, generator=generator) / rank)

@@ -1,6 +1,6 @@
 """Real guidance: images begin as noisy real ones, not as noise alone (He et al., ICLR 2023)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -14,17 +14,15 @@ from sdaug_utils.generation.technique import (
     require_a_step,
 )
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 
 
 class Strength(Parameters):
     strength: float = Field(default=0.5, gt=0, le=1)  # of the noise: 1 leaves nothing of the image
 
 
-@register
 class RealGuidance(Technique):
     name, label, colour, marker = "real-guidance", "Real guidance", "#2a9d9d", "d"
-    section: ClassVar = ("real_guidance", Strength)
+    section = ("real_guidance", Strength)
     inputs, kind = "all", "StableDiffusionImg2ImgPipeline"
 
     def check(self, settings: Settings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from sdaug_utils.data.images import Images, shuffled
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.technique import Request, Technique
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 from sdaug_utils.study import Study
 
 
@@ -20,17 +19,16 @@ class RetrievalSettings(Parameters):
     """Where real images with captions are."""
 
     corpus: str | None = "miniature"  # or a folder as the hub's image folders are: data/corpus.py
-    """None where it is still to be named: it can be planned for, and not be searched."""
+    """Where it is None, images can be planned, but not be searched for."""
 
 
-@register
 class Retrieval(Technique):
     """The images whose captions name the class: a reference that a generator has to beat."""
 
     name, label, colour, marker = "retrieval", "Retrieval (real images)", "#444444", "*"
-    section: ClassVar = ("retrieval", RetrievalSettings)
-    kind: ClassVar = ""  # of no pipeline
-    image_cost: ClassVar = "image, retrieved"
+    section = ("retrieval", RetrievalSettings)
+    kind = ""  # of no pipeline
+    image_cost = "image, retrieved"
 
     def missing_setting(self, settings: Settings) -> str:
         if self.of(settings).corpus is not None:

@@ -1,10 +1,8 @@
 """Plain prompts: what Stable Diffusion makes of a class's name (Rombach et al., 2022)."""
 
 from sdaug_utils.generation.technique import Technique
-from sdaug_utils.registry import register
 
 
-@register
 class StableDiffusionPrompt(Technique):
     """The prompt of table 4.1's section with the class's name; no real image is seen."""
 

@@ -14,13 +14,13 @@ from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, scale_condition, vocabulary
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
-from sdaug_utils.generation.technique import Request, with_shared_components
+from sdaug_utils.generation.technique import Request, Section, with_shared_components
 from sdaug_utils.lazy import torch
 from sdaug_utils.params import Parameters, Settings
-from sdaug_utils.registry import register
 from sdaug_utils.study import Study
 
 FILE = "learned_embeds.safetensors"
+LEARNERS = ("tokenizer", "text_encoder")  # parts of the pipeline that know the learnt word
 TEMPLATES = (
     "a photo of a {}",
     "a picture of a {}",
@@ -45,35 +45,21 @@ class TextualInversionSettings(Parameters):
     subjects_at_once: int = Field(ge=1)  # learnt in one batch; what is learnt is the same
 
 
-@register
 class TextualInversion(Personalised):
     """One embedding for a placeholder token; many subjects learn in one batch."""
 
     name, label, colour, marker = "textual-inversion", "Textual inversion", "#3a6fb0", "P"
-    section: ClassVar[tuple[str, type[Parameters]]] = (
-        "textual_inversion",
-        TextualInversionSettings,
-    )
-
-    def recipe(self, settings: Settings) -> TextualInversionSettings:
-        return settings.textual_inversion
+    section: ClassVar[Section] = ("textual_inversion", TextualInversionSettings)
+    learning_section = "textual_inversion"
 
     def subject_word(self, settings: Settings, class_name: str) -> str:
         return self.recipe(settings).placeholder_token
-
-    def num_inputs(self, settings: Settings) -> tuple[str, int]:
-        return "textual_inversion.num_input_images", self.recipe(settings).num_input_images
 
     def at_once(self, settings: Settings) -> int:
         return self.recipe(settings).subjects_at_once
 
     def learn(
-        self,
-        study: Study,
-        pipeline: Pipeline,
-        requests: Sequence[Request],
-        folders: Sequence[Path],
-        stepped: Callable[[], object] = lambda: None,
+        self, study: Study, pipeline: Pipeline, requests: Sequence[Request], folders: Sequence[Path]
     ) -> None:
         from safetensors.torch import save_file
 
@@ -83,7 +69,7 @@ class TextualInversion(Personalised):
         def invert(part: Sequence[tuple[Request, Path]]) -> Sequence[Path]:
             chosen, places = zip(*part, strict=True)
             filled = [*chosen, *chosen[-1:] * (batch.size - len(chosen))]  # rounding depends on it
-            learnt = self.embeddings(study, pipeline, filled, stepped)
+            learnt = self.embeddings(study, pipeline, filled)
             for embedding, folder in zip(learnt, places, strict=False):
                 save_file({token: embedding.clone()}, folder / FILE)
             return places
@@ -95,15 +81,13 @@ class TextualInversion(Personalised):
         study: Study,
         pipeline: Pipeline,
         requests: Sequence[Request],
-        stepped: Callable[[], object] = lambda: None,
+        stepped: Callable = lambda: None,
     ) -> torch.Tensor:
         """An embedding for the subject of each request, all in one batch: (requests, width).
 
         Subjects share the forward passes and nothing else: each has its own token, examples and
-        seed, so what is learnt of one does not depend on the others.
-
-        Raises:
-            InputError: ``initializer_token`` is not one token of the model's vocabulary.
+        seed, so what is learnt of one does not depend on the others. ``stepped`` is called after
+        each update. Raises InputError if ``initializer_token`` is not one token of the vocabulary.
         """
         settings, resolution = self.recipe(study.settings), study.settings.sampling.resolution
         seeds = [self.seed(request) for request in requests]
@@ -153,11 +137,7 @@ class TextualInversion(Personalised):
         text_encoder = copy.deepcopy(pipeline.text_encoder).float()
         initial = tokenizer.encode(settings.initializer_token, add_special_tokens=False)
         if len(initial) != 1:
-            raise InputError(
-                f"textual_inversion.initializer_token: '{settings.initializer_token}' is not a "
-                "single token of the text encoder's vocabulary; choose one that is, such as a "
-                "common noun"
-            )
+            raise _several_tokens(settings.initializer_token)
         first = len(tokenizer)
         tokenizer.add_tokens(tokens)
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -168,10 +148,8 @@ class TextualInversion(Personalised):
         return tokenizer, text_encoder, first
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
-        names = ("tokenizer", "text_encoder")
-        made = with_shared_components(
-            pipeline, **{name: copy.deepcopy(getattr(pipeline, name)) for name in names}
-        )
+        own = {name: copy.deepcopy(pipeline.components[name]) for name in LEARNERS}
+        made = with_shared_components(pipeline, **own)
         made.load_textual_inversion(folder, weight_name=FILE)
         return made
 
@@ -179,10 +157,7 @@ class TextualInversion(Personalised):
         own, known = self.recipe(settings), vocabulary(settings.foundation)
         word = own.initializer_token.strip().lower()
         if f"{word}</w>" not in known and word not in known:
-            raise InputError(
-                f"textual_inversion.initializer_token: '{own.initializer_token}' is not a single "
-                "token of the text encoder's vocabulary; choose one that is, such as a common noun"
-            )
+            raise _several_tokens(own.initializer_token)
         if {own.placeholder_token, f"{own.placeholder_token}</w>"} & known:
             raise InputError(
                 f"textual_inversion.placeholder_token: '{own.placeholder_token}' is a word "
@@ -193,3 +168,10 @@ class TextualInversion(Personalised):
         own = self.recipe(settings)
         size = own.train_batch_size * own.gradient_accumulation_steps
         return "latent, textual inversion", own.max_train_steps * size
+
+
+def _several_tokens(word: str) -> InputError:
+    return InputError(
+        f"textual_inversion.initializer_token: '{word}' is not a single token of the text "
+        "encoder's vocabulary; choose one that is, such as a common noun"
+    )
