@@ -82,8 +82,8 @@ def _row(file: Path, index: int, spec: Spec) -> Row | None:
     if not is_whole_png(content):
         return None
     seed = seed_of(file.parent.name, index, attempts - 1)
-    made = (len(content), digest_of(content))
-    values = (file.name, spec["class"], spec["prompt"], seed, attempts, *made)
+    size, own_digest = len(content), digest_of(content)
+    values = (file.name, spec["class"], spec["prompt"], seed, attempts, size, own_digest)
     return dict(zip(COLUMNS, map(str, values), strict=True))
 
 
@@ -103,7 +103,7 @@ def verify(store: Store, spec: Spec) -> None:
 
 
 def is_whole_png(content: bytes) -> bool:
-    """Whether a PNG's parts are all there and have the checksums that stand behind each."""
+    """Whether a PNG's chunks are all there and have the checksums that follow each."""
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         return False
     at = 8
@@ -120,16 +120,13 @@ def is_whole_png(content: bytes) -> bool:
 
 def _sizes(folder: Path) -> dict[int, int]:
     """The sizes of a pool's images by index, without temporary files."""
-    if not folder.exists():
-        return {}
-    found = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix == ".png" and stem.isdecimal():
-                with suppress(FileNotFoundError):  # it is deleted just now
-                    found[int(stem)] = entry.stat().st_size
-    return found
+    sizes = dict[int, int]()
+    for entry in os.scandir(folder) if folder.exists() else ():
+        stem, suffix = os.path.splitext(entry.name)
+        if suffix == ".png" and stem.isdecimal():
+            with suppress(FileNotFoundError):  # it has just been deleted
+                sizes[int(stem)] = entry.stat().st_size
+    return sizes
 
 
 def read_listing(folder: Path) -> dict[int, Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,30 +58,30 @@ def grow(
     padded with copies of its last image.
 
     Args:
-        requests: of each pool what determines its images (``class`` and ``prompt`` go into the
-            metadata) and which images are asked for, ``range(50)`` for the first fifty.
+        requests: ``class`` and ``prompt`` of their specifications go into the metadata.
         make_sampler: called only if an image is missing.
         batch_key: a key by an image's index; only images with equal keys share a batch.
 
     Raises:
         RuntimeError: an image was rejected ``max_attempts`` times.
     """
-    sampler, specs = cache(make_sampler), [request.spec for request in requests]
-    folders = [store.folder("pools", request.spec) for request in requests]
+    specs = [request.spec for request in requests]
+    folders = [store.folder("pools", spec) for spec in specs]
+    maker = _Maker(store, specs, folders, cache(make_sampler), batch, max_attempts, batch_key)
+
+    def read() -> list[dict[int, Row]]:
+        return [read_pool(*one) for one in zip(folders, specs, strict=True)]
 
     def absent(known: Sequence[Collection[int]]) -> list[Item]:
         wanted = [set(request.indices) for request in requests]
         return [(n, i) for n, some in enumerate(known) for i in sorted(wanted[n].difference(some))]
 
-    while True:
-        rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
-        if not (missing := absent(rows)):
-            break
+    rows = read()
+    while missing := absent(rows):
         blocks = {f"pools-{folders[number].name}-{index // BLOCK}" for number, index in missing}
         with store.lock(*blocks):
-            rows = [read_pool(*one) for one in zip(folders, specs, strict=True)]
-            missing = absent(rows)  # others may have made some
-            _make(store, specs, folders, missing, sampler, batch, max_attempts, batch_key)
+            maker.make(absent(read()))  # others may have made some
+        rows = read()
     for folder, known in zip(folders, rows, strict=True):
         if known != read_listing(folder):
             write_listing(known, folder)
@@ -99,75 +100,65 @@ def _pool(request: Request, folder: Path, rows: dict[int, Row]) -> Pool:
     )
 
 
-def _make(
-    store: Store,
-    specs: Sequence[Spec],
-    folders: Sequence[Path],
-    items: Sequence[Item],
-    sampler: Callable[[], Sampler],
-    batch: Batch,
-    max_attempts: int,
-    batch_key: Callable[[int], Any],
-) -> None:
-    """Make images; first delete rows of damaged files, and temporary files of killed processes."""
-    missing = set(items)
-    for number in {number for number, _ in items}:
-        folders[number].mkdir(parents=True, exist_ok=True)
-        listed = read_listing(folders[number])
-        sound = {i: row for i, row in listed.items() if (number, i) not in missing}
-        if sound != listed:  # the others were damaged
-            write_listing(sound, folders[number])
-        with store.lock(f"pools-{folders[number].name}-spec"):
-            write_spec(folders[number], {**specs[number], "batch_size": batch.size})
-    for number, index in items:
-        for leftover in folders[number].glob(f".{file_name(index)}.*"):
-            leftover.unlink()
-        if (damaged := folders[number] / file_name(index)).exists():
-            store.report_damaged(damaged)
+@dataclass(frozen=True)
+class _Maker:
+    """Makes images of some pools, whose locks are held."""
 
-    def make(part: Sequence[Item]) -> Sequence[Item]:
-        _make_batch(specs, part, sampler(), folders, max_attempts, batch.size)
-        return part
+    store: Store
+    specs: Sequence[Spec]
+    folders: Sequence[Path]
+    sampler: Callable[[], Sampler]
+    batch: Batch
+    max_attempts: int
+    batch_key: Callable[[int], Any]
 
-    groups: dict[Any, list[Item]] = {}
-    for item in items:
-        groups.setdefault(batch_key(item[1]), []).append(item)
-    for group in groups.values():
-        batch.run(make, group)
+    def make(self, items: Sequence[Item]) -> None:
+        """Delete what damage and killed processes have left of some images, then make them."""
+        groups: dict[Any, list[Item]] = {}
+        for number in {number for number, _ in items}:
+            folder, missing = self.folders[number], {i for n, i in items if n == number}
+            folder.mkdir(parents=True, exist_ok=True)
+            listed = read_listing(folder)
+            if not missing.isdisjoint(listed):  # they are damaged
+                write_listing({i: listed[i] for i in listed.keys() - missing}, folder)
+            with self.store.lock(f"pools-{folder.name}-spec"):
+                write_spec(folder, {**self.specs[number], "batch_size": self.batch.size})
+        for number, index in items:
+            file = self.folders[number] / file_name(index)
+            for leftover in file.parent.glob(f".{file.name}.*"):
+                leftover.unlink()
+            if file.exists():
+                self.store.report_damaged(file)
+            groups.setdefault(self.batch_key(index), []).append((number, index))
+        for group in groups.values():
+            self.batch.run(self.make_batch, group)
 
-
-def _make_batch(
-    specs: Sequence[Spec],
-    items: Sequence[Item],
-    sampler: Sampler,
-    folders: Sequence[Path],
-    max_attempts: int,
-    batch_size: int,
-) -> None:
-    """Make one batch; try rejected images again with new seeds, up to ``max_attempts`` times."""
-    waiting = list(items)
-    for attempt in range(max_attempts):
-        filled = waiting + [waiting[-1]] * (batch_size - len(waiting))
-        seeds = [image_seed(specs[number], index, attempt) for number, index in filled]
-        rejected = []
-        for item, image in zip(waiting, sampler(filled, seeds), strict=False):
-            if image is None:
-                rejected.append(item)
-                continue
-            folder, name = folders[item[0]], file_name(item[1])
-            count_file = (folder / name).with_suffix(ATTEMPTS)
-            count_file.unlink(missing_ok=True)
-            if attempt:
-                count_file.write_text(str(attempt + 1))
-            write_atomically(folder / name, partial(image.save, format="PNG"))
-        waiting = rejected
-        if not waiting:
-            return
-    number, index = waiting[0]
-    raise RuntimeError(
-        f"pool of '{specs[number]['class']}': image {index} was rejected {max_attempts} times; "
-        "choose another prompt or raise sampling.max_attempts"
-    )
+    def make_batch(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Make one batch; try rejected images again with new seeds."""
+        waiting = list(items)
+        for attempt in range(self.max_attempts):
+            filled = waiting + [waiting[-1]] * (self.batch.size - len(waiting))
+            seeds = [image_seed(self.specs[number], index, attempt) for number, index in filled]
+            rejected = []
+            for item, image in zip(waiting, self.sampler()(filled, seeds), strict=False):
+                if image is None:
+                    rejected.append(item)
+                    continue
+                number, index = item
+                file = self.folders[number] / file_name(index)
+                count_file = file.with_suffix(ATTEMPTS)
+                count_file.unlink(missing_ok=True)
+                if attempt:
+                    count_file.write_text(str(attempt + 1))
+                write_atomically(file, partial(image.save, format="PNG"))
+            waiting = rejected
+            if not waiting:
+                return items
+        number, index = waiting[0]
+        raise RuntimeError(
+            f"pool of '{self.specs[number]['class']}': image {index} was rejected "
+            f"{self.max_attempts} times; choose another prompt or raise sampling.max_attempts"
+        )
 
 
 def pipeline_sampler(
@@ -182,22 +173,22 @@ def pipeline_sampler(
         arguments: of each pool what else the pipeline is called with, given the indices of some
             images: a list has a value for each of them, anything else is for all.
     """
-    twice = sampling.guidance_scale > 1 and not is_distilled(pipeline)
+    uses_cfg = sampling.guidance_scale > 1 and not is_distilled(pipeline)
 
     @cache
-    def read(prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode(prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         with torch.no_grad():
-            return pipeline.encode_prompt(prompt, pipeline.device, 1, twice)
+            return pipeline.encode_prompt(prompt, pipeline.device, 1, uses_cfg)
 
     def sample(items: Sequence[Item], seeds: Sequence[int]) -> list[Image.Image | None]:
-        words, negative = zip(*(read(prompts[number]) for number, _ in items), strict=True)
+        words, negative = zip(*(encode(prompts[number]) for number, _ in items), strict=True)
         more: dict[str, Any] = {}
         for number, some in itertools.groupby(items, key=lambda item: item[0]):
             for name, value in arguments[number]([index for _, index in some]).items():
                 more[name] = more.get(name, []) + value if isinstance(value, list) else value
         result = pipeline(
             prompt_embeds=torch.cat(words),
-            negative_prompt_embeds=torch.cat(negative) if twice else None,
+            negative_prompt_embeds=torch.cat(negative) if uses_cfg else None,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -222,69 +213,57 @@ def found_sampler(images: Sequence[Sequence[np.ndarray]]) -> Sampler:
 
 
 def technique_pools(
-    study: Study,
-    technique: str,
-    draw: int,
-    count: int,
-    real_percent: float = 100,
+    study: Study, technique: str, draw: int, count: int, real_percent: float = 100
 ) -> list[Pool]:
     """A pool per class of what :func:`technique_requests` asks for, made where it is missing."""
-    requests = technique_requests(study, technique, draw, count, real_percent)
-    return fill(study, requests)
+    return fill(study, technique_requests(study, technique, draw, count, real_percent))
 
 
 def fill(study: Study, requests: Sequence[Request]) -> list[Pool]:
-    """Make the images that the requested pools lack, personalised models first.
+    """Make the images that requests of one technique lack, personalised models first.
 
-    All requests are of one technique. If the settings say not to keep personalised models, each is
-    learnt, used and deleted before the next one is learnt.
+    If the settings say not to keep personalised models, each is learnt, used and deleted before the
+    next one is learnt.
     """
-    settings, store, technique = study.settings, study.store, requests[0].technique
+    settings, technique = study.settings, requests[0].technique
     sampling = technique.sampling(settings)
-    kept = not technique.learns or technique.keeps_models(settings)
-    assert {request.technique.name for request in requests} == {technique.name}
-    pipeline = partial(loaded, technique, settings)
-    groups: dict[str, list[int]] = {}  # requests of one model share its pipeline
-    missing: dict[str, Request] = {}  # of models whose pools are not complete
-    for position, request in enumerate(requests):
+    groups: dict[str, list[Request]] = {}  # by their model, whose pipeline they share
+    missing: dict[str, Request] = {}  # by the model: one of those that lack images
+    for request in requests:
         key = digest(request.model or request.spec)
-        groups.setdefault(key, []).append(position)
+        groups.setdefault(key, []).append(request)
         if number_missing(study, request):
             missing[key] = request
-    if technique.learns and kept:
+    is_kept = not technique.learns or technique.keeps_models(settings)
+    if technique.learns and is_kept:
         learn_models(study, list(missing.values()))
     batch = Batch(sampling.batch_size, "sampling.batch_size")
-    pools: dict[int, Pool] = {}
-
-    def personalised(request: Request) -> Pipeline:
-        if request.model:
-            learn_models(study, [request])  # unless it is there
-        made = technique.apply(pipeline(), store.folder(technique.model_folder, request.model))
-        compiled(settings, made.unet)  # of a copy
-        return made
-
-    def fill_group(key: str) -> None:
-        group = [requests[position] for position in groups[key]]
-        ready = cache(partial(personalised, group[0]))
-
-        def sampler() -> Sampler:
-            found = [technique.found(study, request) for request in group]
-            if found[0] is not None:
-                return found_sampler(found)
-            prompts = [request.spec["prompt"] for request in group]
-            arguments = [technique.arguments(study, request) for request in group]
-            return pipeline_sampler(ready(), sampling, prompts, arguments)
-
-        is_temporary = not kept and key in missing
-        with _temporary(store, group[0]) if is_temporary else nullcontext():
-            batch_key = partial(technique.batch_key, settings)
-            grown = grow(store, group, sampler, batch, sampling.max_attempts, batch_key)
-        pools.update(zip(groups[key], grown, strict=True))
-
+    batch_key = partial(technique.batch_key, settings)
+    pools: dict[Request, Pool] = {}
     with one_thread(settings):
-        for key in groups:
-            fill_group(key)
-    return [pools[position] for position in range(len(requests))]
+        for key, group in groups.items():
+            sampler = partial(_sampler_of, study, group)
+            is_temporary = not is_kept and key in missing
+            with _temporary(study.store, group[0]) if is_temporary else nullcontext():
+                grown = grow(study.store, group, sampler, batch, sampling.max_attempts, batch_key)
+            pools.update(zip(group, grown, strict=True))
+    return [pools[request] for request in requests]
+
+
+def _sampler_of(study: Study, group: Sequence[Request]) -> Sampler:
+    """What makes the images of requests that share a model, which is learnt if need be."""
+    settings, technique, model = study.settings, group[0].technique, group[0].model
+    found = [technique.found(study, request) for request in group]
+    if found[0] is not None:
+        return found_sampler(found)
+    if model:
+        learn_models(study, [group[0]])
+    folder = study.store.folder(technique.model_folder, model)
+    pipeline = technique.apply(loaded(technique, settings), folder)
+    compiled(settings, pipeline.unet)  # of a copy
+    prompts = [request.spec["prompt"] for request in group]
+    arguments = [technique.arguments(study, request) for request in group]
+    return pipeline_sampler(pipeline, technique.sampling(settings), prompts, arguments)
 
 
 def number_missing(study: Study, request: Request) -> int:
@@ -295,37 +274,32 @@ def number_missing(study: Study, request: Request) -> int:
 
 def learn_models(study: Study, requests: Sequence[Request]) -> None:
     """Make the personalised models that requests need, if the store has not got them."""
-    store = study.store
-    missing = [
-        request
-        for request in requests
-        if not store.is_whole(
-            store.folder(request.technique.model_folder, request.model), to_read=True
-        )
-    ]
+    store, missing = study.store, []
+    for request in requests:
+        folder = store.folder(request.technique.model_folder, request.model)
+        if not store.is_whole(folder, to_read=True):
+            missing.append(request)
     if not missing:
         return
     technique = missing[0].technique
+
+    def learn(some: Sequence[Request], positions: list[int], folders: list[Path]) -> None:
+        pipeline = loaded(technique, study.settings)
+        technique.learn(study, pipeline, [some[i] for i in positions], folders)
+
     size = technique.at_once(study.settings)
-    for start in range(0, len(missing), size):
-        some = missing[start : start + size]
-
-        def make(missing: list[int], folders: list[Path], some: Sequence[Request] = some) -> None:
-            pipeline = loaded(technique, study.settings)
-            technique.learn(study, pipeline, [some[i] for i in missing], folders)
-
-        with one_thread(study.settings):
-            store.get_all(technique.model_folder, [request.model for request in some], make)
+    with one_thread(study.settings):
+        for start in range(0, len(missing), size):
+            some = missing[start : start + size]
+            specs = [request.model for request in some]
+            store.get_all(technique.model_folder, specs, partial(learn, some))
 
 
 def denoising(study: Study, request: Request) -> np.ndarray:
-    """The decoded latents of a pool's first image after each sampling step.
+    """A pool's first image after each sampling step, (steps, height, width, 3) 8-bit RGB.
 
     Only for techniques that learn no model. The image is sampled alone, so it may differ from the
     pool's own by rounding.
-
-    Returns:
-        (steps, height, width, 3) 8-bit RGB.
     """
     technique, settings = request.technique, study.settings
 
@@ -338,13 +312,9 @@ def denoising(study: Study, request: Request) -> np.ndarray:
             frames.append(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
             return values
 
-        arguments = technique.arguments(study, request)
-        sample = pipeline_sampler(
-            pipeline,
-            technique.sampling(settings),
-            [request.spec["prompt"]],
-            [lambda some: {**arguments(some), "callback_on_step_end": keep}],
-        )
+        plain, prompts = technique.arguments(study, request), [request.spec["prompt"]]
+        arguments = [lambda some: {**plain(some), "callback_on_step_end": keep}]
+        sample = pipeline_sampler(pipeline, technique.sampling(settings), prompts, arguments)
         sample([(0, 0)], [image_seed(request.spec, 0, 0)])
         np.save(folder / "frames.npy", np.stack([np.asarray(frame) for frame in frames]))
 
@@ -360,19 +330,20 @@ def _temporary(store: Store, request: Request) -> Iterator[None]:
 
 
 loaded_pipelines: dict[str, Pipeline] = {}
-MOST_LOADED = {
-    "cpu": 2
-}  # pipelines in memory, by device; one on all others: a GPU may not hold two
 LOADED_BY = {"foundation", "device", "precision", "attention", "compile"}  # of the settings
 
 
 def loaded(technique: Any, settings: Settings) -> Pipeline:
-    """The pipeline that a technique starts from; the most recently loaded ones stay in memory."""
+    """The pipeline that a technique starts from; the most recently loaded ones stay in memory.
+
+    A GPU may not hold two.
+    """
     sampling, common = technique.sampling(settings), settings.model_dump(include=LOADED_BY)
     own = [technique.kind, technique.models(settings), sampling.scheduler]
     key = digest({"technique": own, **common, "safety checker": settings.sampling.safety_checker})
     if key not in loaded_pipelines:
-        while len(loaded_pipelines) >= MOST_LOADED.get(device_of(settings).type, 1):
+        most = 2 if device_of(settings).type == "cpu" else 1
+        while len(loaded_pipelines) >= most:
             del loaded_pipelines[next(iter(loaded_pipelines))]
         loaded_pipelines[key] = technique.load(settings)
     return loaded_pipelines[key]
