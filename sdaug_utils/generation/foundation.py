@@ -100,8 +100,8 @@ def revision(name: str, part: str = "") -> str:
     Raises InputError if there is no such folder, or a file of the miniature is missing or corrupt.
     """
     folder = locate(name, part)
-    if _is_snapshot(folder):
-        return folder.name
+    if folder.parent.name == "snapshots":
+        return folder.name  # the hub's commit
     if name == "miniature":
         checksums = verify_checksums(MINIATURE_WEIGHTS)
     else:
@@ -117,15 +117,10 @@ def revision(name: str, part: str = "") -> str:
     return digest_of("\n".join(f"{file} {checksums[file]}" for file in sorted(own)).encode())
 
 
-def _is_snapshot(folder: Path) -> bool:
-    """Whether a folder is in the hub's cache, where its name is the commit."""
-    return folder.parent.name == "snapshots"
-
-
 def resolved(name: str, part: str = "") -> str:
     """A model's name with what it is at the moment: a hub id with its commit, as tables show it."""
-    folder = locate(name, part)
-    return f"{name.partition('@')[0]}@{folder.name}" if _is_snapshot(folder) else name
+    folder, identifier = locate(name, part), name.partition("@")[0]
+    return f"{identifier}@{folder.name}" if folder.parent.name == "snapshots" else name
 
 
 def check(settings: Settings) -> None:

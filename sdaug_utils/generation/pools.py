@@ -55,15 +55,10 @@ def grow(
     """Make the missing images of some pools; all pools share one sampler, and may share a batch.
 
     Every batch has the full size, because rounding depends on a batch's shape: the last one is
-    padded with copies of its last image.
-
-    Args:
-        requests: ``class`` and ``prompt`` of their specifications go into the metadata.
-        make_sampler: called only if an image is missing.
-        batch_key: a key by an image's index; only images with equal keys share a batch.
-
-    Raises:
-        RuntimeError: an image was rejected ``max_attempts`` times.
+    padded with copies of its last image. Only images with equal ``batch_key(index)`` share a batch.
+    ``make_sampler`` is called only if an image is missing. ``class`` and ``prompt`` of the
+    requests' specifications go into the metadata.
+    Raises RuntimeError if an image was rejected ``max_attempts`` times.
     """
     specs = [request.spec for request in requests]
     folders = [store.folder("pools", spec) for spec in specs]
@@ -164,14 +159,11 @@ class _Maker:
 def pipeline_sampler(
     pipeline: Pipeline, sampling: Sampling, prompts: Sequence[str], arguments: Sequence[Arguments]
 ) -> Sampler:
-    """A sampler over a pipeline: each image has a generator of its own.
+    """A sampler over a pipeline, with a prompt and arguments for each pool.
 
-    Images that the pipeline's safety checker flags and black ones are rejected.
-
-    Args:
-        prompts: of each pool.
-        arguments: of each pool what else the pipeline is called with, given the indices of some
-            images: a list has a value for each of them, anything else is for all.
+    Each image has a generator of its own. Black images are rejected, and those that the pipeline's
+    safety checker flags. ``arguments`` are what else the pipeline is called with, given the indices
+    of some images: a list has a value for each of them, anything else is for all.
     """
     uses_cfg = sampling.guidance_scale > 1 and not is_distilled(pipeline)
 

@@ -1,7 +1,7 @@
 """ControlNet: images that follow the edges or trimap of a real one (Zhang et al., ICCV 2023)."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -64,7 +64,7 @@ class ControlNet(Technique):
         """A hash of each row's content that a control image is made of."""
         raise NotImplementedError
 
-    def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
+    def control_image(self, study: Study, row: int) -> np.ndarray:
         """8-bit RGB of shape (resolution, resolution, 3)."""
         raise NotImplementedError
 
@@ -77,15 +77,11 @@ class ControlNet(Technique):
         }
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
-        train, settings = study.data.splits["train"], study.settings
-        plain, scale = super().arguments(study, request), self.of(settings).conditioning_scale
-
-        @cache
-        def of_row(row: int) -> Image.Image:
-            return Image.fromarray(self.control_image(settings, train, row))
+        plain, scale = super().arguments(study, request), self.of(study.settings).conditioning_scale
 
         def following(indices: Sequence[int]) -> dict[str, Any]:
-            images = [of_row(row) for row in request.source_rows(indices)]
+            controls = [self.control_image(study, row) for row in request.source_rows(indices)]
+            images = [Image.fromarray(image) for image in controls]
             return {**plain(indices), "image": images, "controlnet_conditioning_scale": scale}
 
         return following
@@ -100,8 +96,9 @@ class Canny(ControlNet):
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
         return [train.image_digest(int(row)) for row in rows]
 
-    def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
-        return control.canny(train.load(row), settings.sampling.resolution)
+    def control_image(self, study: Study, row: int) -> np.ndarray:
+        image = study.data.splits["train"].load(row)
+        return control.canny(image, study.settings.sampling.resolution)
 
 
 class Segmentation(ControlNet):
@@ -113,6 +110,7 @@ class Segmentation(ControlNet):
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
         return [train.trimap_digest(int(row)) for row in rows]
 
-    def control_image(self, settings: Settings, train: Split, row: int) -> np.ndarray:
-        resolution, palette = settings.sampling.resolution, self.of(settings).palette
-        return control.segmentation_map(train.trimap(row), resolution, palette)
+    def control_image(self, study: Study, row: int) -> np.ndarray:
+        trimap, settings = study.data.splits["train"].trimap(row), study.settings
+        palette = self.of(settings).palette
+        return control.segmentation_map(trimap, settings.sampling.resolution, palette)

@@ -1,7 +1,5 @@
 """DA-Fusion: noisy real images, denoised with a learnt word (Trabucco et al., ICLR 2024)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 

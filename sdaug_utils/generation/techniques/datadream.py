@@ -1,7 +1,5 @@
 """DataDream: LoRA on all real images of a class, by its name (Kim et al., ECCV 2024)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from sdaug_utils.generation.techniques.dreambooth import DreamBoothSettings

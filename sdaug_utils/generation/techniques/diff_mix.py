@@ -1,7 +1,5 @@
 """Diff-Mix: a real image of one class is turned into another (Wang et al., CVPR 2024)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

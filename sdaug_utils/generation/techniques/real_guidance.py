@@ -26,7 +26,6 @@ class RealGuidance(Technique):
     inputs, kind = "all", "StableDiffusionImg2ImgPipeline"
 
     def check(self, settings: Settings) -> None:
-        super().check(settings)
         require_a_step(self.section[0], self.of(settings).strength, settings)
 
     def extra_spec(self, study: Study, rows: np.ndarray) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Retrieval: real images from what the foundation model learnt from (Burg et al., TMLR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

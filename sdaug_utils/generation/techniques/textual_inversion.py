@@ -20,7 +20,6 @@ from sdaug_utils.params import Parameters, Settings
 from sdaug_utils.study import Study
 
 FILE = "learned_embeds.safetensors"
-LEARNERS = ("tokenizer", "text_encoder")  # parts of the pipeline that know the learnt word
 TEMPLATES = (
     "a photo of a {}",
     "a picture of a {}",
@@ -148,8 +147,8 @@ class TextualInversion(Personalised):
         return tokenizer, text_encoder, first
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:
-        own = {name: copy.deepcopy(pipeline.components[name]) for name in LEARNERS}
-        made = with_shared_components(pipeline, **own)
+        tokenizer, encoder = copy.deepcopy(pipeline.tokenizer), copy.deepcopy(pipeline.text_encoder)
+        made = with_shared_components(pipeline, tokenizer=tokenizer, text_encoder=encoder)
         made.load_textual_inversion(folder, weight_name=FILE)
         return made
 
