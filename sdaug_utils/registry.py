@@ -1,4 +1,4 @@
-"""Techniques and experiments by name: each is a file, which registers what it holds.
+"""Techniques and experiments by name: each is a file with a class, which registers itself.
 
 No other file of the package names a technique, except claims and the experiments about it; only its
 notebook and its claims name an experiment.
@@ -7,24 +7,10 @@ notebook and its claims name an experiment.
 import importlib
 import pkgutil
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 TECHNIQUES: dict[str, Any] = {}
 EXPERIMENTS: dict[str, Any] = {}
-
-Class = TypeVar("Class", bound=type)
-
-
-def register(technique: Class) -> Class:
-    """Decorate a class of :class:`sdaug_utils.generation.technique.Technique`: make it known."""
-    TECHNIQUES[technique.name] = technique()  # type: ignore[attr-defined]
-    return technique
-
-
-def register_experiment(experiment: Class) -> Class:
-    """Decorate a class of :class:`sdaug_utils.experiments.base.Experiment`: make it known."""
-    EXPERIMENTS[experiment.notebook] = experiment  # type: ignore[attr-defined]
-    return experiment
 
 
 @cache

@@ -172,11 +172,9 @@ from pydantic import Field
 
 from sdaug_utils.experiments.base import Arm, Runs, baselines, synthetic
 from sdaug_utils.params import Percent
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 
-@register_experiment
 class PromptWording(Runs):
     """Images by several prompts, each beside the same real images."""
 

@@ -16,7 +16,7 @@ from sdaug_utils.experiments.base import baselines, synthetic
 from sdaug_utils.generation import pools
 from sdaug_utils.generation.technique import Technique, technique_requests
 from sdaug_utils.generation.techniques import real_guidance
-from sdaug_utils.registry import TECHNIQUES, register, techniques
+from sdaug_utils.registry import TECHNIQUES, techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training import runs
 from sdaug_utils.training.trainer import results_of
@@ -103,7 +103,6 @@ def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):
     with pytest.raises(ValidationError, match="Input should be 'controlnet-canny'"):
         runs.Run(protocol="controlled", real_percent=5, draw=0, seed=0, technique="question")
 
-    @register
     class Question(Technique):
         name, label, colour, marker = "question", "With a question", "#777777", "o"
 

@@ -4,11 +4,9 @@ from pydantic import Field
 
 from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, synthetic
 from sdaug_utils.params import Percent, TechniqueName
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 
-@register_experiment
 class AllGenerated(Runs):
     """Classifiers that see no real image, beside some that see nothing else."""
 

@@ -1,7 +1,7 @@
 """What an experiment is: the parameters of one notebook, and the images and runs that it needs.
 
-An experiment is a subclass in a file of this folder and is registered. The plan, the runner, the
-figures, the report and the site ask the registry; none of them names an experiment.
+An experiment is a subclass in a file of this folder. The plan, the runner, the figures, the report
+and the site ask the registry for it; none of them names an experiment.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -16,7 +16,7 @@ from sdaug_utils.data.datasets import subset, subset_size
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence.subjects import Subject, subject_requests
 from sdaug_utils.generation.technique import Request
-from sdaug_utils.registry import techniques
+from sdaug_utils.registry import EXPERIMENTS, techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.features import have_features
 from sdaug_utils.training.mixing import ALPHAS
@@ -44,6 +44,11 @@ class Experiment(params.Parameters):
     needs_features: ClassVar[bool] = False  # of the real images, before it can be planned
 
     profile: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if "notebook" in vars(cls):
+            EXPERIMENTS[cls.notebook] = cls
 
     def requests(self, study: Study) -> list[Request]:
         """The images that it needs beside those that its runs train on."""

@@ -6,11 +6,9 @@ from pydantic import Field
 
 from sdaug_utils.experiments import base
 from sdaug_utils.params import Augmentation, Count, Percent, TechniqueName
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 
-@register_experiment
 class Combinations(base.Runs):
     """Each row with and without the augmentation."""
 

@@ -4,13 +4,11 @@ from pydantic import Field
 
 from sdaug_utils.experiments import base
 from sdaug_utils.params import Percent, TechniqueName
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 CONTROLNET = "controlnet-canny"
 
 
-@register_experiment
 class WithControlNet(base.Runs):
     """ControlNet and others; control images from the real subset, and from outside it."""
 

@@ -11,7 +11,7 @@ from sdaug_utils.evidence.subjects import Subject, input_sets, stand_ins
 from sdaug_utils.experiments.base import Subjects
 from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.params import known_technique
-from sdaug_utils.registry import register_experiment, techniques
+from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 
 SIZES = [3, 5, 7, 5]  # of the four sets of inputs
@@ -22,7 +22,6 @@ def follows_prompts_alone(technique: Any) -> bool:
     return technique.is_generative and technique.inputs == "none"
 
 
-@register_experiment
 class DifferentSubjects(Subjects):
     """Each subject is learnt from four sets of inputs, of one class and of several."""
 

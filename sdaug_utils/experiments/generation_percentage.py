@@ -1,10 +1,8 @@
 """Experiment 04: numbers of synthetic images beside real ones (thesis, section 4.3.4)."""
 
 from sdaug_utils.experiments.base import ByAmount
-from sdaug_utils.registry import register_experiment
 
 
-@register_experiment
 class GenerationPercentage(ByAmount):
     """Numbers of synthetic images at some real percentages."""
 

@@ -7,11 +7,9 @@ import numpy as np
 from sdaug_utils.errors import InputError
 from sdaug_utils.evidence.subjects import Subject, nearest_subjects, stand_ins, with_first
 from sdaug_utils.experiments.base import Numbers, Subjects
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 
-@register_experiment
 class NumberOfImages(Subjects):
     """Each subject is learnt from nested sets of its images."""
 

@@ -7,12 +7,11 @@ from pydantic import Field
 from sdaug_utils.data.shifts import SHIFTS
 from sdaug_utils.experiments import base
 from sdaug_utils.params import Augmentation, Percent
-from sdaug_utils.registry import register_experiment, techniques
+from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.runs import Run, repeated
 
 
-@register_experiment
 class Rivals(base.AtPercentages):
     """All techniques on test images as they are, and on shifted ones."""
 

@@ -1,10 +1,8 @@
 """Experiment 09: numbers of synthetic images on a second data set (thesis, section 4.3.9)."""
 
 from sdaug_utils.experiments.base import ByAmount
-from sdaug_utils.registry import register_experiment
 
 
-@register_experiment
 class SecondDomain(ByAmount):
     """As experiment 04, on other data."""
 

@@ -4,12 +4,10 @@ from pydantic import Field
 
 from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, counts_of, synthetic
 from sdaug_utils.params import Percent
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 from sdaug_utils.training.runs import Run
 
 
-@register_experiment
 class Segmentation(Runs):
     """Numbers of synthetic images, and whether training is long enough."""
 

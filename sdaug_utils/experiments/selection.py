@@ -5,11 +5,9 @@ from pydantic import Field, field_validator
 
 from sdaug_utils.experiments.base import Arm, Numbers, Runs, baselines, synthetic
 from sdaug_utils.params import Percent, Rule, TechniqueName
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 
 
-@register_experiment
 class Selection(Runs):
     """As many images of each class, chosen from more by different rules."""
 

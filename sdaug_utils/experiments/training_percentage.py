@@ -7,14 +7,12 @@ from pydantic import Field
 from sdaug_utils.data.datasets import subset
 from sdaug_utils.experiments.base import AtPercentages, Numbers, baselines, synthetic
 from sdaug_utils.params import Percent, Protocol
-from sdaug_utils.registry import register_experiment
 from sdaug_utils.study import Study
 from sdaug_utils.training.runs import LENGTH, RECIPE, Run, repeated
 
 VIEWS = (f"{RECIPE}.min_views", f"{RECIPE}.min_synthetic_views")
 
 
-@register_experiment
 class TrainingPercentage(AtPercentages):
     """The main table, a classifier on pixels, the published protocol, lengths, views."""
 

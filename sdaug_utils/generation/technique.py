@@ -16,7 +16,7 @@ from sdaug_utils.data.images import shuffled
 from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, load_pipeline, revision
 from sdaug_utils.params import Parameters, Sampling, Settings
-from sdaug_utils.registry import register, techniques
+from sdaug_utils.registry import TECHNIQUES, techniques
 from sdaug_utils.store import Spec, digest
 from sdaug_utils.study import Study
 
@@ -65,7 +65,7 @@ class Technique:
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
-            register(cls)
+            TECHNIQUES[cls.name] = cls()
 
     @property
     def is_generative(self) -> bool:
