@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from sdaug_utils import make, notebooks, params, rates, study, summary
-from sdaug_utils.errors import exit_code
+from sdaug_utils.errors import run_to_exit_code
 
 
 def positive(text: str) -> int:
@@ -62,7 +62,7 @@ def command_line() -> argparse.Namespace:
     option("--timeout", type=positive, default=600, metavar="MINUTES", help=text)
     switch("--dry-run", help="print the plan; start nothing")
     switch("--download-only", help="fetch models and data; start no notebook")
-    switch("--verify", help="compare every image with its digest, not its size")
+    switch("--verify", help="check stored images by digest, not size; damaged ones are made again")
     switch("--force", help="run every notebook again")
     switch("--from-results", help="redraw figures and tables from shipped runs; make nothing")
     return parser.parse_args()
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.time()
     if arguments.cluster or arguments.scheduler:
         make.require_workers(arguments.cluster, arguments.scheduler)
-    for variable in ("SDAUG_STORE", "SDAUG_OUTPUT"):  # the notebooks run in another folder
+    for variable in summary.FOLDERS:  # the notebooks run in another folder
         if variable in os.environ:
             os.environ[variable] = str(Path(os.environ[variable]).resolve())
     paths = notebooks.chosen(arguments.only)
@@ -109,21 +109,21 @@ def run(arguments: argparse.Namespace) -> int:
     number, timeout = arguments.workers, arguments.timeout * 60.0
     workers = make.Workers(number, arguments.cluster, arguments.scheduler, timeout)
     asked = summary.asked_for(jobs)
-    if jobs and rates.is_at_scale(jobs[0].study.settings):
+    if rates.is_at_scale(jobs[0].study.settings):
         summary.require_disk(jobs, make.number_of(workers, jobs[0].study.settings))
     if arguments.verify:
         make.verify(asked)
     done = [] if arguments.force else [job for job in jobs if job.is_up_to_date()]
     outcome = make.make_all(asked, workers)
     reports = notebooks.execute_all(jobs, done, arguments.keep_going)
-    summary.close(jobs, reports, outcome, profile, began)
+    summary.finish(jobs, reports, outcome, profile, began)
     fine = all(report.status in notebooks.FINE for report in reports)
     return 0 if fine and not outcome.failures else 1
 
 
 def main() -> int:
     """The exit code: 2 where something was wrong from the start, 1 where a notebook failed."""
-    return exit_code("run_all.py", lambda: run(command_line()))
+    return run_to_exit_code("run_all.py", lambda: run(command_line()))
 
 
 if __name__ == "__main__":

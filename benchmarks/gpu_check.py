@@ -267,7 +267,7 @@ def compiled(check: Check) -> Found:
 @contextmanager
 def compiling(check: Check, network: Any) -> Iterator[None]:
     """Compile a network for a while, as the profile's ``compile`` would."""
-    foundation.compiled(changed(check.study, compile=True).settings, network)
+    foundation.compile_if_asked(changed(check.study, compile=True).settings, network)
     yield
     network._compiled_call_impl = None
 

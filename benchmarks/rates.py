@@ -21,7 +21,7 @@ from machine import describe
 
 from sdaug_utils.data.images import Split
 from sdaug_utils.generation import pools
-from sdaug_utils.generation.foundation import compiled, load_pipeline, scale_condition
+from sdaug_utils.generation.foundation import compile_if_asked, load_pipeline, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents
 from sdaug_utils.generation.technique import technique_requests
 from sdaug_utils.params import load_settings
@@ -182,10 +182,10 @@ def main() -> None:
     products = rates({"product": (2 * 1024**3, lambda: matrix @ matrix)})
     result["peak FLOP/s"] = float(f"{products['product']:.3g}")
     began = time.perf_counter()
-    unet_in_whole = compiled(settings.model_copy(update={"compile": True}), pipeline.unet)
+    compile_if_asked(settings.model_copy(update={"compile": True}), pipeline.unet)
     latents = torch.zeros(1, *example.mean.shape[1:])
     with torch.no_grad():
-        unet_in_whole(latents, 0, embeddings, timestep_cond=scale_condition(pipeline, 1))
+        pipeline.unet(latents, 0, embeddings, timestep_cond=scale_condition(pipeline, 1))
     result["seconds"] = seconds(result) | {
         COMPILATION: round(time.perf_counter() - began, 1),
     }

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sdaug_utils import params, store
-from sdaug_utils.errors import InputError, exit_code
+from sdaug_utils.errors import InputError, run_to_exit_code
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -68,15 +68,16 @@ def list_store(arguments: argparse.Namespace) -> None:
         print(f"{root}\n{'kind':<22} {'artefacts':>9} {'MiB':>9}")
         for name, kind in kinds.items():
             folders = [path for path in kind.iterdir() if path.suffix != store.PARTIAL]
-            print(f"{name:<22} {len(folders):>9} {_bytes(folders) / 2**20:>9.1f}")
+            print(f"{name:<22} {len(folders):>9} {_size(folders) / 2**20:>9.1f}")
         return
     if arguments.kind not in kinds:
         known = ", ".join(kinds) or "none"
         raise InputError(f"{arguments.kind}: no such kind in {root}: choose from {known}")
-    for folder in sorted(kinds[arguments.kind].iterdir()):
+    whole = [path for path in kinds[arguments.kind].iterdir() if path.suffix != store.PARTIAL]
+    for folder in sorted(whole):
         spec = store.read_json(folder / "spec.json")
         named = [str(spec[key]) for key in ("technique", "class", "draw", "prompt") if key in spec]
-        print(f"{arguments.kind}/{folder.name}  {_bytes([folder]) / 2**10:>9.1f} KiB", *named)
+        print(f"{arguments.kind}/{folder.name}  {_size([folder]) / 2**10:>9.1f} KiB", *named)
 
 
 def show_artefact(arguments: argparse.Namespace) -> None:
@@ -87,8 +88,8 @@ def show_artefact(arguments: argparse.Namespace) -> None:
         names = ", ".join(path.relative_to(root).as_posix() for path in sorted(found)[:5])
         raise InputError(f"{arguments.key}: not one artefact of {root}: {names or 'none'}")
     print(json.dumps(store.read_json(found[0] / "spec.json"), indent=2))
-    for file in sorted(found[0].iterdir()):
-        print(f"{file.stat().st_size:>10}  {file.name}")
+    for file in sorted(path for path in found[0].rglob("*") if path.is_file()):
+        print(f"{file.stat().st_size:>10}  {file.relative_to(found[0])}")
 
 
 def prune_store(arguments: argparse.Namespace) -> None:
@@ -109,13 +110,13 @@ def prune_store(arguments: argparse.Namespace) -> None:
             why = f"made more than {days:g} days ago"
         else:
             continue
-        taken = _bytes([folder])
+        taken = _size([folder])
         if arguments.dry_run or kept.remove(folder):
             removed, size = removed + 1, size + taken
         else:
             why += ", but in use"
         print(f"{folder.relative_to(kept.root)}: {why}")
-    verb = "would be deleted" if arguments.dry_run else "deleted"
+    verb = "would be deleted, unless in use" if arguments.dry_run else "deleted"
     print(f"{removed} artefacts, {size / 2**20:.1f} MiB {verb}")
 
 
@@ -140,7 +141,7 @@ def show_results(arguments: argparse.Namespace) -> None:
         runs = pd.read_parquet(folder / f"{what}.parquet")
         settings = {"task", "real_percent", "synthetic_per_class", "scores"}
         arrays = [key for key in runs if isinstance(runs[key].iloc[0], np.ndarray)]
-        several = {"num_views", "step", "shift", "protocol"} & set(runs)  # runs of one setting
+        several = {"num_views", "step", "shift", "protocol"} & set(runs)  # of one setting
         is_plain = settings <= set(runs) and all(len(set(runs[key])) == 1 for key in several)
         table = claims.gains(runs) if is_plain else runs.drop(columns=arrays)
         print(table.to_string(index=False, float_format="{:.3f}".format))
@@ -156,7 +157,7 @@ def write_report(arguments: argparse.Namespace) -> None:
     print(write_site(arguments.runs or output() / "runs" / arguments.profile))
 
 
-def _bytes(folders: list[Path]) -> int:
+def _size(folders: list[Path]) -> int:
     files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
@@ -171,7 +172,8 @@ def command_line() -> argparse.ArgumentParser:
         text = (run.__doc__ or "").strip()
         made = among.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
         made.set_defaults(run=run)
-        made.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
+        if among is commands:
+            made.add_argument("--profile", default="miniature", help="params/<profile>.yaml")
         return made
 
     command("techniques", list_techniques)
@@ -185,15 +187,17 @@ def command_line() -> argparse.ArgumentParser:
     make.add_argument("--real-percent", type=float, default=100, help="of the real images it sees")
     store_commands = commands.add_parser("store", help="what was made, and what of it may go")
     actions = store_commands.add_subparsers(required=True, metavar="ACTION")
-    command("ls", list_store, actions).add_argument("kind", nargs="?", help="of artefacts")
-    command("show", show_artefact, actions).add_argument("key", help="or the beginning of one")
+    ls = command("ls", list_store, actions)
+    ls.add_argument("kind", nargs="?", help="list the artefacts of this kind")
+    show = command("show", show_artefact, actions)
+    show.add_argument("key", help="an artefact's key, or its beginning")
     prune = command("prune", prune_store, actions)
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="what was made before, too")
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="what is older, too")
     prune.add_argument("--dry-run", action="store_true", help="say what would go; delete nothing")
     results = command("results", show_results)
     results.add_argument("what", nargs="?", help="a name of the list, or 'claims'")
     report = command("report", write_report)
-    report.add_argument("--runs", type=Path, metavar="FOLDER", help="of the executed notebooks")
+    report.add_argument("--runs", type=Path, metavar="FOLDER", help="folder of executed notebooks")
     return parser
 
 
@@ -201,8 +205,8 @@ def main() -> int:
     """The exit code: 2 where something was wrong from the start, 130 after Ctrl-C."""
     arguments = command_line().parse_args()
     try:
-        return exit_code("sdaug_utils", lambda: arguments.run(arguments))
-    except BrokenPipeError:  # of a pager that was left
+        return run_to_exit_code("sdaug_utils", lambda: arguments.run(arguments))
+    except BrokenPipeError:  # who reads the output, such as a pager, has quit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

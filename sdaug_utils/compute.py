@@ -96,24 +96,22 @@ class Batch:
         done: list[Result] = []
         while len(done) < len(items):
             tried = self.size  # a part that is shorter is filled up to it
-            part, why = items[len(done) : len(done) + tried], ""
             try:
-                done += work(part)
+                done += work(items[len(done) : len(done) + tried])
+                continue
             except torch.OutOfMemoryError as error:
                 why = str(error).split(". ")[0]
-            if not why:
-                continue
             # Outside of the handler, which keeps the tensors of the failed pass alive.
             if tried == 1:
                 raise InputError(f"{self.name}: the GPU's memory is too small even for one ({why})")
-            self.size = min(self.size, tried // 2)
+            self.size = tried // 2
             torch.cuda.empty_cache()
             tqdm.write(f"{self.name}: {tried} exceed the GPU's memory: going on with {self.size}")
         return done
 
 
 def hardware() -> dict[str, object]:
-    """Processor, cores, memory and GPU, without names or paths (thesis, table A.1)."""
+    """Processor, cores, memory and GPU, without the machine's name or paths (thesis, table A.1)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     facts: dict[str, object] = {"processor": processor(), "cores": os.cpu_count()}
     facts |= {"memory GiB": round(memory), "gpu": None}

@@ -8,8 +8,8 @@ class InputError(ValueError):
     """Bad input: one line that names the file, the key and what would be valid."""
 
 
-def exit_code(program: str, run: Callable[[], int | None]) -> int:
-    """Run a program: 2 after an :class:`InputError`, which is printed, and 130 after Ctrl-C."""
+def run_to_exit_code(program: str, run: Callable[[], int | None]) -> int:
+    """Run a program; the exit code is 2 after an :class:`InputError`, 130 after Ctrl-C."""
     try:
         return run() or 0
     except InputError as error:

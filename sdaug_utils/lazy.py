@@ -1,6 +1,6 @@
 """PyTorch, imported when it is first used: that takes seconds, and a plan or an error needs none.
 
-Files of this module write ``from sdaug_utils.lazy import torch``.
+Other files write ``from sdaug_utils.lazy import torch``.
 """
 
 import importlib.util

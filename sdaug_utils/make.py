@@ -107,7 +107,7 @@ def connected(workers: Workers, settings: params.Settings) -> Iterator[Client]:
             security = Security.temporary()
             start = _jobs if workers.cluster else _processes
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdaug-"))
-            resource_tracker.ensure_running()  # it would unblock the signal when it starts
+            resource_tracker.ensure_running()  # started later, it would unblock the signal
             # Threads and processes started here never receive Ctrl-C; this thread does, afterwards.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
@@ -152,7 +152,7 @@ def _jobs(workers: Workers, settings: params.Settings, security: Security, _: st
     prologue = [
         f"export SDAUG_STORE={quote(str(root.resolve()))}",
         f"export PYTHONPATH={quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "trap : TERM",  # the script outlives its worker: one that hangs at its end is killed, too
+        "trap : TERM",  # the script waits for its worker: one that hangs at its end is killed, too
         *settings.cluster.get("job_script_prologue", known),
     ]
     defaults = {
@@ -215,7 +215,7 @@ def _units_by_key(asked_json: str, stage: int) -> dict[str, Unit]:
     here = [device_of(settings).type, dtype_name(settings)]
     if here != given["computes"]:
         raise InputError(
-            f"a worker computes on {here[0]} in {here[1]}, the process that asks on {device} in "
+            f"a worker computes on {here[0]} in {here[1]}, but this run was planned on {device} in "
             f"{dtype}: start it on a machine like the workers', or set common.device and "
             "common.precision"
         )
@@ -244,7 +244,9 @@ def make_unit(asked_json: str, key: str, timeout: float, needs: Sequence[float] 
         stages = (_units_by_key(asked_json, stage) for stage in range(len(plan.STAGES)))
         unit = next((units[key] for units in stages if key in units), None)
         if unit is None:
-            raise InputError("a worker does not know this unit: its data or its code are others")
+            raise InputError(
+                "a worker does not know this unit: its data or code differ from this run's"
+            )
         unit.make()
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -252,7 +254,7 @@ def make_unit(asked_json: str, key: str, timeout: float, needs: Sequence[float] 
 
 
 def verify(asked: plan.Asked) -> None:
-    """Delete damaged images of the pools that notebooks need, found by digest."""
+    """Delete images, of the pools that notebooks need, whose digests are wrong."""
     for one, what in plan.wanted(asked).items():
         for request in what.requests.values():
             pool_files.verify(one.store, request.spec)
@@ -284,14 +286,14 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
         futures[unit.key] = client.submit(
             make_unit, *arguments, key=unit.key, priority=paths[unit.key], pure=False
         )
-    kinds = {unit.key: unit.kind for unit in work.waiting}
+    units = {unit.key: unit for unit in work.waiting}
     with Progress(work) as progress:
         for future in as_completed(futures.values()):
             if future.status != "error":
                 outcome.busy += future.result()
-                kind, number = kinds[future.key], work.left[future.key]
-                outcome.made[kind] = outcome.made.get(kind, 0) + number
-                progress.update(kind, number)
+                for kind, number in work.done_by(units[future.key]).items():
+                    outcome.made[kind] = outcome.made.get(kind, 0) + number
+                    progress.update(kind, number)
     failed: set[str] = set()
     for unit in work.waiting:  # each comes after all that it needs
         if futures[unit.key].status != "error":
@@ -305,7 +307,7 @@ def _make_on(client: Client, asked_json: str, work: Work, timeout: float, outcom
             tqdm.write(f"{unit.name}: {reason}")
         failed.add(unit.key)
     outcome.seconds += time.monotonic() - began
-    outcome.workers = len(client.nthreads())
+    outcome.workers = max(outcome.workers, len(client.nthreads()), 1)  # the last may have died
 
 
 class Progress(contextlib.ExitStack):
@@ -338,7 +340,8 @@ def make_here(units: Sequence[Unit]) -> None:
     with Progress(work) as progress:
         for unit in work.waiting:
             unit.make()
-            progress.update(unit.kind, work.left[unit.key])
+            for kind, number in work.done_by(unit).items():
+                progress.update(kind, number)
 
 
 def make(study: Study, p: Experiment) -> None:

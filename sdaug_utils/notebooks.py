@@ -50,7 +50,7 @@ class Job:
     def key(self) -> str:
         """A hash of everything that determines the outcome: source, settings, module, data, models.
 
-        It is computed once, before the run: an edit during the run does not count as executed.
+        It is computed before the run, so a notebook edited meanwhile is not up to date.
         """
         from sdaug_utils.evidence import prose
 
@@ -152,7 +152,7 @@ def check(paths: Iterable[Path], profile: str, output: Path, offline: bool = Fal
             absent += missing
         elif domain not in opened:
             opened[domain] = open_study(profile, domain=domain)
-        if not opened[domain].stands_for:
+        if not opened[domain].stands_for:  # one's own images
             changes = checked.fitted(opened[domain])
             for key, value in changes.items():
                 new, old = (" ".join(str(one).split()) for one in (value, dict(checked)[key]))
@@ -186,7 +186,7 @@ def _require_models(settings: params.Settings) -> None:
 
 @contextlib.contextmanager
 def running_kernel() -> Iterator[AsyncKernelManager]:
-    """Start a Jupyter kernel that imports this module, no other; it is ended whatever it is doing.
+    """Start a Jupyter kernel that imports this copy of the package; kill it at the end.
 
     It communicates by Unix sockets in a temporary folder, not by ports, so that several runs can
     share a host.
@@ -207,7 +207,7 @@ def running_kernel() -> Iterator[AsyncKernelManager]:
 
 
 def ask(kernel: AsyncKernelManager, expression: str) -> Any:
-    """The value of an expression in a kernel, a literal."""
+    """The value of an expression in a kernel; its ``repr`` must be a literal."""
     client = kernel.blocking_client()
     client.start_channels(iopub=False, stdin=False, hb=False, control=False)
     try:
@@ -303,7 +303,7 @@ def settings_digest(profile: str, notebook: str) -> str:
 def tidy(path: Path, profile: str, written: Sequence[Path], key: str) -> None:
     """Remove from an executed notebook everything that differs from machine to machine.
 
-    The metadata record digests of the code, the settings and the tables, the files that the
+    Its metadata then hold digests of the code, the settings and the tables, the files that the
     notebook wrote, and the ``key`` it was run with, empty if it failed.
     """
     import nbformat

@@ -70,7 +70,7 @@ class Sampling(Parameters):
     resolution: int = Field(ge=8)
     batch_size: int = Field(ge=1)
     max_attempts: int = Field(default=100, ge=1)  # at an image that is rejected
-    safety_checker: bool  # on by default; only models that have one check
+    safety_checker: bool  # used where the model has one
 
 
 class Controlled(Parameters):
@@ -82,7 +82,7 @@ class Controlled(Parameters):
     validation_steps: int = Field(ge=1)
     min_views: int = Field(ge=1)  # per real image, if images are augmented
     min_synthetic_views: int = Field(ge=1)  # per synthetic image
-    num_augmented: int = Field(ge=1)  # views per training set, at least: few images have more each
+    num_augmented: int = Field(ge=1)  # views of all images together, at least
 
     def num_views(self, num_images: int, synthetic: bool = False) -> int:
         """Augmented views per real (or synthetic) image, in a training set of ``num_images``."""
@@ -128,9 +128,9 @@ class Segmenter(Parameters):
     dropout: float = Field(ge=0, lt=1)
     learning_rate: float = Field(gt=0)
     batch_size: int = Field(ge=2)  # the pooling branch's BatchNorm needs two values
-    max_train_steps: int = Field(ge=1)
+    max_train_steps: int = Field(ge=1)  # of the controlled protocol
     validation_steps: int = Field(ge=1)
-    max_epochs: int = Field(ge=1)
+    max_epochs: int = Field(ge=1)  # of the published one
     patience: int = Field(ge=1)
 
 
@@ -138,8 +138,8 @@ class Data(Parameters):
     """A data set, all of it or a part; photographs come from a folder, or are downloaded to it."""
 
     name: Literal["fashion-mnist", "digits", "oxford-iiit-pet", "food-101", "imagefolder"]
-    classes: list[str] | None = Field(min_length=2)
-    max_images_per_class: dict[str, Count] | None
+    classes: list[str] | None = Field(min_length=2)  # None: all
+    max_images_per_class: dict[str, Count] | None  # by split; None: all
     folder: str | None = None
     download: bool = False
 
@@ -157,7 +157,7 @@ class Settings(Parameters):
     foundation: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "float32", "float16", "bfloat16"]
-    attention: Literal["auto", "sdpa", "xformers"]  # auto is sdpa
+    attention: Literal["auto", "sdpa", "xformers"]  # auto: PyTorch's own, sdpa
     compile: bool = False  # U-Net and ControlNet, by torch.compile; images differ by rounding
     training_precision: Literal["float32", "mixed"] = "float32"  # of personalisation
     treatment: str = ""  # how it deviates from the thesis: a column of every table
@@ -361,7 +361,7 @@ def parameters_cell(path: Path) -> dict[str, Any]:
 
 
 def check_notebook(notebook: str, values: dict[str, Any]) -> Any:
-    """The experiment that a notebook's ``parameters`` cell describes, checked: see InputError."""
+    """The experiment that a notebook's ``parameters`` cell describes, if valid."""
     return _checked(experiments()[notebook], values, f"notebooks/{notebook}.ipynb")
 
 

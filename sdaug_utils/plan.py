@@ -81,17 +81,17 @@ class Wanted:
         self.ask(requests, notebook)
         self.unshared += sum(len(request.indices) for request in requests)
         # A dictionary keeps the order, which a set does not.
-        pools, conditions = dict[tuple[Any, ...], None](), set()
+        pools, settings = dict[tuple[Any, ...], None](), set()
         for run in p.runs(study):
             self.runs.setdefault(run, notebook)
             if run.technique:
-                conditions.add((run.arm, run.draw, run.synthetic_per_class, run.real_percent))
+                settings.add((run.arm, run.draw, run.num_made, run.real_percent))
                 own = runs.study_of(study, run)
                 percent = runs.pool_percent(own, run)
                 pools[own, run.technique, run.draw, run.num_made, percent] = None
         for arguments in pools:
             self.ask(technique_requests(*arguments), notebook)
-        self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in conditions)
+        self.unshared += len(study.data.class_names) * sum(count for _, _, count, _ in settings)
 
 
 def wanted(asked: Asked) -> dict[Study, Wanted]:
@@ -101,13 +101,14 @@ def wanted(asked: Asked) -> dict[Study, Wanted]:
         what = found.setdefault(study, Wanted())
         earlier, what.requests = what.requests, {}
         what.add(notebook, study, p)
-        what.requests |= earlier  # last: the order decides which models are learnt together
+        # A later notebook's requests come first: the order decides which models learn together.
+        what.requests |= earlier
     return found
 
 
 def by_notebook(asked: Asked) -> dict[str, Wanted]:
     """What each notebook needs, by its name."""
-    return {one[0]: what for one in asked for what in wanted([one]).values()}
+    return {job[0]: what for job in asked for what in wanted([job]).values()}  # one study each
 
 
 def first_units(asked: Asked) -> list[Unit]:
@@ -215,7 +216,7 @@ class Planner:
         ]
         parts: list[list[Request]] = []
         for _, same_notebook in itertools.groupby(blocks, lambda one: self._first_notebook([one])):
-            count = most
+            count = most  # so that the first block opens a part
             for block in same_notebook:
                 if count + len(block.indices) > most:
                     parts.append([])
@@ -284,7 +285,7 @@ class Planner:
         for run, notebook in self.wanted.runs.items():
             own = runs.study_of(self.study, run)
             units = []
-            for test_sets in dict.fromkeys([(), run.test_sets]):
+            for test_sets in dict.fromkeys([(), run.test_sets]):  # the data set's own first
                 features = (*runs.features_by(own), test_sets)
                 if features not in data:
                     data[features] = features_of_data(own, notebook, test_sets)
@@ -298,7 +299,7 @@ class Planner:
         """Units for features that runs share; each is added to the ``needs`` of its runs."""
         made, views = [], dict[tuple[Any, ...], int]()
         for group in _with_features_in_common(self.study, needs):
-            number = rates.num_views(self.study, group, views)
+            number = rates.features_to_compute(self.study, group, views)
             unit = Unit(
                 name=f"features of {group[0].arm}, draw {group[0].draw}",
                 key=self._key("features", group),
@@ -342,7 +343,7 @@ class Planner:
 
 
 def _with_features_in_common(study: Study, asked: Iterable[Run]) -> list[list[Run]]:
-    """Heads' runs in groups: one for a technique and draw, or for an augmentation of real images.
+    """Runs of heads, grouped by pools and augmentation or, without pools, by the augmentation.
 
     Runs that differ in their seed alone have one set of features.
     """
@@ -388,7 +389,7 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
             here = {own: "miniature" for own, name in value if name in absent}
             changes[key] = value.model_copy(update=here)
     if rates.is_at_scale(settings) and settings.device == settings.precision == "auto":
-        changes["precision"] = "float16"  # the GPU host's, though the plan be made elsewhere
+        changes["precision"] = "float16"  # as on the GPU host, wherever the plan is made
     chosen = settings.data[domain]
     try:
         data = open_study(profile, domain=domain, download=False).data

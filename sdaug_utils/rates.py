@@ -23,8 +23,8 @@ COMPILATION = "compilation of a network"  # as rates have it
 def seconds_by_kind(settings: Settings) -> dict[str, float]:
     """The seconds that each kind of work takes.
 
-    For images a rate is scaled by the number of steps; where both were measured it is ``once`` +
-    steps * ``step``.
+    An image takes ``once`` + steps * ``step`` where these were measured; else its rate is scaled by
+    the number of steps.
     """
     content, steps = measured(settings), steps_of_images(settings)
     seconds = {}
@@ -89,13 +89,17 @@ def run_seconds(study: Study, run: Run, rates: Mapping[str, float]) -> float:
     tested = published.max_epochs * len(study.data.splits["validation"])
     tested += len(study.data.splits["test"])
     trained = published.max_updates(int(images)) * published.batch_size
-    smaller = (published.image_size / settings.classifier.image_size) ** 2
+    scale = (published.image_size / settings.classifier.image_size) ** 2  # of pixels
     whole = trained * rates["image, training of the whole network"]
-    return smaller * (whole + tested * rates["feature"])
+    return scale * (whole + tested * rates["feature"])
 
 
-def num_views(study: Study, asked: Iterable[Run], views: dict[tuple[Any, ...], int]) -> int:
+def features_to_compute(
+    study: Study, asked: Iterable[Run], views: dict[tuple[Any, ...], int]
+) -> int:
     """How many features must be computed for the heads of runs, unaugmented real images aside.
+
+    CutMix is estimated as other augmentations are.
 
     Args:
         views: numbers of views that are counted already, by image or pool. It is updated in place,
@@ -104,15 +108,13 @@ def num_views(study: Study, asked: Iterable[Run], views: dict[tuple[Any, ...], i
     classes = len(study.data.class_names)
     before = sum(views.values())
     for run in asked:
-        if run.protocol != "controlled" or run.task != "classification":
-            continue
         own = runs.study_of(study, run)
         settings, percent = own.settings.classifier, runs.pool_percent(own, run)
         seen_by = runs.features_by(own)
         pool = (*runs.pool_keys(study, run)[:1], percent, *seen_by)
         if run.augmentation in ("none", "mixup"):  # which mixes features
             here = classes * run.num_made
-            views[pool] = max(views.get(pool, 0), here)  # all the images of one view
+            views[pool] = max(views.get(pool, 0), here)  # one view of each image
             continue
         made = itertools.product(range(classes), range(run.synthetic_per_class))
         rows = runs.real_rows(study, run).tolist()

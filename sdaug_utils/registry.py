@@ -9,8 +9,8 @@ import pkgutil
 from functools import cache
 from typing import Any
 
-TECHNIQUES: dict[str, Any] = {}
-EXPERIMENTS: dict[str, Any] = {}
+TECHNIQUES: dict[str, Any] = {}  # filled as files are imported: ask techniques() ...
+EXPERIMENTS: dict[str, Any] = {}  # ... and experiments()
 
 
 @cache
@@ -26,12 +26,12 @@ def experiments() -> dict[str, Any]:
 
 
 def _all_of(name: str, registered: dict[str, Any]) -> dict[str, Any]:
-    """Import every file of a folder; what they have registered, sorted by name in place."""
+    """Import every file of a folder; return what they have registered, sorted by name."""
     package = importlib.import_module(name)
     for file in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{name}.{file.name}")
     for key in sorted(registered):
-        registered[key] = registered.pop(key)  # what is registered later is known, too
+        registered[key] = registered.pop(key)  # in place: later ones are known, too
     return registered
 
 

@@ -45,9 +45,9 @@ def write_config(
         folder: where the file goes, by default ``runs/<name>``.
         file: its name; another one than ``config.yaml`` if nothing is run.
 
-    Returns the folder and, before it, a value for ``profile`` of :func:`open_study`: the profile's
-    own name if nothing changes it, else the path of the written file. Raises InputError if a value
-    is not valid or the folder cannot be written to.
+    Returns a value for ``profile`` of :func:`open_study` (the profile's own name if nothing changes
+    it, else the written file's path) and the folder. Raises InputError if a value is not valid or
+    the folder cannot be written to.
     """
     sections = params.configure(profile, **asked)
     name = sections["run"]["name"]

@@ -53,7 +53,7 @@ def print_plan(jobs: Sequence[Job], workers: Sequence[int]) -> None:
         print(f"treatment: {settings.treatment}")
     if at_scale:
         hours = table["thesis, hours"].sum()
-        print(f"the thesis's logs: {hours:.0f} hours, one run per setting, if it is timed")
+        print(f"the thesis's logs: {hours:.0f} hours, one run per setting, untimed ones aside")
     total = work.counts()["images"][1]
     unshared = sum(what.unshared for what in needed.values())
     print(
@@ -78,10 +78,10 @@ def require_disk(jobs: Sequence[Job], workers: int) -> None:
         )
 
 
-def close(
+def finish(
     jobs: Sequence[Job], reports: Sequence[Report], outcome: Outcome, profile: str, began: float
 ) -> None:
-    """After a run: tables of hardware, software and claims, ``run.json``, and a summary.
+    """Write the tables of hardware, software and claims, and ``run.json``; print a summary.
 
     ``run.json`` says what ran, on which commit, how long, and what it used; the report reads it. A
     notebook that was up to date keeps the minutes of its own run.
@@ -108,7 +108,9 @@ def close(
         "minutes": round((time.time() - began) / 60, 1),
         "of which making": round(outcome.seconds / 60, 1),
         "workers": outcome.workers,
-        "peak memory of a process, GiB": round(max(peak_memory(), peak_memory(True)), 2),
+        "peak memory of a process, GiB": round(
+            max(peak_memory(), peak_memory(of_children=True)), 2
+        ),
         "notebooks": dict(sorted(known.items())),
         "environment": {name: os.environ[name] for name in FOLDERS if os.environ.get(name)},
     }

@@ -63,9 +63,18 @@ class Work:
                 found["models"] = (left + missing, items + unit.temporary_models)
         return found
 
+    def done_by(self, unit: Unit) -> dict[str, int]:
+        """How many items of each kind there are more when a unit has been made."""
+        made = {unit.kind: self.left[unit.key]}
+        return made | ({"models": unit.temporary_models} if unit.temporary_models else {})
+
+    def seconds_left(self) -> dict[str, float]:
+        """Seconds for what each unit lacks, by key."""
+        return {u.key: u.seconds * self.left[u.key] / u.items for u in self.waiting}
+
     def seconds(self) -> float:
         """How long it takes to make what is left, one unit after the other."""
-        return sum(unit.seconds * self.left[unit.key] / unit.items for unit in self.waiting)
+        return sum(self.seconds_left().values())
 
     def gibibytes(self, workers: int = 1) -> float:
         """GiB of disk for what is left, with a temporary model per worker.
@@ -78,7 +87,7 @@ class Work:
 
     def longest_paths(self) -> dict[str, float]:
         """Seconds of the longest chain of units that starts with each unit that is left, by key."""
-        seconds = {unit.key: unit.seconds for unit in self.waiting}
+        seconds = self.seconds_left()
         paths = dict(seconds)
         for unit in reversed(self.waiting):
             for key in unit.needs & paths.keys():
@@ -119,10 +128,10 @@ def images_left(study: Study, requests: Sequence[Request]) -> int:
 
 def _without_model(study: Study, pools: Sequence[Sequence[Request]]) -> list[Request]:
     """A request for each model that is missing, except models whose images are all made."""
-    firsts = [requests[0] for requests in pools if images_left(study, requests)]
-    folders = [study.store.folder(first.technique.model_folder, first.model) for first in firsts]
-    pairs = zip(firsts, folders, strict=True)
-    return [first for first, folder in pairs if not study.store.is_whole(folder)]
+    store, firsts = study.store, [some[0] for some in pools if images_left(study, some)]
+    return [
+        r for r in firsts if not store.is_whole(store.folder(r.technique.model_folder, r.model))
+    ]
 
 
 def models_left(study: Study, pools: Sequence[Sequence[Request]]) -> int:
@@ -134,6 +143,7 @@ def learn(study: Study, pools: Sequence[Sequence[Request]]) -> None:
 
 
 def features_left(study: Study, some: Sequence[Run], number: int) -> int:
+    """All of them until the runs are made: to look into each file would take longer."""
     return 0 if all(runs.is_made(study, run) for run in some) else number
 
 

@@ -136,7 +136,7 @@ FAULTS = (
     Fault(
         "chance not subtracted",
         f"{EVIDENCE}/subjects.py",
-        "            - len(subject.labels) / len(self.kinds),",
+        "            - len(subject.labels) / len(self.kind_of_class),",
         "            + 0.0,",
         "chance_is_nothing",
     ),

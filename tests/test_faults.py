@@ -299,7 +299,7 @@ def test_a_kind_is_more_than_its_classes(world):
     [pool, _] = pools.technique_pools(world, PROMPTS, 0, 2)
     other = subjects.Subject("bags", (1,), (20, 21))
     assert judge([pool], {"A {}": None}, other)["in_kind"] == 1
-    assert subjects.Judge(world).kinds.tolist() == ["trouser", "bag"]
+    assert subjects.Judge(world).kind_of_class.tolist() == ["trouser", "bag"]
 
 
 def test_few_draws_ask_for_a_wider_interval():

@@ -357,7 +357,7 @@ def test_no_input_comes_from_outside_a_subset_that_is_smaller(world):
         assert [len(request.inputs) for request in requests] == ([5, 4] if percent == 5 else [5, 5])
         assert all(set(images.digests(request.inputs)) <= inside for request in requests)
     check_percents(study, [5], {"dreambooth"})
-    with pytest.raises(InputError, match="has 1 of a class"):
+    with pytest.raises(InputError, match="has 1 of a class: choose a larger percentage"):
         check_percents(study, [2], {"dreambooth"})
 
 

@@ -22,12 +22,12 @@ LISTING = "metadata.csv"
 def naming(corpus: str, class_name: str) -> Images:
     """The images whose captions have the class's name in them, as words of their own.
 
-    A corpus is ``miniature``, a sample of what the shipped model learnt from; or a folder, relative
-    ones starting at the project, as the hub's image folders are: ``metadata.csv`` with the columns
-    ``file_name`` and ``text``. Raises InputError as :func:`revision` does.
+    A corpus is ``miniature``, a sample of what the shipped model learnt from, or a Hugging Face
+    image folder (``metadata.csv`` with the columns ``file_name`` and ``text``), whose path may be
+    relative to the project. Raises InputError as :func:`revision` does.
     """
     revision(corpus)
-    words = re.compile(rf"\b{re.escape(class_name)}\b", re.IGNORECASE)
+    words = re.compile(rf"(?<![\w-]){re.escape(class_name)}(?![\w-])", re.IGNORECASE)
     load: Callable[[Any], np.ndarray] = read_rgb
     if corpus == "miniature":
         images = _miniature().get(class_name, np.empty(0))
@@ -48,7 +48,7 @@ def revision(corpus: str) -> str:
         return file_digest(MINIATURE_DATA / "corpus.png")
     files = [file for file, _ in _listed(PROJECT / corpus)]
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise InputError(f"retrieval.corpus: {file} is listed and missing")
     sizes = [f"{file.name} {file.stat().st_size}" for file in files]
     captions = file_digest(PROJECT / corpus / LISTING)
@@ -60,7 +60,8 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
     listing = folder / LISTING
     try:
         with listing.open(newline="", encoding="utf-8") as file:
-            return [(folder / row["file_name"], row["text"]) for row in csv.DictReader(file)]
+            rows = csv.DictReader(file, restval="")
+            return [(folder / row["file_name"], row["text"]) for row in rows]
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise InputError(
             f"retrieval.corpus: '{folder}': needs a {LISTING} with columns file_name and text"
@@ -69,7 +70,7 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
 
 @cache
 def _miniature() -> dict[str, np.ndarray]:
-    """The shipped sample by class: 200 garments, and the foundation model's half of the digits."""
+    """By class: 200 images of each garment, and the foundation model's half of the digits."""
     sheet = np.asarray(Image.open(MINIATURE_DATA / "corpus.png"))
     found = dict(zip(datasets.FASHION_CLASSES, datasets.tiles(sheet), strict=True))
     digits, labels = datasets.digits_halves()[0]

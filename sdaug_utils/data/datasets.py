@@ -110,7 +110,7 @@ def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def _digits() -> Dataset:
-    """The study's half of the digits: per class 40 for training, 10 for validation, the rest."""
+    """The study's half of the digits: per class 40 to train, 10 for validation, others to test."""
     images, labels = digits_halves()[1]
     cut = [np.split(np.flatnonzero(labels == label), [40, 50]) for label in range(10)]
     parts = zip(SPLITS, map(np.concatenate, zip(*cut, strict=True)), strict=True)
@@ -123,7 +123,7 @@ LOADERS: dict[str, Callable[[], Dataset]] = {"fashion-mnist": _fashion_mnist, "d
 
 def subset_size(num_images: int, percent: float) -> int:
     """How many of a class's images p % are, rounded down."""
-    return math.floor(num_images * percent / 100 + 1e-9)
+    return math.floor(num_images * percent / 100 + 1e-9)  # against rounding of the product
 
 
 def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
@@ -138,7 +138,7 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
         if count == 0:
             raise InputError(
                 f"{percent:g} % of {len(order)} real images leaves class {label} empty: "
-                f"choose at least {100 / len(order):g}"
+                f"choose at least {math.ceil(1e4 / len(order)) / 100:g}"
             )
         chosen.append(order[:count])
     return np.concatenate(chosen)
@@ -149,8 +149,8 @@ def personalisation_inputs(
 ) -> list[np.ndarray]:
     """For each class the first images of its shuffled subset of p %, at most ``num_images``.
 
-    At 5 % of 100 images these are the whole subset, as in the thesis, and the same for every p;
-    a class of 99 has only four at 5 %.
+    With 5 inputs and 100 images of a class, 5 % is just enough: as in the thesis, every p from 5 %
+    on gives the same inputs. With 99 images there are only four at 5 %.
     """
     order = subset(labels, percent, draw)
     return [order[labels[order] == label][:num_images] for label in np.unique(labels)]

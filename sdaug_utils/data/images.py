@@ -117,7 +117,7 @@ def shuffled(labels: Sequence[int] | np.ndarray, draw: int = 0) -> list[np.ndarr
 
 
 def read_listed(files: Sequence[Path], digests: Sequence[str]) -> Images:
-    """Images in files whose digests are known: to tell images apart, no file is opened."""
+    """Images in files with known digests; :meth:`Images.digests` then opens no file."""
     known = dict(zip(files, digests, strict=True))
 
     def read(file: Path) -> np.ndarray:

@@ -97,7 +97,8 @@ def stand_in(name: str) -> Dataset:
     splits = {}
     num_classes, sizes = SIZES[name]
     for split, size in sizes.items():
-        labels, digest = np.arange(size) * num_classes // size, f"{name}/{split}/{{}}".format
+        labels = np.arange(size) * num_classes // size
+        digest = f"{name}/{split}/{{}}".format  # of an image, by its row
         splits[split] = Split(no_image, labels, lambda i: np.zeros((1, 1), np.uint8), digest)
     return Dataset(name, tuple(f"class {i}" for i in range(num_classes)), splits)
 
@@ -112,7 +113,10 @@ LOADERS: dict[str, Callable[[Path, bool], Dataset]] = {
 def _opened(
     kind: str, folder: Path, needed: str, splits: Sequence[str], download: bool
 ) -> list[Any]:
-    """torchvision's data sets of some official lists, each of which has images of every class."""
+    """torchvision's data sets of some official lists.
+
+    Raises InputError if a file is missing or a list has no image of a class.
+    """
     wrong = f"data.folder: {folder}: not the layout of torchvision's {kind}"
     remedy = "set data.download: true where there is internet"
     if not (download or (folder / needed).is_dir()):  # found out before torchvision is imported
@@ -138,12 +142,11 @@ def _opened(
             f"{missing[0].name}: was their archive extracted to its end? Delete "
             f"{missing[0].parent} and have it downloaded again"
         )
-    classes, labels = opened[0].classes, [data._labels for data in opened]
+    labels = [set(data._labels) for data in opened]
     for of_split in labels:
-        if empty := set(range(max(map(max, labels)) + 1)) - set(of_split):
-            known = len(classes) > min(empty)
-            name = classes[min(empty)] if known else f"number {min(empty) + 1}"
-            raise InputError(f"data.folder: {folder}: class {name} has no image in a list")
+        if empty := set(range(max(map(max, labels)) + 1)) - of_split:
+            number = min(empty) + 1
+            raise InputError(f"data.folder: {folder}: class {number} has no image in a list")
     return opened
 
 

@@ -39,12 +39,14 @@ def shifted(split: Split, name: str) -> Images:
                 sigma = min(image.shape[:2]) / 32
                 width = 2 * int(3 * sigma) + 1
                 return np.array(functional.gaussian_blur(picture, width, sigma))
-        noisy = image + rng.normal(0, NOISE, image.shape)
-        return noisy.clip(0, 255).astype(np.uint8)
+            case "noise":
+                noisy = image + rng.normal(0, NOISE, image.shape)
+                return noisy.clip(0, 255).astype(np.uint8)
+        raise ValueError(f"no shift is called '{name}'")
 
-    def digest_of(row: int) -> str:
+    def image_digest(row: int) -> str:
         recipe = {"version": CODE_VERSION, "shift": name, "row": row}
         return digest({**recipe, "image": split.image_digest(row)})
 
     group = f"{split.name}, {name}"
-    return Images(tuple(ImageSource(load, digest_of, row, group) for row in range(len(split))))
+    return Images(tuple(ImageSource(load, image_digest, row, group) for row in range(len(split))))

@@ -136,7 +136,8 @@ def p_values(
     bounds = [(b, side) for b, side in ((lower, 1), (upper, -1)) if np.isfinite(b)]
     inside = max(found.p_value(bound, side) for bound, side in bounds)
     outside = min(found.p_value(bound, -side) for bound, side in bounds)
-    return inside if expect in EQUIVALENCE else min(1.0, 2 * inside), 2 * outside
+    supports = inside if expect in EQUIVALENCE else min(1.0, 2 * inside)
+    return supports, min(1.0, 2 * outside)
 
 
 def power(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
@@ -225,6 +226,7 @@ def _at_chance(results: pd.DataFrame, comparison: dict[str, Any]) -> bool:
     """Whether a baseline of a comparison is at chance: its interval reaches 1 / classes."""
     if "predictions" not in results:
         return False
+    # Every class is predicted by some run.
     chance = 1 / (1 + max(int(values.max()) for values in results["predictions"]))
     baselines = [part for part in _selectors(comparison) if part.get("arm") == "baseline"]
     arrays = [array for part in baselines for _, array in terms(results, part)]
@@ -319,8 +321,8 @@ def gains(
 
     Scores are accuracies, or weighted Jaccard indices, in 0 to 1; gains are in absolute points, or
     ``relative`` in per cent, and empty where there is no reference. Intervals are of 95 %. Settings
-    differ in the columns ``by``; the values ``against`` turn a setting into its reference. The
-    thesis's runs on ``dataset`` are ``published``; by default none are.
+    differ in the columns ``by``; a setting's reference is the same but for the values ``against``.
+    The thesis's runs on ``dataset`` are ``published``; by default none are.
 
     Raises KeyError if a setting with real images has no reference, ValueError if one has not one
     run per draw and seed.

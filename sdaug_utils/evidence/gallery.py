@@ -65,8 +65,8 @@ class Gallery:
     def page(self, class_name: str, page: int) -> bytes:
         """A row of images per technique, as a PNG file."""
         chosen = self._chosen(class_name, page)
-        rows = [list(pool.images().taken(places)) for _, pool, places in chosen if places]
-        largest = max(image.shape[0] for row in rows for image in row)
+        rows = [list(pool.images().taken(places)) for _, pool, places in chosen]
+        largest = max((image.shape[0] for row in rows for image in row), default=SIDE)
         side = min(max(SIDE, largest), figures.LARGEST)
         file = io.BytesIO()
         Image.fromarray(figures.mosaic(rows, gap=2, side=side)).save(file, "PNG")

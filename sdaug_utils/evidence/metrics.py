@@ -53,7 +53,7 @@ class Estimate:
     spread: Spread
 
     def p_value(self, bound: float, side: int = 0) -> float:
-        """p-value of the t test that the mean is ``bound``; ``side`` 1: larger, −1: smaller."""
+        """p-value of the t test of mean = ``bound``; ``side`` 1: against larger, −1: smaller."""
         error, freedom = self.spread.error(self.num_draws)
         distance = self.mean - bound
         limit = np.copysign(np.inf, distance) if distance else 0.0

@@ -11,7 +11,7 @@ from sdaug_utils.params import invocation_of
 from sdaug_utils.store import write_atomically
 from sdaug_utils.study import WRITTEN, results_folder
 
-SMALL = {
+STORED_AS = {
     "predictions": np.int16,
     "scores": np.float32,
     "mean_iou": np.float32,
@@ -21,15 +21,15 @@ SMALL = {
 
 
 def kept(profile: str, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The results of ``make`` as they are then in ``results/<profile>/<name>.parquet``.
+    """Write the results of ``make`` to ``results/<profile>/<name>.parquet``; return what is there.
 
     With ``run_all.py --from-results`` they are only read; InputError if there are none.
     """
     path = results_folder(profile) / f"{name}.parquet"
     if not invocation_of(profile).from_results:
         rows = make().reset_index(drop=True)
-        for column in SMALL.keys() & set(rows):
-            rows[column] = pd.Series([_small(values, SMALL[column]) for values in rows[column]])
+        for column in STORED_AS.keys() & set(rows):
+            rows[column] = pd.Series([_small(values, STORED_AS[column]) for values in rows[column]])
         write_result(path, lambda temporary: rows.to_parquet(temporary, compression="zstd"))
     if not path.exists():
         raise InputError(f"{path.name}: no such results in {path.parent}: run it first")

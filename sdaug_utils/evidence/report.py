@@ -151,7 +151,7 @@ def deviation_table(table: pd.DataFrame) -> str:
 def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
     """What tables show of each claim of ``claims.csv``, with differences in points.
 
-    Only the primary comparisons, which decide, are shown. ``holm`` is what would decide an open
+    Only the primary comparisons, which decide, are shown. ``remark`` is what would decide an open
     claim, or whether a decided one stays so by Holm's rule.
     """
     rows = []
@@ -167,14 +167,14 @@ def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
         elif found == "not tested":
             remark = ""
         row = {"id": name, "claim": claim, "difference": "; ".join(differences)}
-        rows.append({**row, "verdict": found, "holm": remark})
+        rows.append({**row, "verdict": found, "remark": remark})
     return rows
 
 
 def verdict_table(claims: pd.DataFrame) -> str:
     """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim."""
     head = "| | claim | difference [95 %] | verdict | by Holm's rule, or what would decide it |"
-    row = "| {id} | {claim} | {difference} | **{verdict}** | {holm} |"
+    row = "| {id} | {claim} | {difference} | **{verdict}** | {remark} |"
     return "\n".join([head, "|---|---|---|---|---|", *(row.format(**x) for x in verdicts(claims))])
 
 

@@ -6,7 +6,7 @@ What the thesis judged by eye is measured here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,16 +19,15 @@ from sdaug_utils.generation.pool_files import Pool
 from sdaug_utils.generation.pools import fill
 from sdaug_utils.generation.technique import Request, request
 from sdaug_utils.lazy import torch
+from sdaug_utils.params import Attribute
 from sdaug_utils.registry import techniques
 from sdaug_utils.study import Study
 from sdaug_utils.training.classifier import TrainingSet, train_reference_head
 from sdaug_utils.training.features import feature_arrays, image_features
 
-HYPERNYM = "hypernym"  # the arm whose prompts name the kind alone ("animal"), not a subject
-MEASURES = (
-    *("fidelity", "prompt_fidelity", "in_context", "diversity", "nearest_input"),
-    *("in_class", "in_kind", "among_inputs"),
-)
+HYPERNYM = "hypernym"  # the arm whose prompts say the bare name of all ("animal")
+MEASURES = ["fidelity", "prompt_fidelity", "in_context", "diversity", "nearest_input"]
+MEASURES += ["in_class", "in_kind", "among_inputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +101,7 @@ def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
 
 
 def stand_ins(study: Study, num_subjects: int, sizes: Sequence[int]) -> list[Subject]:
-    """As many subjects as an experiment has, with so many inputs each, of the first classes."""
+    """Placeholders: for each of the first classes a subject of each size, of arbitrary images."""
     rows = np.flatnonzero(study.data.splits["train"].labels < num_subjects).tolist()
     return [
         Subject(f"subject {i}", (label,), tuple(rows[i : i + size]))
@@ -139,18 +138,19 @@ class Judge:
         """``kinds`` are classes of one kind each; a class of none is a kind of its own."""
         self.study, self.train = study, study.data.splits["train"]
         of_kind = {name: number for number, names in enumerate(kinds) for name in names}
-        self.kinds = np.array([of_kind.get(name, name) for name in study.data.class_names], object)
+        names = study.data.class_names
+        self.kind_of_class = np.array([of_kind.get(name, name) for name in names], object)
         features = image_features(study, self.train.images())
         self.mean = features[:, 0].mean(dim=0).numpy()
         self.real = features[:, 0].numpy() - self.mean  # (n, d), of the training images
         data = TrainingSet(features, torch.from_numpy(self.train.labels), seed=0)
         settings = study.settings.classifier.controlled
-        self.head = train_reference_head(data, settings, len(self.kinds))
+        self.head = train_reference_head(data, settings, len(names))
 
     def __call__(
-        self, pools: Sequence[Pool], prompts: dict[str, Any], subject: Subject
+        self, pools: Sequence[Pool], prompts: Mapping[str, Attribute | None], subject: Subject
     ) -> dict[str, float]:
-        """What the images of one subject score, averaged over prompts.
+        """What the images of one subject score, averaged over prompts, each with what it asks for.
 
         ``fidelity``: mean cosine between features of images and of the subject's held-back images
         (of its inputs, if none are held back). ``prompt_fidelity``: the share that obeys the
@@ -181,7 +181,7 @@ class Judge:
                 obeyed += does
                 in_context += (faithful * does).tolist()
         found = self.head(every).argmax(dim=1).numpy()
-        wanted = self.kinds[list(subject.labels)]
+        wanted = self.kind_of_class[list(subject.labels)]
         return {
             "fidelity": float(np.mean(fidelity)),
             "prompt_fidelity": float(np.mean(obeyed)) if obeyed else np.nan,
@@ -189,8 +189,8 @@ class Judge:
             "diversity": float(np.mean(diverse)),
             "nearest_input": float(np.mean(nearest)),
             "in_class": float(np.isin(found, subject.labels).mean())
-            - len(subject.labels) / len(self.kinds),
-            "in_kind": float(np.mean([kind in wanted for kind in self.kinds[found]])),
+            - len(subject.labels) / len(self.kind_of_class),
+            "in_kind": float(np.mean([kind in wanted for kind in self.kind_of_class[found]])),
             "among_inputs": self.among(subject),
         }
 
@@ -210,7 +210,7 @@ def as_results(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """
     table = pd.DataFrame(rows)
     others = [column for column in table if column not in MEASURES]
-    long = table.melt(others, list(MEASURES), "measure", "score").dropna(subset="score")
+    long = table.melt(others, MEASURES, "measure", "score").dropna(subset="score")
     arrays = pd.Series([np.array([value]) for value in long["score"]], index=long.index)
     return long.assign(seed=0, scores=arrays)
 
@@ -220,7 +220,7 @@ def summary(results: pd.DataFrame, over: str) -> pd.DataFrame:
     rows, keys = [], ["arm", over, "measure"]
     for names, group in results.groupby(keys, sort=False):
         mean = estimate(np.stack(group.sort_values("draw")["scores"].to_list())[:, None])
-        ends = {"low": mean.low, "high": mean.high, "num_subjects": mean.num_runs}
+        ends = {"low": mean.low, "high": mean.high, "num_subjects": mean.num_draws}
         rows.append({**dict(zip(keys, names, strict=True)), "mean": mean.mean, **ends})
     return pd.DataFrame(rows)
 

@@ -23,7 +23,7 @@ from sdaug_utils.training.mixing import ALPHAS
 from sdaug_utils.training.runs import Run, label_weight, repeated, study_of
 
 FEWEST_INPUTS = 3
-Arm = dict[str, Any]  # fields of a run, but for protocol, draw and seed
+Arm = dict[str, Any]  # with its numbers of images: fields of a run, but for draw and seed
 Numbers = Annotated[list[params.Count], Field(min_length=1)]
 Counts = list[tuple[float, list[int]]]  # (real %, numbers of synthetic images per class)
 
@@ -59,11 +59,11 @@ class Experiment(params.Parameters):
         return []
 
     def technique_names(self, study: Study) -> list[tuple[Study, str]]:
-        """The techniques that it needs, each with the settings that it is used with."""
+        """The techniques that it needs, each with the study whose settings it is used with."""
         return []
 
     def values_allowed(self, study: Study) -> dict[str, Any]:
-        """Parameters that the data may not allow, and the nearest values that they do."""
+        """Parameters that the data may not allow, each with the nearest value that they allow."""
         return {}
 
     def fitted(self, study: Study) -> dict[str, Any]:
@@ -138,20 +138,21 @@ class Subjects(Experiment):
 class Runs(Experiment):
     """Classifiers or segmenters, trained once for each draw and seed of each arm."""
 
-    # Names of parameters: with real percentages, the grid's first; with one of the grid's.
     percents: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that list real percentages, first the grid's own."""
     percents_of_grid: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that are one of the grid's percentages."""
 
     protocol: params.Protocol
     num_draws: int = Field(ge=2)  # one draw has no interval
     num_seeds: int = Field(ge=1)
 
     def arms(self, study: Study) -> list[Arm]:
-        """The settings of the main table."""
+        """Each arm of the grid, at each of its numbers of images."""
         raise NotImplementedError
 
     def grid(self, study: Study) -> list[Run]:
-        """The runs of the main table: each arm, for every draw and seed."""
+        """The grid: every arm, in each draw and with each seed."""
         return repeated(self.arms(study), self.protocol, self.num_draws, self.num_seeds)
 
     def runs(self, study: Study) -> list[Run]:
@@ -179,6 +180,8 @@ class Runs(Experiment):
             )
         percents = [run.real_percent for run in grid if run.real_percent]
         percents += [percent for key in self.percents for percent in getattr(self, key)]
+        for key in self.percents_of_grid:
+            require_among(key, getattr(self, key), getattr(self, self.percents[0]))
         for own, runs in by_settings(study, self.runs(study)).items():
             require_trainable(own, runs)
             needed = images_needed(runs)
@@ -247,7 +250,7 @@ def synthetic(techniques: Iterable[str], counts: Counts) -> list[Arm]:
 
 
 def counts_of(study: Study, synthetic_percents: dict[float, list[int]]) -> Counts:
-    """(Real %, numbers per class) from per cent of the real images; at least one image."""
+    """From percentages of the real images, by real %: numbers per class, at least 1."""
     real_images = len(study.data.splits["train"]) / len(study.data.class_names)
     return [
         (real, [max(1, round(real_images * real / 100 * percent / 100)) for percent in percents])
@@ -337,10 +340,9 @@ def check_percents(study: Study, percents: list[float], names: Collection[str]) 
     for name in names:
         technique = techniques()[name]
         if technique.learns:
-            key, wanted = technique.num_inputs(study.settings)
-            wanted = min(wanted, whole)
+            wanted = min(technique.num_inputs(study.settings), whole)
             if smallest < min(wanted, FEWEST_INPUTS):
                 raise InputError(
-                    f"{key}: {wanted}, but the smallest real subset ({lowest:g} %) has "
-                    f"{smallest} of a class: choose at most that many"
+                    f"{name} learns from {wanted} images, but the smallest real subset "
+                    f"({lowest:g} %) has {smallest} of a class: choose a larger percentage"
                 )

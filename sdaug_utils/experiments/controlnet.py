@@ -16,30 +16,23 @@ class WithControlNet(base.Runs):
     percents = ("synthetic_percents",)
     percents_of_grid = ("rivals_at_percent", "outside_at_percent")
 
-    synthetic_percents: dict[Percent, base.Numbers] = Field(min_length=1)  # of the real images
+    # By real %, in % of those images:
+    synthetic_percents: dict[Percent, base.Numbers] = Field(min_length=1)
     compared_with: list[TechniqueName]
     rivals: list[TechniqueName]
     rivals_at_percent: Percent
     outside_at_percent: Percent
 
     def arms(self, study: Study) -> list[base.Arm]:
-        counts = base.counts_of(study, self.synthetic_percents)
-        at_rivals = [pair for pair in counts if pair[0] == self.rivals_at_percent]
-        subset_images = len(study.data.splits["train"]) / len(study.data.class_names)
-        subset_images *= self.outside_at_percent / 100  # with no more, all controls are inside
-        outside = [
-            (percent, [count for count in numbers if count > subset_images])
-            for percent, numbers in counts
-            if percent == self.outside_at_percent
-        ]
+        numbers = dict(base.counts_of(study, self.synthetic_percents))
+        at_rivals = [(self.rivals_at_percent, numbers.get(self.rivals_at_percent, []))]
+        percent = self.outside_at_percent
+        inside = len(study.data.splits["train"]) / len(study.data.class_names) * percent / 100
+        # With no more images than that, all controls are inside.
+        outside = [(percent, [count for count in numbers.get(percent, []) if count > inside])]
         arms = base.baselines(self.synthetic_percents)
-        arms += base.synthetic([CONTROLNET, *self.compared_with], counts)
+        arms += base.synthetic([CONTROLNET, *self.compared_with], list(numbers.items()))
         arms += base.synthetic(self.rivals, at_rivals)
         outside_arms = base.synthetic([CONTROLNET], outside)
         arms += [{**arm, "controls_from_outside": True} for arm in outside_arms]
         return arms
-
-    def check(self, study: Study) -> None:
-        for key in self.percents_of_grid:
-            base.require_among(key, getattr(self, key), self.synthetic_percents)
-        super().check(study)

@@ -25,7 +25,7 @@ class Rivals(base.AtPercentages):
         return self.grid(study) + self.on_shifted_images(study)
 
     def on_shifted_images(self, study: Study) -> list[Run]:
-        """One seed of the main table and of some augmentations, at some real percentages."""
+        """One seed of the grid and of some augmentations, at some real percentages."""
         arms = base.baselines(self.shifted_percents, self.shifted_augmentations)
         both = self.grid(study) + repeated(arms, self.protocol, self.num_draws, 1)
         return [

@@ -16,7 +16,8 @@ class Segmentation(Runs):
     percents = ("synthetic_percents",)
 
     update_numbers: Numbers  # after which the setting with the most images is tested
-    synthetic_percents: dict[Percent, Numbers] = Field(min_length=1)  # of the real images
+    # By real %, in % of those images:
+    synthetic_percents: dict[Percent, Numbers] = Field(min_length=1)
 
     def arms(self, study: Study) -> list[Arm]:
         counts = counts_of(study, self.synthetic_percents)
@@ -27,9 +28,9 @@ class Segmentation(Runs):
         return self.grid(study) + self.by_updates(study)
 
     def by_updates(self, study: Study) -> list[Run]:
-        """The setting with the most images and its baseline, in draw 0, by number of updates."""
+        """The most images at the highest real percentage, and their baseline, by updates."""
         grid = self.grid(study)
-        largest = max(grid, key=lambda run: run.real_percent + run.synthetic_per_class)
+        largest = max(grid, key=lambda run: (run.real_percent, run.synthetic_per_class))
         pair = [
             run.model_copy(update={"protocol": "controlled"})
             for run in grid

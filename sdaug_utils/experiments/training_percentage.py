@@ -14,7 +14,7 @@ VIEWS = (f"{RECIPE}.min_views", f"{RECIPE}.min_synthetic_views")
 
 
 class TrainingPercentage(AtPercentages):
-    """The main table, a classifier on pixels, the published protocol, lengths, views."""
+    """The grid, a classifier on pixels, the published protocol, lengths, views."""
 
     notebook = "03-training-percentage"
     percents = ("real_percents", "pixels_at_percents")

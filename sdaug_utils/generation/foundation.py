@@ -34,7 +34,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, bool]]] = {
 
 
 def locate(name: str, part: str = "") -> Path:
-    """The folder of a pipeline, or of a ``part`` that goes with it, for ``from_pretrained``.
+    """The folder of a model: of a pipeline or, for a ``part`` ``controlnet-...``, of a ControlNet.
 
     ``miniature`` is the shipped model; the parts ``controlnet-...`` are its ControlNets. A local
     folder may be relative to the project. A hub id may end in ``@`` and a revision; without one it
@@ -118,7 +118,7 @@ def revision(name: str, part: str = "") -> str:
 
 
 def resolved(name: str, part: str = "") -> str:
-    """A model's name with what it is at the moment: a hub id with its commit, as tables show it."""
+    """A model's name for tables; a hub id with its present commit."""
     folder, identifier = locate(name, part), name.partition("@")[0]
     return f"{identifier}@{folder.name}" if folder.parent.name == "snapshots" else name
 
@@ -130,7 +130,7 @@ def check(settings: Settings) -> None:
     device, a compiler or the attention.
     """
     config = json.loads((locate(settings.foundation) / "vae" / "config.json").read_text())
-    factor = max(8, 2 ** (len(config["block_out_channels"]) - 1))  # of 8: diffusers' pipelines
+    factor = max(8, 2 ** (len(config["block_out_channels"]) - 1))  # diffusers requires 8
     if settings.sampling.resolution % factor:
         raise InputError(
             f"sampling.resolution: {settings.sampling.resolution} is no multiple of {factor}, by "
@@ -178,9 +178,9 @@ def is_distilled(pipeline: Pipeline) -> bool:
 
 
 def scale_condition(pipeline: Pipeline, count: int) -> torch.Tensor | None:
-    """The guidance scale for training a distilled U-Net, (count, width); None for any other.
+    """What a distilled U-Net is trained with, (count, width); None for any other.
 
-    It is scale 1, which is no guidance. Embedded is what the scale has beyond 1.
+    It is guidance scale 1, no guidance. diffusers embeds ``scale - 1``, hence zeros.
     """
     if not is_distilled(pipeline):
         return None
@@ -189,15 +189,14 @@ def scale_condition(pipeline: Pipeline, count: int) -> torch.Tensor | None:
     return embedded.to(pipeline.device)
 
 
-def compiled(settings: Settings, network: Any) -> Any:
-    """The same network, as a whole compiled when it is first called, if a profile says so.
+def compile_if_asked(settings: Settings, network: Any) -> None:
+    """Have a network compiled at its first call, if the profile says so.
 
-    A copy has to be compiled again, and finds the code that was made for the first.
+    A copy has to be compiled again, which takes torch's cache.
     """
     if settings.compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         network.compile(dynamic=False)
-    return network
 
 
 _logged = set[str]()
@@ -223,7 +222,7 @@ def load_pipeline(
     diffusers, which may need further networks as ``parts``.
     Raises InputError as :func:`revision` does, or if xformers is asked for and does not work here.
     """
-    revision(settings.foundation)
+    revision(settings.foundation)  # raises if files are missing or corrupt
     import diffusers
     import transformers
 
@@ -247,7 +246,7 @@ def load_pipeline(
         if pipeline.device.type == "cuda":  # where convolutions are fastest so
             network.to(memory_format=torch.channels_last)
         if network is not pipeline.vae:
-            compiled(settings, network)
+            compile_if_asked(settings, network)
     # It warns of a prompt too long for the text encoder at each of thousands of passes.
     getLogger(type(pipeline).__module__).addFilter(_is_new)
     scheduler = (sampling or settings.sampling).scheduler

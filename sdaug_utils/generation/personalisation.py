@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdaug_utils.compute import device_of, dtype_name, half_precision
 from sdaug_utils.data.images import digests
+from sdaug_utils.errors import InputError
 from sdaug_utils.generation.foundation import Pipeline, revision
 from sdaug_utils.generation.technique import Request, Section, Technique
 from sdaug_utils.lazy import torch
@@ -25,7 +26,7 @@ NOT_OF_THE_MODEL = {
     "subjects_at_once",
     "gradient_checkpointing",
     "keep_models",
-    "optimizer",  # only where it is not the usual one
+    "optimizer",  # in extra_model_spec, if it is not the usual one
 }
 
 
@@ -47,9 +48,9 @@ class Personalised(Technique):
         """The hyper-parameters of learning."""
         return getattr(settings, self.learning_section)
 
-    def num_inputs(self, settings: Settings) -> tuple[str, int]:
-        """How many images a model learns from, with the name of the parameter that says so."""
-        return f"{self.learning_section}.num_input_images", self.recipe(settings).num_input_images
+    def num_inputs(self, settings: Settings) -> int:
+        """How many images a model learns from."""
+        return self.recipe(settings).num_input_images
 
     def at_once(self, settings: Settings) -> int:
         """How many models learn in one batch."""
@@ -87,7 +88,7 @@ class Personalised(Technique):
             "dtype": f"torch.{dtype_name(settings)}",
             "settings": self.recipe(settings).model_dump(exclude=NOT_OF_THE_MODEL),
             "resolution": settings.sampling.resolution,
-            "class_images": None,
+            "class_images": None,  # DreamBooth has some
             "inputs": digests(inputs),
             "draw": draw,
         }
@@ -138,9 +139,14 @@ class NoisyLatents:
         latents = self.scale * (self.mean[rows] + self.std[rows] * normal())
         noise, timesteps = normal(), integers(config.num_train_timesteps)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        if config.prediction_type == "epsilon":
+            return noisy, timesteps, noise
         if config.prediction_type == "v_prediction":
             return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
-        return noisy, timesteps, noise
+        raise InputError(
+            f"foundation: its U-Net predicts '{config.prediction_type}': only one that predicts "
+            "epsilon or v can be personalised"
+        )
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> torch.Tensor:

@@ -51,11 +51,7 @@ def images_of(pools: Iterable[Pool]) -> Images:
 
 def image_seed(spec: Spec, index: int, attempt: int) -> int:
     """The seed of one attempt at one image of a pool, in 0 to 2**63 - 1."""
-    return seed_of(digest(spec), index, attempt)
-
-
-def seed_of(key: str, index: int, attempt: int) -> int:
-    hashed = hashlib.sha256(f"{key}/{index}/{attempt}".encode()).digest()
+    hashed = hashlib.sha256(f"{digest(spec)}/{index}/{attempt}".encode()).digest()
     return int.from_bytes(hashed[:8], "big") >> 1
 
 
@@ -81,7 +77,7 @@ def _row(file: Path, index: int, spec: Spec) -> Row | None:
         return None
     if not is_whole_png(content):
         return None
-    seed = seed_of(file.parent.name, index, attempts - 1)
+    seed = image_seed(spec, index, attempts - 1)
     size, own_digest = len(content), digest_of(content)
     values = (file.name, spec["class"], spec["prompt"], seed, attempts, size, own_digest)
     return dict(zip(COLUMNS, map(str, values), strict=True))
@@ -90,16 +86,16 @@ def _row(file: Path, index: int, spec: Spec) -> Row | None:
 def verify(store: Store, spec: Spec) -> None:
     """Delete the images of a pool whose digest differs from the one in ``metadata.csv``."""
     folder = store.folder("pools", spec)
-    rows, sound = read_listing(folder), dict[int, Row]()
+    rows, kept = read_listing(folder), dict[int, Row]()
     for index, row in rows.items():
         file = folder / file_name(index)
         if file.exists() and file_digest(file) != row["digest"]:
             store.report_damaged(file)
             file.unlink()
         else:
-            sound[index] = row
-    if sound != rows:
-        write_listing(sound, folder)
+            kept[index] = row
+    if kept != rows:
+        write_listing(kept, folder)
 
 
 def is_whole_png(content: bytes) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sdaug_utils.compute import Batch, device_of, one_thread
-from sdaug_utils.generation.foundation import Pipeline, compiled, is_distilled
+from sdaug_utils.generation.foundation import Pipeline, compile_if_asked, is_distilled
 from sdaug_utils.generation.pool_files import (
     ATTEMPTS,
     Pool,
@@ -36,12 +36,12 @@ from sdaug_utils.store import Spec, Store, digest, write_atomically, write_spec
 from sdaug_utils.study import Study
 
 BLOCK = 50  # images of a pool that are locked together: others may make the next at the same time
-BLACK_LEVEL = 8  # of 255: an image that is nowhere brighter is black, hence rejected
+BLACK_LEVEL = 8  # of 255: an image that is darker everywhere is black, hence rejected
 
 Item = tuple[int, int]  # the number of a pool and the index of one of its images
 Sampler = Callable[[Sequence[Item], Sequence[int]], list[Image.Image | None]]
 """Makes an image from each (item, seed); None where the image is rejected."""
-Arguments = Callable[[Sequence[int]], dict[str, Any]]
+Arguments = Callable[[Sequence[int]], dict[str, Any]]  # of a pipeline, for images by index
 
 
 def grow(
@@ -108,7 +108,7 @@ class _Maker:
     batch_key: Callable[[int], Any]
 
     def make(self, items: Sequence[Item]) -> None:
-        """Delete what damage and killed processes have left of some images, then make them."""
+        """Forget damaged images, delete temporary files of killed processes, then make images."""
         groups: dict[Any, list[Item]] = {}
         for number in {number for number, _ in items}:
             folder, missing = self.folders[number], {i for n, i in items if n == number}
@@ -219,7 +219,7 @@ def fill(study: Study, requests: Sequence[Request]) -> list[Pool]:
     """
     settings, technique = study.settings, requests[0].technique
     sampling = technique.sampling(settings)
-    groups: dict[str, list[Request]] = {}  # by their model, whose pipeline they share
+    groups: dict[str, list[Request]] = {}  # by model; without one, each request alone
     missing: dict[str, Request] = {}  # by the model: one of those that lack images
     for request in requests:
         key = digest(request.model or request.spec)
@@ -252,7 +252,7 @@ def _sampler_of(study: Study, group: Sequence[Request]) -> Sampler:
         learn_models(study, [group[0]])
     folder = study.store.folder(technique.model_folder, model)
     pipeline = technique.apply(loaded(technique, settings), folder)
-    compiled(settings, pipeline.unet)  # of a copy
+    compile_if_asked(settings, pipeline.unet)  # it may be a copy
     prompts = [request.spec["prompt"] for request in group]
     arguments = [technique.arguments(study, request) for request in group]
     return pipeline_sampler(pipeline, technique.sampling(settings), prompts, arguments)
@@ -265,7 +265,7 @@ def number_missing(study: Study, request: Request) -> int:
 
 
 def learn_models(study: Study, requests: Sequence[Request]) -> None:
-    """Make the personalised models that requests need, if the store has not got them."""
+    """Make the personalised models that requests of one technique need and the store lacks."""
     store, missing = study.store, []
     for request in requests:
         folder = store.folder(request.technique.model_folder, request.model)

@@ -1,6 +1,7 @@
 """What a technique is, and what a pool of its images is made from."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -57,8 +58,8 @@ class Technique:
     marker: ClassVar[str]
     section: ClassVar[Section | None] = None
     inputs: ClassVar[Literal["none", "first", "all"]] = "none"
-    """Which images of a run's real subset it may see: the first are learnt from; where it is all,
-    image i follows one of them, in turn."""
+    """The images of a run's real subset that it may see: none; the first, which a model learns
+    from; or all, of which image i follows one, in turn."""
     learns: ClassVar[bool] = False  # a model for each set of inputs: see personalisation.py
     kind: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class that makes its images, or ""
     image_cost: ClassVar[str] = "image by a prompt"  # a key of the plan's rates
@@ -141,17 +142,17 @@ class Technique:
 
 
 def require_a_step(section: str, strength: float, settings: Settings) -> None:
-    """Raise InputError if so little noise leaves images that begin as real ones as they are."""
+    """Raise InputError if there is too little noise for one step: images would not change."""
     steps = settings.sampling.num_inference_steps
     if strength * steps < 1:
         raise InputError(
             f"{section}: a strength of {strength:g} leaves none of {steps} steps: choose at least "
-            f"{1 / steps:g}, or more steps"
+            f"{math.ceil(1000 / steps) / 1000:g}, or more steps"
         )
 
 
 def initial_images(study: Study, request: Request, indices: Sequence[int]) -> list[Image.Image]:
-    """The real images, in the size of what is made, that images of given indices begin as."""
+    """The real images that those at ``indices`` begin as, resized to the output resolution."""
     train, side = study.data.splits["train"], study.settings.sampling.resolution
     followed = map(train.load, request.source_rows(indices))
     return [Image.fromarray(image).resize((side, side)) for image in followed]
@@ -178,7 +179,7 @@ def pool_spec(
     sampling: Sampling | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Everything that determines a pool's images; batch size and number of workers do not."""
+    """Everything that determines a pool's images, but for rounding, which depends on batch size."""
     chosen = sampling or settings.sampling
     return {
         "version": CODE_VERSION,
@@ -236,14 +237,14 @@ def technique_requests(
     requests = _of_classes(study, technique, draw, real_percent if technique.learns else 100)
     if technique.inputs != "all":
         return [replace(one, indices=range(count)) for one in requests]
-    allowed = subset(study.data.splits["train"].labels, real_percent, draw)  # no class is empty
+    allowed = subset(study.data.splits["train"].labels, real_percent, draw)  # or InputError
     made = []
     for one in requests:
         assert one.rows is not None
         inside = np.flatnonzero(np.isin(one.rows, allowed)).tolist()
-        rounds = [divmod(place, len(inside)) for place in range(count)]
-        indices = [inside[place] + turn * len(one.rows) for turn, place in rounds]
-        made.append(replace(one, indices=indices))
+        turns = range(-(-count // len(inside)))
+        indices = [turn * len(one.rows) + index for turn in turns for index in inside]
+        made.append(replace(one, indices=indices[:count]))
     return made
 
 
@@ -254,7 +255,7 @@ def _of_classes(study: Study, technique: Any, draw: int, real_percent: float) ->
     inputs: list[Sequence[np.ndarray]] = [()] * len(names)
     rows: list[np.ndarray | None] = [None] * len(names)
     if technique.learns:
-        _, number = technique.num_inputs(study.settings)
+        number = technique.num_inputs(study.settings)
         chosen = personalisation_inputs(train.labels, number, draw, real_percent)
         inputs = [train.images(some) for some in chosen]
     if technique.inputs == "all":
@@ -268,9 +269,12 @@ def _of_classes(study: Study, technique: Any, draw: int, real_percent: float) ->
 
 
 def inputs_percent(study: Study, technique: Any, real_percent: float) -> float:
-    """The real percentage that a run's images depend on; 100 where any gives the same."""
+    """The real percentage that a run's images depend on; 100 where any gives the same.
+
+    At 0 % (synthetic images alone) models learn from the whole class.
+    """
     if technique.inputs == "first" and real_percent:
         smallest = int(np.bincount(study.data.splits["train"].labels).min())
-        _, number = technique.num_inputs(study.settings)
+        number = technique.num_inputs(study.settings)
         return real_percent if subset_size(smallest, real_percent) < number else 100
     return real_percent if technique.inputs == "all" else 100

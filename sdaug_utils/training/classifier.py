@@ -116,7 +116,7 @@ def train_heads(
                 weight.baddbmm_(error.mT, x, alpha=-rate)
                 bias.sub_(error.sum(dim=1), alpha=rate)
                 step += 1
-                if step % every == 0:
+                if step % every == 0 or step == settings.max_train_steps:
                     evaluate(step, heads)
     return step
 
@@ -126,7 +126,7 @@ def _drawn(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """All vectors and targets, and the rows of each that the updates see, in parts.
 
-    Where an image has fewer views than others, each of them comes up more often.
+    Where an image has fewer views than others, they are repeated in turn.
     """
     targets, counts, width = data.labels, data.num_views, data.features.shape[-1]
     if counts is None:

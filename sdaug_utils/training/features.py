@@ -174,7 +174,7 @@ def have_features(study: Study, images: Arrays) -> bool:
     """Whether the store has the features of all the images, not augmented."""
     _, specs = _specs(study, images, "none", range(1))
     known = _known(study, specs)
-    return bool(known) and known >= set(digests(images))
+    return known >= set(digests(images))
 
 
 def _blocks(num_views: int) -> list[range]:

@@ -23,12 +23,12 @@ ALPHAS = {"mixup": 0.2, "cutmix": 1.0}  # of Beta(alpha, alpha), as in the paper
 class Mixture:
     """What each view of each image is mixed with."""
 
-    rows: np.ndarray  # (n, views) of the training set
+    rows: np.ndarray  # (n, views) of the training set: the other image
     shares: np.ndarray  # (n, views) of the image itself, in 0 to 1
     boxes: np.ndarray | None = None  # (n, views, 4): left, top, right, bottom in pixels
 
     def mixed(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (n, d) of the images mixed with those of their partners: (n, views, d)."""
+        """Values (n, d) of the images mixed with those of the others: (n, views, d)."""
         own = torch.from_numpy(self.shares).float()[:, :, None]
         return own * values[:, None] + (1 - own) * values[self.rows]
 
@@ -39,7 +39,7 @@ def draw_mixture(name: str, num_images: int, num_views: int, seed: int, side: in
     rows, shares = rng.integers(num_images, size=shape), rng.beta(alpha, alpha, size=shape)
     if name == "mixup":
         return Mixture(rows, shares)
-    half = side * np.sqrt(1 - shares) / 2  # of a box whose area is the partner's share
+    half = side * np.sqrt(1 - shares) / 2  # of a box whose area is the other image's share
     middle = rng.uniform(0, side, size=(2, *shape))
     begin, end = (np.clip(np.rint(middle + x), 0, side).astype(int) for x in (-half, half))
     areas = np.prod(end - begin, axis=0)
@@ -47,7 +47,7 @@ def draw_mixture(name: str, num_images: int, num_views: int, seed: int, side: in
 
 
 def cut_and_pasted(images: Sequence[np.ndarray], mixture: Mixture, side: int) -> Images:
-    """Each view of each image with its partner's pixels in the box: n x views images, 8-bit RGB.
+    """Each view of each image with the other's pixels in the box: n x views images, 8-bit RGB.
 
     They are squares of ``side`` pixels, made whenever one is looked at.
     """

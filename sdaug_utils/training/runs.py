@@ -143,7 +143,7 @@ def spec(study: Study, run: Run) -> dict[str, Any]:
     if run.task == "classification":
         versions.append(classifier.CODE_VERSION)
         if run.protocol == "controlled":
-            versions.append(settings.image_size)
+            versions.append(settings.image_size)  # here so as to keep earlier keys
     else:
         backbone = own.settings.segmenter.backbone
         recipe = own.settings.segmenter.model_dump(exclude={"keep_features"})

@@ -114,7 +114,7 @@ def train(
     seed: int,
     which: Sequence[int] | None = None,
 ) -> Segmented:
-    """Train a head by Adam; the validation loss decides.
+    """Train a head by Adam; the validation loss chooses the weights, or when to stop.
 
     ``controlled``: a fixed number of updates at a rate that falls to nothing along half a cosine
     (Loshchilov & Hutter, 2017), the best weights are tested. ``published``: a constant rate,
@@ -131,7 +131,6 @@ def train(
     controlled, epoch = protocol == "controlled", -(-len(images) // settings.batch_size)
     last = settings.max_train_steps if controlled else settings.max_epochs * epoch
     every = settings.validation_steps if controlled else epoch
-    patience = 0 if controlled else settings.patience
     features = maps.of(images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,28 +155,18 @@ def train(
             curve.append((step, score))
             if score < best_loss:
                 best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
-            elif patience and step - best_step >= patience * epoch:
+            elif not controlled and step - best_step >= settings.patience * epoch:
                 break
     if controlled:
         head.load_state_dict(best)
-    return _tested(head, held_out, step, best_step if controlled else step, curve)
-
-
-def _tested(
-    head: torch.nn.Module,
-    held_out: Mapping[str, tuple[Features, torch.Tensor]],
-    num_updates: int,
-    selected_step: int,
-    curve: Sequence[tuple[int, float]],
-) -> Segmented:
-    """What a trained head makes of the validation and test images."""
+    chosen = best_step if controlled else step
     predicted = {name: predict(head, *pair) for name, pair in held_out.items()}
     validation, test = (
         jaccard(predicted[name], held_out[name][1].numpy(), NUM_CLASSES)
         for name in ("validation", "test")
     )
     score = float(validation[0].mean())
-    return Segmented(*test, predicted["test"] + 1, score, num_updates, selected_step, curve)
+    return Segmented(*test, predicted["test"] + 1, score, step, chosen, curve)
 
 
 def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:

@@ -55,6 +55,7 @@ def diversity(candidates: Candidates, number: int) -> np.ndarray:
     kept = [int(_distances(features, features.mean(axis=0)).argmin())]
     nearest = _distances(features, features[kept[0]])
     while len(kept) < number:
+        nearest[kept[-1]] = -1  # never twice, even among equal images
         kept.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, _distances(features, features[kept[-1]]))
     return np.array(kept)

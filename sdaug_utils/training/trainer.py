@@ -171,10 +171,10 @@ class Trainer:
             probabilities = head(made).softmax(dim=1)
         kept = []
         pools = zip(made.split(run.chosen_from), probabilities.split(run.chosen_from), strict=True)
-        for label, (vectors, shares) in enumerate(pools):
+        for label, (vectors, probable) in enumerate(pools):
             of_class = real[labels == label, 0].numpy()
             rng = np.random.default_rng((run.draw, label))
-            judged = selection.Candidates(vectors.numpy(), shares.numpy(), label, of_class, rng)
+            judged = selection.Candidates(vectors.numpy(), probable.numpy(), label, of_class, rng)
             chosen = selection.RULES[run.rule](judged, run.synthetic_per_class)
             kept.append(label * run.chosen_from + chosen)
         return np.concatenate(kept)
@@ -205,7 +205,7 @@ class Trainer:
         elif run.protocol == "controlled":
             self.features_of("validation")
             self.test_features(run)
-            if run.augmentation == "none" or run.augmentation in mixing.ALPHAS:
+            if run.augmentation in ("none", *mixing.ALPHAS):
                 self.features(run)
             else:
                 for images, number in self._augmented(run):
@@ -234,15 +234,15 @@ class Trainer:
         (n,), (n, classes) or, if each view has its own, (n, views, classes).
         """
         labels = torch.from_numpy(self.training_set(run)[1])
-        own, is_mixed = runs.label_weight(self.study, run), run.augmentation in mixing.ALPHAS
-        if own == 1.0 and not is_mixed:
+        weight, is_mixed = runs.label_weight(self.study, run), run.augmentation in mixing.ALPHAS
+        if weight == 1.0 and not is_mixed:
             return labels
         shares = torch.nn.functional.one_hot(labels, self.num_classes).float()
-        if own < 1.0:
+        if weight < 1.0:
             followed = torch.from_numpy(self.splits["train"].labels[self._source_rows(run)])
             synthetic = shares[-len(followed) :]
-            synthetic *= own
-            synthetic += (1 - own) * torch.nn.functional.one_hot(followed, self.num_classes)
+            synthetic *= weight
+            synthetic += (1 - weight) * torch.nn.functional.one_hot(followed, self.num_classes)
         return self._mixture(run).mixed(shares) if is_mixed else shares
 
     def _mixture(self, run: Run) -> mixing.Mixture:

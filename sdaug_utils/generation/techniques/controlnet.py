@@ -31,7 +31,7 @@ class ControlNetSettings(Parameters):
 
 
 class ControlNet(Technique):
-    """A control image for each real image of the subset; images of one follow it in turn."""
+    """Image i follows the control image of a real image of the subset, in turn."""
 
     section = ("controlnet", ControlNetSettings)
     inputs, kind = "all", "StableDiffusionControlNetPipeline"
@@ -54,14 +54,14 @@ class ControlNet(Technique):
             foundation.locate(*model), dtype=dtype_of(settings), use_safetensors=True
         )
         embedding = controlnet.controlnet_cond_embedding
-        # Embed control images once for all steps of a pass; the rest is compiled around it.
+        # A control image is one tensor in all steps: embed it once. The rest can be compiled.
         embedding.forward = torch.compiler.disable(lru_cache(maxsize=1)(embedding.forward))
         return foundation.load_pipeline(
             settings, self.sampling(settings), self.kind, controlnet=controlnet
         )
 
     def followed_digests(self, train: Split, rows: np.ndarray) -> list[str]:
-        """A hash of each row's content that a control image is made of."""
+        """A hash of what each row's control image is made from."""
         raise NotImplementedError
 
     def control_image(self, study: Study, row: int) -> np.ndarray:
@@ -70,11 +70,11 @@ class ControlNet(Technique):
 
     def extra_spec(self, study: Study, rows: np.ndarray) -> dict[str, Any]:
         own, [model] = self.of(study.settings), self.models(study.settings).values()
-        scale, palette = own.conditioning_scale, {own.palette} - {"miniature"}
-        return {
-            "controls": self.followed_digests(study.data.splits["train"], rows),
-            "controlnet": [foundation.revision(*model), scale, control.CODE_VERSION, *palette],
-        }
+        facts = [foundation.revision(*model), own.conditioning_scale, control.CODE_VERSION]
+        if own.palette != "miniature":
+            facts.append(own.palette)
+        controls = self.followed_digests(study.data.splits["train"], rows)
+        return {"controls": controls, "controlnet": facts}
 
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
         plain, scale = super().arguments(study, request), self.of(study.settings).conditioning_scale

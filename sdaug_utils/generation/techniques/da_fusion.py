@@ -34,9 +34,13 @@ class DAFusion(TextualInversion):
         """One of them is drawn for each image."""
         return self.of(settings).strengths
 
-    def batch_key(self, settings: Settings, index: int) -> float:
+    def strength(self, settings: Settings, index: int) -> float:
+        """The strength of image ``index``."""
         strengths = self.strengths(settings)
         return strengths[int(digest({"strength of image": index})[:8], 16) % len(strengths)]
+
+    def batch_key(self, settings: Settings, index: int) -> float:
+        return self.strength(settings, index)
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
@@ -49,5 +53,5 @@ class DAFusion(TextualInversion):
     def arguments(self, study: Study, request: Request) -> Callable[[Sequence[int]], dict]:
         return lambda some: {
             "image": initial_images(study, request, some),
-            "strength": self.batch_key(study.settings, some[0]),
+            "strength": self.strength(study.settings, some[0]),  # the same for a whole batch
         }

@@ -36,8 +36,8 @@ class DataDream(DreamBoothLoRA):
         own = {**self.of(settings).model_dump(exclude={"rank"}), "prior_loss_weight": 0.0}
         return settings.dreambooth.model_copy(update=own)
 
-    def num_inputs(self, settings: Settings) -> tuple[str, int]:
-        return self.name, ALL
+    def num_inputs(self, settings: Settings) -> int:
+        return ALL
 
     def subject_word(self, settings: Settings, class_name: str) -> str:
         return class_name

@@ -1,5 +1,6 @@
 """Diff-Mix: a real image of one class is turned into another (Wang et al., CVPR 2024)."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ class DiffMixSettings(Parameters):
     """Other settings are those of ``textual_inversion``, whose words it shares."""
 
     strength: Strength = 0.7
-    gamma: float = Field(default=0.5, gt=0)  # the image's own class has strength ** gamma
+    gamma: float = Field(default=0.5, gt=0)  # the label is strength ** gamma of the class
 
 
 class DiffMix(DAFusion):
@@ -32,9 +33,8 @@ class DiffMix(DAFusion):
 
     def source_order(self, orders: Sequence[np.ndarray], label: int) -> np.ndarray:
         others = [order for number, order in enumerate(orders) if number != label]
-        longest = max(map(len, others))
-        turns = [order[turn] for turn in range(longest) for order in others if turn < len(order)]
-        return np.array(turns)
+        turns = itertools.zip_longest(*others)
+        return np.array([row for turn in turns for row in turn if row is not None])
 
     def label_weight(self, settings: Settings) -> float:
         own = self.of(settings)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from sdaug_utils.compute import Batch
 from sdaug_utils.errors import InputError
-from sdaug_utils.generation.foundation import Pipeline, compiled, scale_condition
+from sdaug_utils.generation.foundation import Pipeline, compile_if_asked, scale_condition
 from sdaug_utils.generation.personalisation import NoisyLatents, Personalised, Precision, token_ids
 from sdaug_utils.generation.pools import Sampler, grow, pipeline_sampler
 from sdaug_utils.generation.technique import Request, Section, pool_spec, with_shared_components
@@ -33,9 +33,9 @@ class DreamBoothSettings(Parameters):
     train_batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     max_train_steps: int = Field(ge=1)
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8 bit: another treatment, less memory
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8 bit: less memory, another model
     gradient_checkpointing: bool = False  # less memory, more time, the same model
-    keep_models: bool = True  # else a fine-tuned U-Net goes once the images asked for are made
+    keep_models: bool = True  # else a fine-tuned U-Net is deleted when its images are made
 
     @model_validator(mode="after")
     def _prior_has_images(self) -> DreamBoothSettings:
@@ -62,12 +62,12 @@ class DreamBooth(Personalised):
     def extra_model_spec(self, settings: Settings, draw: int) -> dict[str, Any]:
         prior, optimizer = self.class_images_spec(settings, draw), settings.dreambooth.optimizer
         return {
-            "class_images": prior and digest(prior),
+            "class_images": digest(prior) if prior else None,
             **({} if optimizer == "adamw" else {"optimizer": optimizer}),
         }
 
     def class_images_spec(self, settings: Settings, draw: int) -> Spec | None:
-        """The pool of what the model itself makes of the class prompt, for prior preservation."""
+        """For prior preservation, if it is on: the pool of images by the class prompt."""
         own = self.recipe(settings)
         if own.prior_loss_weight == 0:
             return None
@@ -108,6 +108,7 @@ class DreamBooth(Personalised):
             images = self.class_images(study, pipeline, prior)
             class_examples = NoisyLatents(pipeline, images, resolution, seed + 1)
         with torch.no_grad():
+            # DataDream's has a {}; DreamBooth's has none.
             named = settings.instance_prompt.replace("{}", request.spec["class"])
             prompts = [named, settings.class_prompt]
             tokens = token_ids(pipeline.tokenizer, prompts, pipeline.device)
@@ -117,7 +118,7 @@ class DreamBooth(Personalised):
         self.unfreeze(study.settings, unet, seed)
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        compiled(study.settings, unet)
+        compile_if_asked(study.settings, unet)
         weights = [weight for weight in unet.parameters() if weight.requires_grad]
         optimizer = _optimizer(settings, weights)
         precision = Precision(study.settings)
@@ -150,7 +151,7 @@ class DreamBooth(Personalised):
         unet.requires_grad_(True)
 
     def save(self, pipeline: Pipeline, unet: Any, folder: Path) -> None:
-        """What :meth:`apply` needs."""
+        """Write to ``folder`` what :meth:`apply` reads, in half precision to save space."""
         unet.eval().half().save_pretrained(folder / "unet")
 
     def apply(self, pipeline: Pipeline, folder: Path) -> Pipeline:

@@ -84,9 +84,10 @@ class TextualInversion(Personalised):
     ) -> torch.Tensor:
         """An embedding for the subject of each request, all in one batch: (requests, width).
 
-        Subjects share the forward passes and nothing else: each has its own token, examples and
-        seed, so what is learnt of one does not depend on the others. ``stepped`` is called after
-        each update. Raises InputError if ``initializer_token`` is not one token of the vocabulary.
+        Subjects share the forward passes (and the loss scale of float16), but each has its own
+        token, examples and seed, so what is learnt of one does not depend on the others.
+        ``stepped`` is called after each update. Raises InputError if ``initializer_token`` is not
+        one token of the vocabulary.
         """
         settings, resolution = self.recipe(study.settings), study.settings.sampling.resolution
         seeds = [self.seed(request) for request in requests]
@@ -94,7 +95,7 @@ class TextualInversion(Personalised):
             NoisyLatents(pipeline, request.inputs, resolution, seed)
             for request, seed in zip(requests, seeds, strict=True)
         ]
-        templates = [np.random.default_rng(seed) for seed in seeds]
+        generators = [np.random.default_rng(seed) for seed in seeds]
         placeholders = [f"<subject-{number}>" for number in range(len(requests))]
         tokenizer, text_encoder, first = self._with_tokens(pipeline, settings, placeholders)
         table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
@@ -110,7 +111,7 @@ class TextualInversion(Personalised):
                 noisy, timesteps, target = (torch.cat(parts) for parts in batches)
                 prompts = [
                     template.format(placeholder)
-                    for placeholder, rng in zip(placeholders, templates, strict=True)
+                    for placeholder, rng in zip(placeholders, generators, strict=True)
                     for template in rng.choice(TEMPLATES, size)
                 ]
                 tokens = token_ids(tokenizer, prompts, pipeline.device)
@@ -118,6 +119,7 @@ class TextualInversion(Personalised):
                     words = text_encoder(tokens)[0]
                     prediction = unet(noisy, timesteps, words, timestep_cond=scale).sample.float()
                 error = torch.nn.functional.mse_loss(prediction, target)
+                # Each subject has the gradient that it would have alone.
                 loss = error * len(requests) / accumulation
                 precision.scaler.scale(loss).backward()
             precision.scaler.step(optimizer)
