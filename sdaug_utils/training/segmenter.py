@@ -160,13 +160,10 @@ def train(
     if controlled:
         head.load_state_dict(best)
     chosen = best_step if controlled else step
-    predicted = {name: predict(head, *pair) for name, pair in held_out.items()}
-    validation, test = (
-        jaccard(predicted[name], held_out[name][1].numpy(), NUM_CLASSES)
-        for name in ("validation", "test")
-    )
+    found = {name: predict(head, *pair) for name, pair in held_out.items()}
+    validation, test = (jaccard(found[x], held_out[x][1].numpy(), NUM_CLASSES) for x in held_out)
     score = float(validation[0].mean())
-    return Segmented(*test, predicted["test"] + 1, score, step, chosen, curve)
+    return Segmented(*test, found["test"] + 1, score, step, chosen, curve)
 
 
 def _seed_dropout(head: torch.nn.Module, generator: torch.Generator) -> None:
