@@ -122,7 +122,7 @@ def test_sums_and_bounds():
         ]
     )
     assert work.seconds() == 2 + 9 + 4 + 1
-    assert work.longest_paths() == {"base": 11, "upon it": 9, "half": 8, "passing": 1}
+    assert work.longest_paths() == {"base": 11, "upon it": 9, "half": 4, "passing": 1}
     assert work.counts() == {"images": (5, 8), "models": (1, 1), "runs": (0, 0)}
     assert work.gibibytes(workers=2) == 4 + 3 * 3
     assert work.hours_on(1) * 3600 == pytest.approx(16)
