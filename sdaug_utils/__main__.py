@@ -141,7 +141,7 @@ def show_results(arguments: argparse.Namespace) -> None:
         runs = pd.read_parquet(folder / f"{what}.parquet")
         settings = {"task", "real_percent", "synthetic_per_class", "scores"}
         arrays = [key for key in runs if isinstance(runs[key].iloc[0], np.ndarray)]
-        several = {"num_views", "step", "shift", "protocol"} & set(runs)  # of one setting
+        several = {"num_views", "step", "shift", "protocol"} & set(runs)  # more than gains() takes
         is_plain = settings <= set(runs) and all(len(set(runs[key])) == 1 for key in several)
         table = claims.gains(runs) if is_plain else runs.drop(columns=arrays)
         print(table.to_string(index=False, float_format="{:.3f}".format))

@@ -21,11 +21,9 @@ from sdaug_utils.params import Settings
 
 GPU_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # what Linux shows of them in /dev
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "timm")  # make artefacts
-TOOLS = (
-    *LIBRARIES,
-    *("numpy", "scipy", "scikit-learn", "pandas", "opencv-python-headless", "pillow"),
-    *("seaborn", "matplotlib"),
-)
+NUMERICAL = ("numpy", "scipy", "scikit-learn", "pandas", "opencv-python-headless", "pillow")
+TOOLS = (*LIBRARIES, *NUMERICAL, "seaborn", "matplotlib")
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,7 +93,7 @@ class Batch:
         """The results of ``work`` on parts of the items; InputError if not even one item fits."""
         done: list[Result] = []
         while len(done) < len(items):
-            tried = self.size  # a part that is shorter is filled up to it
+            tried = self.size  # ``work`` fills a shorter part up to it
             try:
                 done += work(items[len(done) : len(done) + tried])
                 continue

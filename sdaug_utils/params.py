@@ -1,7 +1,8 @@
 """What may be set: profiles and the parameters of each notebook; unknown keys are refused.
 
 ``params/<profile>.yaml`` has a section ``common`` (:class:`Settings`: data, models, training) and
-one per notebook that overrides the values in its ``parameters`` cell. It may be based on another.
+one per notebook that overrides the values in its ``parameters`` cell; ``second-domain`` changes
+``common`` for the second data set. A profile may be based on another.
 ``run_all.py`` writes what it was asked for into ``runs/<name>/config.yaml``: a profile with all
 that its command line changed. Wherever a profile is named, such a file's path may stand.
 """
@@ -39,7 +40,7 @@ TechniqueName = Annotated[str, AfterValidator(known_technique)]
 Attribute = Literal["dark", "bright", "plain", "patterned", "small", "large"]
 Augmentation = Literal["none", "custom", "autoaugment", "randaugment", "mixup", "cutmix"]
 Rule = Literal["chance", "confidence", "agreement", "nearness", "diversity", "distribution"]
-Protocol = Literal["published", "controlled"]
+Protocol = Literal["published", "controlled"]  # runs may also be on "pixels"
 Domain = Literal["main", "second"]
 Scheduler = Literal["default", "dpmsolver++", "dpmsolver++-karras", "unipc"]
 Percent = Annotated[float, Field(gt=0, le=100)]
@@ -329,7 +330,7 @@ def _merged(values: Any, changes: Any) -> Any:
 
 @cache
 def _settings_class() -> type[Settings]:
-    """:class:`Settings` with a field per technique; it may be left out if all has a default."""
+    """:class:`Settings` and a section per technique, which needs no values that have defaults."""
     sections: dict[str, Any] = {}
     for technique in techniques().values():
         if technique.section:
@@ -377,7 +378,7 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Any:
         names = set(_assigned(source))
         if source.startswith("# Parameters\n"):  # papermill's own mark
             injected = names
-        elif "profile" in names:
+        elif "profile" in names:  # every parameters cell sets it, no other does
             parameters, injected = names, set()
     known = experiments()[notebook].model_fields
     chosen = parameters | injected | (known.keys() & namespace.keys())
@@ -404,7 +405,7 @@ def _checked(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
         first = error.errors()[0]
         location, message = [str(part) for part in first["loc"]], first["msg"]
         if first["type"] == "extra_forbidden":
-            kind: Any = model
+            kind: Any = model  # ... whose key it is: follow the path to it
             for part in location[:-1]:
                 by_name = get_args(kind)  # of a dictionary: the key's type and the value's
                 kind = by_name[1] if by_name else kind.model_fields[part].annotation

@@ -73,6 +73,7 @@ class Wanted:
         for request in requests:
             key = digest(request.spec)
             self.requests.setdefault(key, request)
+            # An image that is asked for already keeps its first notebook.
             self.images[key] = dict.fromkeys(request.indices, notebook) | self.images.get(key, {})
 
     def add(self, notebook: str, study: Study, p: Experiment) -> None:
@@ -101,14 +102,17 @@ def wanted(asked: Asked) -> dict[Study, Wanted]:
         what = found.setdefault(study, Wanted())
         earlier, what.requests = what.requests, {}
         what.add(notebook, study, p)
-        # A later notebook's requests come first: the order decides which models learn together.
+        # Later notebooks' first. Any order would do, but another would group models anew.
         what.requests |= earlier
     return found
 
 
 def by_notebook(asked: Asked) -> dict[str, Wanted]:
     """What each notebook needs, by its name."""
-    return {job[0]: what for job in asked for what in wanted([job]).values()}  # one study each
+    found: dict[str, Wanted] = {}
+    for job in asked:
+        [found[job[0]]] = wanted([job]).values()  # of its one study
+    return found
 
 
 def first_units(asked: Asked) -> list[Unit]:
@@ -144,8 +148,9 @@ class Planner:
         """Models before their images, images before what trains on them."""
         # Pools that a unit may make together: of one technique, its settings and its model.
         together: dict[tuple[str, Study, str], list[Request]] = {}
-        kept: dict[tuple[str, Study], dict[str, list[Request]]] = {}  # models, with their pools
-        owners: dict[str, tuple[str, Study]] = {}  # each model is learnt by one
+        # Models that stay in the store, by who learns them: of each, the pools that it serves.
+        kept: dict[tuple[str, Study], dict[str, list[Request]]] = {}
+        owners: dict[str, tuple[str, Study]] = {}  # who learns a model that several share
         for key, request in self.wanted.requests.items():
             whole = replace(request, indices=sorted(self.wanted.images[key]))
             technique, study = request.technique, request.study
@@ -158,9 +163,9 @@ class Planner:
         for (model_folder, study), models in kept.items():
             made += self.models(model_folder, study, models, learnt)
         for (_, _, model), requests in together.items():
-            if model and model not in learnt:
+            if model and model not in learnt:  # one unit learns it, uses it and deletes it
                 counts = [[self.pool_of(r), len(r.indices)] for r in requests]
-                made.append(self._image_unit(requests, counts, None, learnt=True))
+                made.append(self._image_unit(requests, counts, None, learns_model=True))
             else:
                 made += self.images(requests, learnt.get(model))
         return [*made, *self.training()]
@@ -226,23 +231,27 @@ class Planner:
         made = []
         for part in parts:
             known = [[self.pool_of(b), b.indices[0], b.indices[-1], len(b.indices)] for b in part]
-            requests = []  # blocks of one pool are one request again
+            whole = []  # blocks of one pool are one request again
             for _, group in itertools.groupby(part, self.pool_of):
                 first, *others = group
                 indices = itertools.chain(first.indices, *(block.indices for block in others))
-                requests.append(replace(first, indices=list(indices)))
-            made.append(self._image_unit(requests, known, model))
+                whole.append(replace(first, indices=list(indices)))
+            made.append(self._image_unit(whole, known, model))
         return made
 
     def _image_unit(
-        self, parts: Sequence[Request], known: list[Any], model: Unit | None, learnt: bool = False
+        self,
+        parts: Sequence[Request],
+        known: list[Any],
+        model: Unit | None,
+        learns_model: bool = False,
     ) -> Unit:
         """One unit that makes the images of ``parts``.
 
         Args:
             known: what is hashed into the unit's key.
             model: the unit that learns the personalised model, if there is one.
-            learnt: this unit learns the model itself, and deletes it when its images are made.
+            learns_model: this unit learns the model itself, and deletes it in the end.
         """
         first, count = parts[0], sum(len(request.indices) for request in parts)
         technique = first.technique
@@ -250,13 +259,14 @@ class Planner:
         for request in parts:
             self.makers.setdefault(self.pool_of(request), set()).add(key)
         learning = temporary = 0.0
-        if learnt:
+        if learns_model:
             cost, number = technique.model_cost(first.study.settings)
             learning = number * self.seconds[cost]
             temporary = technique.model_bytes * self.is_large
+        model_too = "a model, " if learns_model else ""
         return Unit(
-            name=f"{technique.name}, {first.spec['class']}: {'a model, ' if learnt else ''}{count} "
-            f"images from {first.indices[0]}, draw {first.spec['draw']}",
+            name=f"{technique.name}, {first.spec['class']}: {model_too}{count} images from "
+            f"{first.indices[0]}, draw {first.spec['draw']}",
             key=key,
             kind="images",
             items=count,
@@ -265,7 +275,7 @@ class Planner:
             seconds=learning + count * self.seconds[technique.image_cost],
             num_bytes=count * self.image_bytes,
             temporary_bytes=temporary,
-            temporary_models=int(learnt),
+            temporary_models=int(learns_model),
             needs=frozenset([model.key] if model else ()),
             notebook=self._first_notebook(parts),
         )
@@ -352,10 +362,11 @@ def _with_features_in_common(study: Study, asked: Iterable[Run]) -> list[list[Ru
         if run.task != "classification" or run.protocol != "controlled" or run.seed:
             continue
         seen_by = runs.features_by(runs.study_of(study, run))
+        # Of fewer images, augmentation makes more views.
         percent = run.real_percent if run.augmentation != "none" else 0
         if run.technique:
-            own = (run.draw, *runs.pool_keys(study, run), run.controls_from_outside, percent)
-            key = (run.technique, run.augmentation, *seen_by, *own)
+            pools = (run.draw, *runs.pool_keys(study, run), run.controls_from_outside, percent)
+            key = (run.technique, run.augmentation, *seen_by, *pools)
             groups.setdefault(key, []).append(run)
         elif run.augmentation != "none":
             groups.setdefault((run.augmentation, *seen_by), []).append(run)
@@ -371,9 +382,9 @@ def models(settings: Settings) -> list[tuple[str, str]]:
 def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
     """A study for planning without a download, and the names of the models and data it lacks.
 
-    The miniature model replaces each missing model, and no images of it are in the store. A
-    stand-in with the published number of images replaces a missing data set. Raises InputError if
-    the sizes of a missing data set are not known.
+    The miniature model replaces each missing model; the store has no such images, so all count as
+    missing. A stand-in with the published number of images replaces a missing data set. Raises
+    InputError if the sizes of a missing data set are not known.
     """
     settings, absent = params.load_settings(profile, domain), []
     for name, part in models(settings):
@@ -381,12 +392,12 @@ def planned(profile: str, domain: params.Domain) -> tuple[Study, list[str]]:
             revision(name, part)
         except InputError:
             absent.append(name)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {}  # of all fields that name a missing model
     for key, value in settings:
         if value in absent:
             changes[key] = "miniature"
         elif isinstance(value, params.Parameters):
-            here = {own: "miniature" for own, name in value if name in absent}
+            here = {field: "miniature" for field, name in value if name in absent}
             changes[key] = value.model_copy(update=here)
     if rates.is_at_scale(settings) and settings.device == settings.precision == "auto":
         changes["precision"] = "float16"  # as on the GPU host, wherever the plan is made

@@ -101,9 +101,9 @@ def features_to_compute(
 
     CutMix is estimated as other augmentations are.
 
-    Args:
-        views: numbers of views that are counted already, by image or pool. It is updated in place,
-            so that what groups of runs share is counted once.
+    ``views`` are numbers of views that are counted already: by pool (its images as they are) or by
+    augmentation and image, which is a row of the train split, or a pool and a place in it. It is
+    updated in place, so that what groups of runs share is counted once.
     """
     classes = len(study.data.class_names)
     before = sum(views.values())
@@ -111,6 +111,7 @@ def features_to_compute(
         own = runs.study_of(study, run)
         settings, percent = own.settings.classifier, runs.pool_percent(own, run)
         seen_by = runs.features_by(own)
+        # The first class's pool stands for those of all classes.
         pool = (*runs.pool_keys(study, run)[:1], percent, *seen_by)
         if run.augmentation in ("none", "mixup"):  # which mixes features
             here = classes * run.num_made

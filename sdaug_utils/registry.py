@@ -1,7 +1,7 @@
 """Techniques and experiments by name: each is a file with a class, which registers itself.
 
-No other file of the package names a technique, except claims and the experiments about it; only its
-notebook and its claims name an experiment.
+No other file of the package names a technique, but for claims, experiments about it and messages;
+only its notebook and its claims (and the site's main figure) name an experiment.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def _all_of(name: str, registered: dict[str, Any]) -> dict[str, Any]:
     for file in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{name}.{file.name}")
     for key in sorted(registered):
-        registered[key] = registered.pop(key)  # in place: later ones are known, too
+        registered[key] = registered.pop(key)  # in place: later classes are found in it, too
     return registered
 
 

@@ -30,7 +30,7 @@ from sdaug_utils.errors import InputError
 Spec = Mapping[str, Any]
 PARTIAL = ".partial"  # of a folder that is being made
 FILES = "files.json"
-# The kinds of units that summaries count, and their names there.
+# The kinds of units (no folders) that summaries count, and their names there.
 KINDS = {"images": "images", "models": "personalised models", "runs": "training runs"}
 
 
@@ -220,6 +220,7 @@ class Store:
     def remove(self, folder: Path) -> bool:
         """Delete an artefact, finished or partial; False if a process is writing it."""
         name = f"{folder.parent.name}-{folder.stem}"
+        # A pool is also locked by blocks of images and by its specification.
         parts = [file.stem for file in (self.root / "locks").glob(f"{name}-*.lock")]
         try:
             with self.lock(name, *parts, timeout=0):

@@ -42,7 +42,7 @@ def naming(corpus: str, class_name: str) -> Images:
 
 @cache
 def revision(corpus: str) -> str:
-    """A corpus's part of keys; InputError if its list of captions or a listed image is missing."""
+    """A hash of a corpus's captions and images; InputError if one that is listed is missing."""
     if corpus == "miniature":
         verify_checksums(MINIATURE_DATA)
         return file_digest(MINIATURE_DATA / "corpus.png")

@@ -112,6 +112,7 @@ def _on_black(images: np.ndarray, labels: np.ndarray) -> Split:
 def _digits() -> Dataset:
     """The study's half of the digits: per class 40 to train, 10 for validation, others to test."""
     images, labels = digits_halves()[1]
+    # Of each class three parts; then each part of all classes.
     cut = [np.split(np.flatnonzero(labels == label), [40, 50]) for label in range(10)]
     parts = zip(SPLITS, map(np.concatenate, zip(*cut, strict=True)), strict=True)
     splits = {name: _on_black(images[rows], labels[rows]) for name, rows in parts}
@@ -129,7 +130,7 @@ def subset_size(num_images: int, percent: float) -> int:
 def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
     """Indices of p % of the images of each class, nested: 5 % is inside 10 % and so on.
 
-    Per class: shuffle with seed 41 + draw, take the first floor(p n); draw 0 is the thesis's.
+    Per class: shuffle with seed (41 + draw, label), take the first floor(p n / 100).
     Ordered by class, in shuffled order within it. Raises InputError if a class gets no image.
     """
     chosen = []
@@ -138,7 +139,7 @@ def subset(labels: np.ndarray, percent: float, draw: int = 0) -> np.ndarray:
         if count == 0:
             raise InputError(
                 f"{percent:g} % of {len(order)} real images leaves class {label} empty: "
-                f"choose at least {math.ceil(1e4 / len(order)) / 100:g}"
+                f"choose at least {math.ceil(1e4 / len(order)) / 100:g}"  # one image, to two digits
             )
         chosen.append(order[:count])
     return np.concatenate(chosen)

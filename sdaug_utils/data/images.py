@@ -105,7 +105,7 @@ class Dataset:
 
 
 def shuffled(labels: Sequence[int] | np.ndarray, draw: int = 0) -> list[np.ndarray]:
-    """The rows of each class in the order of a shuffle with seed 41 + draw; draw 0 is the thesis's.
+    """The rows of each class in the order of a shuffle with seed (41 + draw, label).
 
     Real subsets, inputs of personalisation and splits of photographs take a class's first rows.
     """

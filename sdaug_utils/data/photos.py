@@ -69,10 +69,11 @@ def image_folder(folder: Path, download: bool = False) -> Dataset:
     for name, size in zip(classes, np.bincount(labels), strict=True):
         if size < 4:
             raise InputError(f"data.folder: {folder / name}: {size} images; needs at least 4")
-    drawn = folder / "trimaps"
-    trimaps = [drawn / file.parent.name / f"{file.stem}.png" for file in files]
+    trimap_folder = folder / "trimaps"
+    trimaps = [trimap_folder / file.parent.name / f"{file.stem}.png" for file in files]
     parts = _parts(labels, lambda n: [n // 2, 3 * n // 4])
-    splits = [_split(part, files, labels, trimaps if drawn.is_dir() else None) for part in parts]
+    given = trimaps if trimap_folder.is_dir() else None
+    splits = [_split(part, files, labels, given) for part in parts]
     return _dataset("imagefolder", classes, splits)
 
 

@@ -18,6 +18,7 @@ from sdaug_utils.evidence import metrics
 from sdaug_utils.training.runs import SETTING, chosen, scores
 
 TABLES = Path(__file__).parent / "tables"
+# Columns besides SETTING in which settings of 01 to 03 and 11 differ:
 MORE_KEYS = ("num_inputs", "input_set", "measure", "budget", "shift")
 NO_RUNS = metrics.Estimate(np.nan, np.nan, np.nan, 0, 0, 0, metrics.Spread(np.nan, np.nan))
 BASELINE = {"arm": "baseline", "synthetic_per_class": 0}
@@ -72,7 +73,7 @@ def notebook_of(claim: str) -> str:
 
 
 def read_claims(experiment: str) -> list[dict[str, Any]]:
-    """The claims that a notebook decides, by its name or number, or the one claim of an id.
+    """The claims whose ids begin with a notebook's number (or X, Y), or the one claim of an id.
 
     A claim has ``id``, ``section``, ``claim`` and ``comparisons``, in which nothing says ``each``;
     the ``primary`` ones decide it, the others are only shown.

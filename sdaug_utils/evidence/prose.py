@@ -72,6 +72,6 @@ def renew(path: Path, profile: str) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = filled(cell.source, read)
-    for name in ("files", "key"):  # they tell a run, not the committed notebook
+    for name in ("files", "key"):  # they describe one run: not to be committed
         notebook.metadata.get("sdaug", {}).pop(name, None)
     nbformat.write(notebook, path)

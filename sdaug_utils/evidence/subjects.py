@@ -101,7 +101,7 @@ def with_first(subjects: Sequence[Subject], number: int) -> list[Subject]:
 
 
 def stand_ins(study: Study, num_subjects: int, sizes: Sequence[int]) -> list[Subject]:
-    """Placeholders: for each of the first classes a subject of each size, of arbitrary images."""
+    """Enough to plan with: for each of the first classes a subject of each size, of any images."""
     rows = np.flatnonzero(study.data.splits["train"].labels < num_subjects).tolist()
     return [
         Subject(f"subject {i}", (label,), tuple(rows[i : i + size]))

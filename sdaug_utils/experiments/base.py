@@ -216,7 +216,7 @@ class AtPercentages(Runs):
 class ByAmount(Runs):
     """Numbers of synthetic images at some real percentages."""
 
-    percents = ("synthetic_per_class",)
+    percents = ("synthetic_per_class",)  # a dictionary, by real %
 
     techniques: list[params.TechniqueName] = Field(min_length=1)
     synthetic_per_class: dict[params.Percent, Numbers] = Field(min_length=1)  # by real %
@@ -307,12 +307,12 @@ def by_settings(study: Study, runs: Iterable[Run]) -> dict[Study, list[Run]]:
 def require_trainable(study: Study, runs: Iterable[Run]) -> None:
     """Raise InputError if a run asks for what its way of training would ignore."""
     for run in runs:
-        is_head = (run.task, run.protocol) == ("classification", "controlled")
+        is_controlled = (run.task, run.protocol) == ("classification", "controlled")
         is_mixed = label_weight(study, run) < 1 or run.augmentation in ALPHAS
         wrong = {
-            "its labels are mixed": is_mixed and not is_head,
-            "updates_as": run.updates_as is not None and (not is_head or run.rule is not None),
-            "test_sets": bool(run.test_sets) and not is_head,
+            "its labels are mixed": is_mixed and not is_controlled,
+            "updates_as": bool(run.updates_as) and (not is_controlled or bool(run.rule)),
+            "test_sets": bool(run.test_sets) and not is_controlled,
             "a rule": run.rule is not None and run.task == "segmentation",
             "an augmentation": run.augmentation != "none"
             and (run.task == "segmentation" or run.protocol == "pixels"),

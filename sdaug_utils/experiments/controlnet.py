@@ -28,7 +28,7 @@ class WithControlNet(base.Runs):
         at_rivals = [(self.rivals_at_percent, numbers.get(self.rivals_at_percent, []))]
         percent = self.outside_at_percent
         inside = len(study.data.splits["train"]) / len(study.data.class_names) * percent / 100
-        # With no more images than that, all controls are inside.
+        # A pool follows the subset's images first: up to that many, none is from outside.
         outside = [(percent, [count for count in numbers.get(percent, []) if count > inside])]
         arms = base.baselines(self.synthetic_percents)
         arms += base.synthetic([CONTROLNET, *self.compared_with], list(numbers.items()))

@@ -81,6 +81,7 @@ class TrainingPercentage(AtPercentages):
         ends = [run.model_copy(update={"protocol": "controlled"}) for run in self._at_ends(study)]
         augmented = [run for run in ends if run.augmentation != "none"]
         return [
+            # No views beside these for being few images: num_augmented is off.
             run.changed(dict.fromkeys(VIEWS, number) | {f"{RECIPE}.num_augmented": 1})
             for number in self.view_numbers
             for run in augmented

@@ -65,7 +65,7 @@ def _from_hub(name: str, part: str) -> Path:
         wanted["allow_patterns"] = ["config.json", "diffusion_pytorch_model.safetensors"]
     try:
         try:
-            if part or constants.HF_HUB_OFFLINE:
+            if part or constants.HF_HUB_OFFLINE:  # download() knows neither
                 return Path(snapshot_download(identifier, **wanted))
             return _pipeline_from_hub(identifier, revision)
         except Exception:  # of any kind: a firewall's time-out is no OSError
@@ -192,7 +192,7 @@ def scale_condition(pipeline: Pipeline, count: int) -> torch.Tensor | None:
 def compile_if_asked(settings: Settings, network: Any) -> None:
     """Have a network compiled at its first call, if the profile says so.
 
-    A copy has to be compiled again, which takes torch's cache.
+    A deep copy has to be compiled again, which torch's cache makes fast.
     """
     if settings.compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT

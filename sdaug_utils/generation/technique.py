@@ -23,6 +23,7 @@ from sdaug_utils.study import Study
 
 CODE_VERSION = 2
 Section = tuple[str, type[Parameters]]  # of the settings, and what checks it
+# The section's fields that pool_spec adds by itself, or that change no image:
 NOT_OF_THE_IMAGES = {"prompt", "batch_size", "max_attempts", "safety_checker"}
 
 
@@ -75,7 +76,7 @@ class Technique:
 
     @property
     def model_folder(self) -> str:
-        """The folder of the store where its models are; techniques may share what they learn."""
+        """The technique whose models it uses, by default its own; also their store's folder."""
         return self.name
 
     def of(self, settings: Settings) -> Any:

@@ -101,7 +101,9 @@ def write_site(runs: Path) -> Path:
     if figure.exists():
         shutil.copyfile(figure, site.folder / figure.name)
     site.write(
-        *("index.html", "front.html.j2", f"Subject-driven data augmentation: {name}"),
+        "index.html",
+        "front.html.j2",
+        f"Subject-driven data augmentation: {name}",
         profile=name,
         figure=figure.name if figure.exists() else "",
         figure_alt="Test accuracy of each technique against the percentage of real training data.",

@@ -111,6 +111,7 @@ def train_heads(
                 torch.index_select(vectors, 0, rows[part], out=inputs[number, :count])
                 torch.index_select(targets, 0, rows_of_targets[part], out=wanted[number, :count])
             both = (x[:, :count].unflatten(1, (-1, settings.batch_size)) for x in (inputs, wanted))
+            # (heads, updates, batch, width): one update after the other.
             for x, target in zip(*(each.unbind(1) for each in both), strict=True):
                 error = torch.baddbmm(bias[:, None], x, weight.mT).softmax(dim=2).sub_(target)
                 weight.baddbmm_(error.mT, x, alpha=-rate)
@@ -136,7 +137,7 @@ def _drawn(
     images = batches(len(counts), settings.batch_size, settings.max_train_steps, data.seed)
     generator = torch.Generator().manual_seed(data.seed)
     views = torch.randint(int(counts.max()), images.shape, generator=generator) % counts[images]
-    rows = (counts.cumsum(0) - counts)[images] + views
+    rows = (counts.cumsum(0) - counts)[images] + views  # an image's first row, and the view
     rows_of_targets = rows if targets.ndim == 3 else images
     parts = (
         x.flatten().split(UPDATES_AT_ONCE * settings.batch_size) for x in (rows, rows_of_targets)

@@ -44,7 +44,7 @@ class Run(Parameters):
     augmentation: Augmentation = "none"
     technique: TechniqueName | None = None
     synthetic_per_class: int = 0
-    controls_from_outside: bool = False  # as in the thesis: a leak, and an arm of its own
+    controls_from_outside: bool = False  # control images of no run's subset: the thesis's leak
     rule: Rule | None = None  # by which the synthetic images are chosen ...
     chosen_from: int = 0  # ... from so many of each class
     overrides: Annotated[
@@ -87,6 +87,7 @@ class Run(Parameters):
         """The run on the same images whose number of updates this one takes, or None."""
         if self.updates_as is None:
             return None
+        # It trains as the profile says: what the classifier overrides is dropped.
         kept = tuple(one for one in self.overrides if not one[0].startswith("classifier."))
         own = {"protocol": self.updates_as, "updates_as": None, "overrides": kept, "test_sets": ()}
         return self.model_copy(update={**own, "variant": self.variant if kept else ""})

@@ -26,7 +26,7 @@ from sdaug_utils.training.features import FEATURE_BATCH, folded_backbone, normal
 
 CODE_VERSION = 5
 NUM_CLASSES = 3
-Features = Callable[[Sequence[int]], Any]  # maps of some of the images
+MapsOf = Callable[[Sequence[int]], Any]  # (n, channels, height, width) of some images, by row
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Segmented:
     weighted_jaccard: np.ndarray  # (n_test,) of each test image, in 0 to 1
     mean_iou: np.ndarray  # (n_test,)
     labels: np.ndarray  # (n_test, height, width) predicted, 1 subject, 2 background, 3 border
-    validation_score: float
+    validation_score: float  # the weighted Jaccard index, though the loss chooses
     num_updates: int
     selected_step: int
     curve: Sequence[tuple[int, float]]  # validation loss by number of updates
@@ -51,7 +51,7 @@ class FeatureMaps:
         self.known: dict[str, torch.Tensor] = {}
         self.held_out = cache(self._held_out)  # of a split
 
-    def of(self, images: Images) -> Features:
+    def of(self, images: Images) -> MapsOf:
         """A function of rows that returns their images' maps: (n, channels, height, width).
 
         Maps are 32-bit floats; those that are kept are computed at once, as 16-bit floats.
@@ -68,7 +68,7 @@ class FeatureMaps:
         every = torch.stack([self.known[key] for key in keys])
         return lambda rows: every[list(rows)].to(self.device).float()
 
-    def _held_out(self, split: Split) -> tuple[Features, torch.Tensor]:
+    def _held_out(self, split: Split) -> tuple[MapsOf, torch.Tensor]:
         """Maps of a split's images, and its labels as :func:`_targets` gives them."""
         trimaps = [split.trimap(i) for i in range(len(split))]
         return self.of(split.images()), _targets(trimaps, self.settings.label_size)
@@ -151,10 +151,10 @@ def train(
         if decay:
             decay.step()
         if step % every == 0 or step == last:
-            score = _loss(head, *held_out["validation"])
-            curve.append((step, score))
-            if score < best_loss:
-                best_loss, best_step, best = score, step, copy.deepcopy(head.state_dict())
+            lost = _loss(head, *held_out["validation"])
+            curve.append((step, lost))
+            if lost < best_loss:
+                best_loss, best_step, best = lost, step, copy.deepcopy(head.state_dict())
             elif not controlled and step - best_step >= settings.patience * epoch:
                 break
     if controlled:
@@ -192,7 +192,7 @@ def _upsampled(head: torch.nn.Module, features: torch.Tensor, side: int) -> torc
 
 
 def _logits(
-    head: torch.nn.Module, features: Features, targets: torch.Tensor
+    head: torch.nn.Module, features: MapsOf, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits of a head in evaluation mode and the targets, some images at a time."""
     head.eval()
@@ -201,7 +201,7 @@ def _logits(
             yield _upsampled(head, features(rows.tolist()), targets.shape[-1]), targets[rows]
 
 
-def _loss(head: torch.nn.Module, features: Features, targets: torch.Tensor) -> float:
+def _loss(head: torch.nn.Module, features: MapsOf, targets: torch.Tensor) -> float:
     total = 0.0
     for logits, wanted in _logits(head, features, targets):
         there = wanted.to(logits.device).long()
@@ -209,7 +209,7 @@ def _loss(head: torch.nn.Module, features: Features, targets: torch.Tensor) -> f
     return total / targets.numel()
 
 
-def predict(head: torch.nn.Module, features: Features, targets: torch.Tensor) -> np.ndarray:
+def predict(head: torch.nn.Module, features: MapsOf, targets: torch.Tensor) -> np.ndarray:
     """Labels 0 to 2 of each pixel: (n, side, side)."""
     every = _logits(head, features, targets)
     labels = [logits.max(dim=1).indices.cpu().byte() for logits, _ in every]  # argmax is slower

@@ -25,7 +25,7 @@ from sdaug_utils.study import Study
 class DreamBoothSettings(Parameters):
     """Fine-tuning of the U-Net (thesis, table 4.2)."""
 
-    instance_prompt: str = Field(pattern=r"^[^{}]*$")  # the same for every class
+    instance_prompt: str = Field(pattern=r"^[^{}]*$")  # a rare word: it stands for {} in prompts
     class_prompt: str
     prior_loss_weight: float = Field(ge=0)
     num_class_images: int = Field(ge=0)

@@ -4,7 +4,7 @@ from sdaug_utils.generation.technique import Technique
 
 
 class StableDiffusionPrompt(Technique):
-    """The prompt of table 4.1's section with the class's name; no real image is seen."""
+    """The prompt of the section ``sampling`` with the class's name; no real image is seen."""
 
     name, label = "stable-diffusion-prompt", "Stable Diffusion prompt"
     colour, marker = "#3f9b57", "X"
