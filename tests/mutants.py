@@ -57,8 +57,8 @@ FAULTS = (
     Fault(
         "a segmenter's patience with the wrong sign",
         f"{TRAINING}/segmenter.py",
-        "elif patience and step - best_step >= patience * epoch:",
-        "elif patience and step - best_step <= patience * epoch:",
+        "elif not controlled and step - best_step >= settings.patience * epoch:",
+        "elif not controlled and step - best_step <= settings.patience * epoch:",
         "segmenters_patience",
     ),
     Fault(
