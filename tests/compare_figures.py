@@ -37,6 +37,8 @@ def tolerance(name: str, column: str) -> float:
         return 15.0 if "points" in column else 0.15
     if name.startswith(OF_SUBJECTS):
         return 0.1
+    if name.startswith("deviations"):
+        return 0.3  # points
     if "relative" in column:
         return 4.0
     of_interval = column.endswith(("low", "high"))
