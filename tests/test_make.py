@@ -202,7 +202,7 @@ def test_nobody_without_the_certificate_hands_work_to_the_workers(world):
 def test_a_worker_that_computes_otherwise_refuses(store):
     asked_json = make.asked_as_json(asked(store))
     other = asked_json.replace('"float32"', '"float16"')
-    with pytest.raises(make.InputError, match="computes on cpu in float32, but this run was planned on"):
+    with pytest.raises(make.InputError, match="on cpu in float32, but this run was planned on cpu"):
         make._units_by_key(other, 0)
 
 
