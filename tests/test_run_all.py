@@ -104,7 +104,7 @@ def test_bad_arguments_cost_a_second(monkeypatch, capsys, arguments, message):
         ("synthetic_per_class: 3", "synthetic_per_clas: 3", "synthetic_per_clas: unknown; valid"),
         ("[100, 50, 25, 10]", "[100, 1]", "1 % of 20 real images leaves class 0 empty"),
         ("[trouser, bag]", "[trouser, hat]", "class 'hat' is unknown: choose from t-shirt"),
-        ("[100, 50, 25, 10]", "[100, 5]", "num_input_images: 2, but the smallest real subset"),
+        ("[100, 50, 25, 10]", "[100, 5]", "learns from 2 images, but the smallest real subset"),
         ("foundation: miniature", "foundation: nowhere", "'nowhere' is neither 'miniature' nor"),
         ("num_draws: 2", "num_draws: many", "num_draws: Input should be a valid integer"),
     ],

@@ -180,14 +180,14 @@ class Runs(Experiment):
             )
         percents = [run.real_percent for run in grid if run.real_percent]
         percents += [percent for key in self.percents for percent in getattr(self, key)]
-        for key in self.percents_of_grid:
-            require_among(key, getattr(self, key), getattr(self, self.percents[0]))
         for own, runs in by_settings(study, self.runs(study)).items():
             require_trainable(own, runs)
             needed = images_needed(runs)
             check_percents(own, percents, needed)
             for name, most in needed.items():
                 techniques()[name].require(own, most)
+        for key in self.percents_of_grid:
+            require_among(key, getattr(self, key), getattr(self, self.percents[0]))
 
 
 class AtPercentages(Runs):
