@@ -162,6 +162,27 @@ FAULTS = (
         "draws_subset",
     ),
     Fault(
+        "copies that are not copies",
+        f"{GENERATION}/techniques/copies.py",
+        "images(request.source_rows(first))",
+        "images(first)",
+        "test_techniques.py::test_copies_are_the_subset_again_and_nothing_else",
+    ),
+    Fault(
+        "splits that overlap count as independent",
+        f"{EVIDENCE}/metrics.py",
+        "(1 / len(gains) + 1)",
+        "(1 / len(gains))",
+        "test_metrics.py::test_gains_over_splits_that_overlap_have_the_corrected_interval",
+    ),
+    Fault(
+        "a claim that averages what differs",
+        f"{EVIDENCE}/tables/claims.yaml",
+        "      first: {arm: textual-inversion, real_percent: each}\n",
+        "      first: {arm: textual-inversion, real_percent: [25, 50, 100]}\n",
+        "test_claims.py::test_settings_that_differ_have_a_row_each",
+    ),
+    Fault(
         "guidance ignored",
         f"{GENERATION}/pools.py",
         "guidance_scale=sampling.guidance_scale,",

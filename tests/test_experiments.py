@@ -82,9 +82,9 @@ def test_a_frozen_twin_has_the_same_updates_at_the_same_rate(world, monkeypatch)
     world = world.changed({"classifier.published.image_size": 40})
     asked = parameters(NAME).by_protocol(world)
     sizes = [runs.study_of(world, run).settings.classifier.image_size for run in asked]
-    assert sizes == [32] * 4 + [40] * 4  # twins see what their partners see
+    assert sizes == [32] * 6 + [40] * 6  # twins see what their partners see
     results = results_of(world, asked[len(asked) // 2 :] + asked[: len(asked) // 2])
-    twins, published = results[:4], results[4:]  # twins were asked for first
+    twins, published = results[:6], results[6:]  # twins were asked for first
     assert set(published["protocol"]) == {"published"}
     assert set(twins["protocol"]) == {"controlled"}
     same = ["arm", "draw", "seed", "num_real", "num_synthetic", "num_updates"]

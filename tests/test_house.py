@@ -86,6 +86,10 @@ def test_imports_run_downstream(name):
 ABOUT_THEM = {
     "controlnet-canny": {"experiments.controlnet", "evidence.claims"},
     "controlnet-segmentation": {"experiments.segmentation", "evidence.claims"},
+    "copies": {
+        *("experiments.training_percentage", "experiments.generation_percentage"),
+        "evidence.likeness",  # a measure of that name
+    },
     "stable-diffusion-prompt": {"experiments.training_percentage"},  # it compares protocols
 }
 

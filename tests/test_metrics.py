@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import scipy
 from sklearn.metrics import jaccard_score
@@ -76,10 +77,6 @@ def test_a_detectable_difference_is_found_four_times_in_five():
     difference = known.detectable()
     found = scipy.stats.ttest_1samp(values + difference, 0, axis=1).pvalue < 0.05
     assert 0.75 < found.mean() < 0.87
-    assert known.draws_needed(difference) == num_draws
-    assert known.draws_needed(difference / 2) > 2 * num_draws
-    of_images = metrics.Estimate(0, 0, 0, 6, 6, 500, metrics.Spread(0.01**2, 0.01**2))
-    assert of_images.draws_needed(0.01) == np.inf  # no number of draws adds test images
 
 
 def test_pairing_removes_what_the_arms_share():
@@ -155,3 +152,20 @@ def test_intervals_hold_what_they_promise_with_draws_enough(num_draws, least, mo
         result = estimate(draws + images + rng.normal(0, 0.12, (num_draws, 1, 400)))
         held += result.low <= 0 <= result.high
     assert least < held / 2000 < most
+
+
+def test_gains_over_splits_that_overlap_have_the_corrected_interval():
+    """Nadeau and Bengio (2003), by hand for three splits."""
+    gains = (0.10, 0.14, 0.09)
+    rows = [
+        {"split": n, "arm": arm, "updates": updates, "accuracy": accuracy}
+        for n, gain in enumerate(gains)
+        for arm, updates, accuracy in (("baseline", 4, 0.5), ("copies", 44, 0.5 + gain))
+    ]
+    [found] = metrics.resplit_gains(pd.DataFrame(rows)).to_dict("records")
+    half = 4.302653 * np.sqrt(7.0 * (1 / 3 + 1))  # the 97.5 % quantile; the variance of 10, 14, 9
+    assert found["points"] == pytest.approx(11)
+    assert found["points_low"] == pytest.approx(11 - half, abs=1e-5)
+    assert found["points_high"] == pytest.approx(11 + half, abs=1e-5)
+    assert (found["arm"], found["baseline_updates"], found["updates"]) == ("copies", 4, 44)
+    assert (found["splits"], found["baseline_accuracy"]) == (3, 0.5)

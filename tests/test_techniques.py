@@ -79,13 +79,14 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
         params.PARAMS_FOLDER.parent / "notebooks" / "04-generation-percentage.ipynb"
     ) | params.notebook_section("smoke", "04-generation-percentage")
     chosen = {"techniques": ["real-guidance"], "further_numbers": {}, "profile": "smoke"}
+    chosen["copies_per_class"] = {10: [1]}
     p = params.check_notebook("04-generation-percentage", values | chosen)
     work = units.Work(plan.units(plan.wanted([("04-generation-percentage", world, p)])))
     # 2 draws, 2 classes: 3 images of every class, and of few real ones others than of all
     counts = {kind: items for kind, (_, items) in work.counts().items()}
-    assert counts["images"] == 2 * 2 * (3 + 1)
+    assert counts["images"] == 2 * 2 * (3 + 1 + 1)  # and a copy
     assert counts["models"] == 0
-    assert counts["runs"] == 2 * (1 + 2) * 2
+    assert counts["runs"] == 2 * ((1 + 2) * 2 + 1)
     assert work.seconds() > 0
     arms = baselines([10]) + synthetic(["real-guidance"], [(10, [1, 3])])
     results = results_of(world, runs.repeated(arms, "controlled", 2, 1))
@@ -96,6 +97,20 @@ def test_it_goes_from_parameters_to_plan_runs_and_figure(world):
     assert {line.get_label() for line in ours.get_lines()} == {"Real guidance", "Baseline"}
     assert "Real guidance" in figures.side_by_side(table).index.get_level_values("arm")
     plt.close(figure)
+
+
+@pytest.mark.parametrize("percent", [10, 50])
+def test_copies_are_the_subset_again_and_nothing_else(world, percent):
+    train = world.data.splits["train"]
+    made = pools.technique_pools(world, "copies", 1, 12, percent)
+    for label, pool in enumerate(made):
+        own = [
+            row for row in datasets.subset(train.labels, percent, 1) if train.labels[row] == label
+        ]
+        expected = [train.load(int(own[i % len(own)])) for i in range(12)]
+        assert all(np.array_equal(*pair) for pair in zip(pool.images(), expected, strict=True))
+    again = pools.technique_pools(world, "copies", 1, 3, percent)
+    assert [pool.files for pool in again] == [pool.files[:3] for pool in made]
 
 
 def test_one_that_is_registered_in_a_notebook_is_known_at_once(world):

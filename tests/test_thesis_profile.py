@@ -475,3 +475,15 @@ def test_tables_name_the_models_and_their_revision(world):
     named = report.models(params.load_settings("smoke"))
     assert named["text-to-image model"] == "miniature"
     assert named["classifier's backbone"].startswith("efficientnet-lite0 (579344")
+
+
+def test_the_profile_uses_the_values_of_the_thesis_tables():
+    tables = report.hyperparameters(params.load_settings("thesis"))
+    rows = pd.concat(tables.values(), ignore_index=True)
+    listed = rows[~rows["thesis"].str.contains("section|code|–")]
+    assert len(listed) == 2 + 8 + 9  # as many as tables 4.1 to 4.3 have
+    as_numbers = pd.to_numeric(listed["thesis"], errors="coerce").fillna(0)
+    in_use = pd.to_numeric(listed["in use"], errors="coerce").fillna(0)
+    differ = listed[(listed["thesis"] != listed["in use"]) & (as_numbers != in_use)]
+    # The thesis's script scales this rate by the accumulation.
+    assert differ[["hyperparameter", "in use"]].to_numpy().tolist() == [["learning_rate", "0.002"]]

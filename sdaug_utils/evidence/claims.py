@@ -141,16 +141,10 @@ def p_values(
     return supports, min(1.0, 2 * outside)
 
 
-def power(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> tuple[float, float]:
-    """What would decide an inconclusive comparison, with 80 % power.
-
-    Returns the smallest distance from the claim's bound that would be found, and the number of
-    draws that would show the distance seen here (inf: no number would).
-    """
+def detectable(found: metrics.Estimate, expect: Expectation, margin: float = 0.0) -> float:
+    """The smallest distance from the claim's bound that would have been found with 80 % power."""
     lower, upper = region(expect, margin)
-    distance = min(abs(found.mean - lower), abs(found.mean - upper))
-    level = 0.9 if expect in EQUIVALENCE and lower < found.mean < upper else 0.95
-    return found.detectable(level=level), found.draws_needed(distance, level)
+    return found.detectable(0.9 if expect in EQUIVALENCE and lower < found.mean < upper else 0.95)
 
 
 def all_of(verdicts: list[Verdict]) -> Verdict:
@@ -237,9 +231,9 @@ def _at_chance(results: pd.DataFrame, comparison: dict[str, Any]) -> bool:
 def judge(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """One row per comparison of each claim that an experiment decides.
 
-    ``difference``, ``low`` and ``high`` are absolute, with a 95 % interval; ``detectable`` and
-    ``draws_needed`` are what an inconclusive comparison lacks (:func:`power`); ``verdict`` is the
-    claim's, by its primary comparisons. Without runs a comparison is ``not tested``, and so it is
+    ``difference``, ``low`` and ``high`` are absolute, with a 95 % interval; of an open comparison
+    :func:`detectable` says what would have been found; ``verdict`` is the claim's, by its primary
+    comparisons. Without runs a comparison is ``not tested``, and so it is
     where a baseline's interval includes chance.
     """
     rows = []
@@ -255,15 +249,14 @@ def _judged(
 ) -> dict[str, Any]:
     expect, margin = comparison["expect"], comparison.get("margin", 0.0)
     outcome: Verdict = "not tested"
-    found, p, lacking = NO_RUNS, np.nan, (np.nan, np.nan)
+    found, p = NO_RUNS, np.nan
     try:
         found = compared(results, comparison)
         if not _at_chance(results, comparison):
             outcome, p = verdict(found, expect, margin), min(p_values(found, expect, margin))
     except NotRun:
         pass
-    if outcome == "inconclusive":
-        lacking = power(found, expect, margin)
+    is_open = outcome == "inconclusive"
     return {
         **{key: claim[key] for key in ("id", "section", "claim")},
         "comparison": f"{comparison['what']}: {_bound(expect, margin)}",
@@ -275,8 +268,7 @@ def _judged(
         "num_runs": found.num_runs,  # of each setting
         "num_test_images": found.num_images,
         "p_value": p,
-        "detectable": lacking[0],
-        "draws_needed": lacking[1],
+        "detectable": detectable(found, expect, margin) if is_open else np.nan,
         "comparison_verdict": outcome,
     }
 

@@ -267,22 +267,11 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
-def to_decide(judged: pd.DataFrame) -> list[str]:
-    """What would decide each open comparison, as ``claims.power`` found it; "" for the others."""
-    found = []
-    for row in judged[["id", "detectable", "draws_needed"]].to_dict("records"):
-        number = row["draws_needed"]
-        more = f"{number:.0f} {repeats_of(notebook_of(row['id']))}"
-        more = "more test images" if np.isinf(number) else more
-        missing = f"{100 * row['detectable']:.1f} points, {more}"
-        found.append("" if np.isnan(row["detectable"]) else missing)
-    return found
-
-
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """The claims and what became of them; differences in absolute points.
 
-    ``n`` is the number of runs per setting in so many draws (or subjects), and of test images.
+    ``n`` is the number of runs per setting in so many draws (or subjects), and of test images. Of
+    an open comparison the last column is the distance from its bound that would have been found.
     Comparisons that do not decide a claim follow it with a dot, their verdicts in brackets.
     """
     points = judged.assign(**{x: 100 * judged[x] for x in ("difference", "low", "high")})
@@ -290,12 +279,14 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     points["comparison"] = judged["comparison"].mask(secondary, "· " + judged["comparison"])
     in_brackets = "(" + judged["comparison_verdict"] + ")"
     points["verdict"] = judged["verdict"].mask(secondary, in_brackets)
-    counts = [
-        f"{runs} in {draws}" + (f" × {images} images" if images > 1 else "") if runs else "–"
-        for runs, draws, images in judged[["num_runs", "num_draws", "num_test_images"]].to_numpy()
+    points["detectable"] = (100 * judged["detectable"]).mask(secondary)
+    columns = ["id", "num_runs", "num_draws", "num_test_images"]
+    points["n"] = [
+        f"{runs} in {draws} {repeats_of(notebook_of(claim))}" + f" × {images} images" * (images > 1)
+        for claim, runs, draws, images in judged[columns].to_numpy()
     ]
-    missing = pd.Series(to_decide(judged), judged.index).mask(secondary, "")
-    return as_text(points.assign(n=counts, to_decide=missing), "verdicts")
+    points["n"] = points["n"].where(judged["num_runs"] > 0, "–")
+    return as_text(points, "verdicts")
 
 
 def show(figure: Figure, num_colours: int = 64) -> None:

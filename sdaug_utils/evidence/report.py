@@ -22,7 +22,7 @@ from sdaug_utils import compute
 from sdaug_utils.data.datasets import PROJECT
 from sdaug_utils.evidence import metrics, prose
 from sdaug_utils.evidence.claims import TABLES, holm
-from sdaug_utils.evidence.figures import save_table, to_decide
+from sdaug_utils.evidence.figures import save_table
 from sdaug_utils.generation.foundation import resolved
 from sdaug_utils.params import Settings, load_settings
 from sdaug_utils.registry import experiments, techniques
@@ -69,7 +69,9 @@ def hyperparameters(settings: Settings) -> dict[str, pd.DataFrame]:
     published = yaml.safe_load((TABLES / "hyperparameters.yaml").read_text())
     for name, table in published.items():
         ours = {"resolution": settings.sampling.resolution, **in_use[table["section"]]}
-        rows = [(key, str(value), str(ours[key])) for key, value in table["thesis"].items()]
+        ours |= table.get("fixed", {})
+        theirs = table["thesis"] | table["more"]
+        rows = [(key, str(value), str(ours[key])) for key, value in theirs.items()]
         tables[name] = pd.DataFrame(rows, columns=["hyperparameter", "thesis", "in use"])
     return tables
 
@@ -97,21 +99,24 @@ def write_tables(profile: str, artefacts: Iterable[Path]) -> None:
 
 
 def write_claims(profile: str) -> None:
-    """``claims.csv``: the notebooks' verdicts, corrected for their number by :func:`holm`.
+    """``claims.csv``: the notebooks' verdicts, corrected for the number of all by :func:`holm`.
 
-    Claims of experiments beyond the thesis are corrected on their own, in ``claims-beyond.csv``.
+    Claims of experiments beyond the thesis stand on their own, in ``claims-beyond.csv``.
     ``deviations.csv`` has the :func:`deviations` of each of the thesis's experiments.
     """
     of_thesis = {name[:2]: one.in_thesis for name, one in experiments().items()}
-    for name, in_thesis in (("claims", True), ("claims-beyond", False)):
-        numbers = [number for number, known in of_thesis.items() if known == in_thesis]
-        files = [figures_folder(profile) / f"verdicts-{number}.csv" for number in numbers]
-        if tables := [pd.read_csv(file) for file in files if file.exists()]:
-            save_table(profile, name, holm(pd.concat(tables, ignore_index=True)))
-    files = [results_folder(profile) / f"{x}.parquet" for x in of_thesis if of_thesis[x]]
+    files = {number: figures_folder(profile) / f"verdicts-{number}.csv" for number in of_thesis}
+    tables = {number: pd.read_csv(file) for number, file in files.items() if file.exists()}
+    if tables:
+        judged = holm(pd.concat(tables).reset_index(level=0, names="notebook"))
+        in_thesis = judged.pop("notebook").map(of_thesis)
+        for name, rows in (("claims", in_thesis), ("claims-beyond", ~in_thesis)):
+            if rows.any():
+                save_table(profile, name, judged[rows])
+    raw = [results_folder(profile) / f"{x}.parquet" for x in of_thesis if of_thesis[x]]
     found = [
         deviations(runs).assign(experiment=path.stem)
-        for path in files
+        for path in raw
         if path.exists() and "real_percent" in (runs := pd.read_parquet(path))
     ]
     if found:
@@ -122,9 +127,11 @@ def deviations(results: pd.DataFrame) -> pd.DataFrame:
     """Standard deviations of an arm's gain over the baseline, by real percentage, in points.
 
     Variances (:func:`metrics.run_deviations`) are averaged over arms and numbers of synthetic
-    images. Empty where there is no baseline.
+    images, techniques that generate nothing left out. Empty where there is no baseline.
     """
-    rows = []
+    rows, known = [], techniques()
+    others = [name for name in known if not known[name].is_generative]
+    results = results[~results["technique"].isin(others)]
     for percent, group in results[results["real_percent"] > 0].groupby("real_percent", sort=False):
         is_baseline = group["arm"] == "baseline"
         settings = group[~is_baseline].groupby(["arm", "synthetic_per_class"])
@@ -151,8 +158,8 @@ def deviation_table(table: pd.DataFrame) -> str:
 def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
     """What tables show of each claim of ``claims.csv``, with differences in points.
 
-    Only the primary comparisons, which decide, are shown. ``remark`` is what would decide an open
-    claim, or whether a decided one stays so by Holm's rule.
+    Only the primary comparisons, which decide, are shown. ``remark`` is whether a decided claim
+    stays so by Holm's rule, or which distance from its bound an open one would have shown.
     """
     rows = []
     for (name, claim), parts in claims[claims["primary"]].groupby(["id", "claim"], sort=False):
@@ -163,7 +170,8 @@ def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
         found, strict, p = parts.iloc[0][["verdict", "verdict_holm", "p_holm"]]
         remark = "the same" if strict == found else f"{strict} (p = {p:.2f})"
         if found == "inconclusive":
-            remark = "; ".join(filter(None, to_decide(parts)))
+            points = 100 * parts["detectable"]
+            remark = "; ".join("–" if np.isnan(one) else f"{one:.1f} points" for one in points)
         elif found == "not tested":
             remark = ""
         row = {"id": name, "claim": claim, "difference": "; ".join(differences)}
@@ -173,7 +181,8 @@ def verdicts(claims: pd.DataFrame) -> list[dict[str, str]]:
 
 def verdict_table(claims: pd.DataFrame) -> str:
     """The verdicts of ``claims.csv`` as a table in Markdown, a row per claim."""
-    head = "| | claim | difference [95 %] | verdict | by Holm's rule, or what would decide it |"
+    last = "by Holm's rule; if open, the distance from its bound that would have been found"
+    head = f"| | claim | difference [95 %] | verdict | {last} |"
     row = "| {id} | {claim} | {difference} | **{verdict}** | {remark} |"
     return "\n".join([head, "|---|---|---|---|---|", *(row.format(**x) for x in verdicts(claims))])
 

@@ -216,7 +216,7 @@ class AtPercentages(Runs):
 class ByAmount(Runs):
     """Numbers of synthetic images at some real percentages."""
 
-    percents = ("synthetic_per_class",)  # a dictionary, by real %
+    percents: ClassVar[tuple[str, ...]] = ("synthetic_per_class",)  # a dictionary, by real %
 
     techniques: list[params.TechniqueName] = Field(min_length=1)
     synthetic_per_class: dict[params.Percent, Numbers] = Field(min_length=1)  # by real %

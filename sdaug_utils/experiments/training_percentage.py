@@ -5,7 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from sdaug_utils.data.datasets import subset
-from sdaug_utils.experiments.base import AtPercentages, Numbers, baselines, synthetic
+from sdaug_utils.experiments.base import Arm, AtPercentages, Numbers, baselines, synthetic
 from sdaug_utils.params import Percent, Protocol
 from sdaug_utils.study import Study
 from sdaug_utils.training.runs import LENGTH, RECIPE, Run, repeated
@@ -20,12 +20,17 @@ class TrainingPercentage(AtPercentages):
     percents = ("real_percents", "pixels_at_percents")
     percents_of_grid = ("protocols_at_percent",)
     compared: ClassVar[str] = "stable-diffusion-prompt"  # with the baseline, by ways of training
+    placebo: ClassVar[str] = "copies"
 
     pixels_at_percents: list[Percent]  # where a second classifier is tried
     protocols_at_percent: Percent
     protocols_num_draws: int = Field(ge=2)  # of the published protocol, which takes long
     curve_steps: Numbers
     view_numbers: Numbers
+
+    def arms(self, study: Study) -> list[Arm]:
+        counts = [(percent, [self.synthetic_per_class]) for percent in self.real_percents]
+        return super().arms(study) + synthetic([self.placebo], counts)
 
     def runs(self, study: Study) -> list[Run]:
         return [
@@ -38,15 +43,17 @@ class TrainingPercentage(AtPercentages):
         ]
 
     def on_pixels(self) -> list[Run]:
-        """Baseline and techniques for a classifier on pixels."""
+        """Baseline, techniques and placebo for a classifier on pixels."""
         counts = [(percent, [self.synthetic_per_class]) for percent in self.pixels_at_percents]
-        arms = baselines(self.pixels_at_percents) + synthetic(self.techniques, counts)
+        arms = baselines(self.pixels_at_percents)
+        arms += synthetic([*self.techniques, self.placebo], counts)
         return repeated(arms, "pixels", self.num_draws, 1)
 
     def of_protocol(self, protocol: Protocol, num_draws: int) -> list[Run]:
-        """Baseline and plain prompts, at one real percentage."""
+        """Baseline, plain prompts and placebo, at one real percentage."""
         counts = [(self.protocols_at_percent, [self.synthetic_per_class])]
-        arms = baselines([self.protocols_at_percent]) + synthetic([self.compared], counts)
+        arms = baselines([self.protocols_at_percent])
+        arms += synthetic([self.compared, self.placebo], counts)
         return repeated(arms, protocol, num_draws, 1)
 
     def by_protocol(self, study: Study) -> list[Run]:
@@ -94,7 +101,7 @@ class TrainingPercentage(AtPercentages):
         return int(dict(run.overrides)[VIEWS[0]])
 
     def at_both_learning_rates(self, study: Study) -> list[Run]:
-        """Baseline and plain prompts after some updates, at each protocol's learning rate."""
+        """The same arms after some updates, at each protocol's learning rate."""
         theirs = {f"{RECIPE}.learning_rate": study.settings.classifier.published.learning_rate}
         steps = sorted({*self.curve_steps, *self.budgets(study)})
         return [
@@ -105,7 +112,7 @@ class TrainingPercentage(AtPercentages):
         ]
 
     def budgets(self, study: Study) -> tuple[int, int]:
-        """Updates in all the published protocol's epochs, for the baseline and plain prompts."""
+        """Updates in all the published protocol's epochs, for the baseline and for the others."""
         num_real = len(subset(study.data.splits["train"].labels, self.protocols_at_percent))
         num_synthetic = self.synthetic_per_class * len(study.data.class_names)
         published = study.settings.classifier.published
