@@ -219,12 +219,13 @@ def test_a_dry_run_counts_what_is_missing_and_starts_nothing(monkeypatch, capsys
     [fifth] = [line for line in lines if line.startswith("05")]
     # 3 techniques, 2 draws, 2 classes, 3 images, of plain prompts one more; 2 personalised
     # techniques, 2 draws, 2 classes
-    assert "40 / 40" in fourth
+    # and 3 copies
+    assert "52 / 52" in fourth
     assert "8 / 8" in fourth
-    assert "32 / 32" in fourth
+    assert "36 / 36" in fourth
     assert "0 / 40" in fifth  # experiment 04 has made them
     assert "14 / 18" in fifth  # its baselines, too
-    assert any("4.8 times as many" in line for line in lines)
+    assert any("4.0 times as many" in line for line in lines)
     assert not list((tmp_path / "store").glob("pools/*"))
 
 

@@ -131,7 +131,7 @@ def deviations(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows, known = [], techniques()
     others = [name for name in known if not known[name].is_generative]
-    results = results[~results["technique"].isin(others)]
+    results = results[~results["arm"].isin(others)]
     for percent, group in results[results["real_percent"] > 0].groupby("real_percent", sort=False):
         is_baseline = group["arm"] == "baseline"
         settings = group[~is_baseline].groupby(["arm", "synthetic_per_class"])
